@@ -1,0 +1,1 @@
+"""Speed and memory of granet_jax, side by side with the alternatives in one run."""

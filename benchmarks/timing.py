@@ -1,0 +1,93 @@
+"""Timing of several contenders in one run, round by round in turn."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+Rounds = dict[str, list[float]]
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], Any]], *, rounds: int, repeats: int = 1
+) -> Rounds:
+    """Seconds per call of every contender, one number a round.
+
+    The contenders take turns within a round, in an order that rotates from round to
+    round, so that a change in the machine's load touches all of them alike. One call
+    of each, compilation included, goes before and is not timed.
+
+    Args:
+      contenders: functions without arguments; what they return is waited for.
+      rounds: how many times each contender is timed.
+      repeats: calls per timing, of which the mean is taken.
+
+    Returns:
+      For every contender its seconds per call, in the order of the rounds.
+    """
+    names = list(contenders)
+    for name in names:
+        jax.block_until_ready(contenders[name]())
+    seconds: Rounds = {name: [] for name in names}
+    for i in range(rounds):
+        turn = i % len(names)
+        for name in names[turn:] + names[:turn]:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                result = contenders[name]()
+            jax.block_until_ready(result)
+            seconds[name].append((time.perf_counter() - start) / repeats)
+    return seconds
+
+
+def ratio_of_medians(seconds: Rounds, name: str, baseline: str) -> float:
+    """Median of `name` divided by the median of `baseline`."""
+    return statistics.median(seconds[name]) / statistics.median(seconds[baseline])
+
+
+def median_ratio(seconds: Rounds, name: str, baseline: str) -> float:
+    """Median over the rounds of `name` divided by `baseline` in the same round."""
+    pairs = zip(seconds[name], seconds[baseline], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A GitHub-flavoured table: the first column to the left, numbers to the right."""
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        padded = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [
+        "-" * width if i == 0 else "-" * (width - 1) + ":"
+        for i, width in enumerate(widths)
+    ]
+    return "\n".join([line(header), line(rule), *map(line, rows)])
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers depend on: devices, cores, versions."""
+    return {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def write_json(path: Path | None, results: dict[str, Any]) -> None:
+    """Writes results and environment to `path`, if one is given."""
+    if path is not None:
+        content = {"environment": environment(), **results}
+        path.write_text(json.dumps(content, indent=2) + "\n")

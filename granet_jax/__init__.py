@@ -1,0 +1,24 @@
+"""Functional sparse training for JAX: GraNet and the field around it."""
+
+from granet_jax._transform import SparseState as SparseState
+from granet_jax._transform import get_masks as get_masks
+from granet_jax._transform import get_state as get_state
+from granet_jax._transform import init_masks as init_masks
+from granet_jax._transform import set_masks as set_masks
+from granet_jax._transform import transform as transform
+from granet_jax.masking import PackedMask as PackedMask
+from granet_jax.masking import Sparsity as Sparsity
+from granet_jax.masking import apply_masks as apply_masks
+from granet_jax.masking import pack_masks as pack_masks
+from granet_jax.masking import sparsity as sparsity
+from granet_jax.masking import unpack_masks as unpack_masks
+from granet_jax.methods import Method as Method
+from granet_jax.methods import gmp as gmp
+from granet_jax.methods import granet as granet
+from granet_jax.methods import rigl as rigl
+from granet_jax.methods import set_ as set_
+from granet_jax.methods import snfs as snfs
+from granet_jax.methods import static as static
+from granet_jax.scores import ScoreInputs as ScoreInputs
+
+__version__ = "0.1.0"

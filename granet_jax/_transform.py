@@ -1,0 +1,571 @@
+"""`transform`: a method and an inner optimizer as one optax transformation.
+
+The only module that meets optax's protocol. Named with an underscore because the
+package's `transform` is the function.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+
+from granet_jax import distributions, masking, schedules, updates
+from granet_jax.elementwise import is_elementwise
+from granet_jax.masking import PyTree, Where
+from granet_jax.methods import Method
+from granet_jax.moments import masked_moments, refuse_flattened, zero_moments
+from granet_jax.scores import Score, ScoreInputs
+from granet_jax.scores import random as random_score
+from granet_jax.selection import top_k
+
+
+class SparseState(NamedTuple):
+    """State of `transform`.
+
+    Attributes:
+      count: int32 scalar, optimizer steps taken.
+      masks: pytree of the structure of params: boolean arrays (True = active),
+        `optax.MaskedNode()` at dense leaves.
+      inner_state: state of the inner optimizer; `optax.EmptyState()` without one.
+      accumulator: moving average of the dense gradient, of the structure of `masks`,
+        for a method with `accumulator_decay`; else the empty tuple.
+    """
+
+    count: Array
+    masks: PyTree
+    inner_state: optax.OptState
+    accumulator: PyTree
+
+
+class _Plan(NamedTuple):
+    """Integer tables of a method on given leaves, one row per update (host)."""
+
+    initial: list[int]  # active weights per leaf at the start
+    prunes: np.ndarray  # bool (J,): whether this update prunes
+    keep: np.ndarray  # unsigned (J,) with global scope, (J, leaves) with layer scope
+    fraction: np.ndarray  # uint32 (J,): prune fraction in fixed point
+
+
+def transform(
+    method: Method,
+    inner: optax.GradientTransformation | None = None,
+    *,
+    where: Where = None,
+    masks: PyTree | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes training sparse: prune-and-regrow as an optax transformation.
+
+    With `inner`, the optimizer it steers, this is the exact algorithm: it sees the
+    dense gradient that regrowth needs, hands `inner` the masked one, and keeps the
+    parameter-shaped moments of `inner` zero at pruned weights:
+
+        tx = optax.chain(
+            optax.clip_by_global_norm(1.0),
+            granet_jax.transform(granet_jax.granet(0.9, 10_000), optax.sgd(0.1, 0.9)),
+        )
+
+    Without `inner` it is the last link after an optimizer, and turns its updates into
+    masked ones. The moments of pruned weights are then out of reach, and a method that
+    grows by gradient takes the dense gradient as an extra argument,
+    `tx.update(grads, state, params, grads=grads)`.
+
+    It must be the last link of its chain: a link after it (scaling, averaging) would
+    undo the exact zeros. Clipping and weight decay go before it, or into `inner`; and
+    `optax.MultiSteps` goes around it.
+
+    A step, in order: `inner` steps with the gradient masked by the present masks; on
+    an update step the masks are pruned and regrown from the stepped weights and the
+    dense gradient; weights active before and after get the optimizer's update, all
+    others become exactly zero. Masks are the same on all replicas, without
+    communication beyond the gradient mean.
+
+    Under `vmap`, an update runs in all lanes whenever one of them updates.
+
+    Args:
+      method: a record from `granet`, `gmp`, `rigl`, `set_`, `snfs`, `static`, or one's
+        own `Method`.
+      inner: any optax optimizer that keeps moments in the parameters' shapes (not
+        `optax.flatten`); None for use as the last link.
+      where: which leaves carry a mask: None for every floating leaf with ndim >= 2; a
+        function of (name, leaf), the name like "dense/kernel"; or a pytree of bools of
+        the structure of params. Evaluated at init.
+      masks: start from these masks (boolean or 0/1 arrays in the structure of params,
+        None at dense leaves) instead of the method's own.
+      seed: of random initial masks and random growth.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is a `SparseState`.
+      Updates have the wider of the dtypes of the inner update and the parameter.
+
+    Raises:
+      TypeError, ValueError: here or at init, an argument of the wrong type; `where`
+        and `masks` both given; nothing maskable; masks of another structure or shape;
+        at update, params missing, or the dense gradient missing without `inner`.
+
+    References:
+      Liu et al., Sparse Training via Boosting Pruning Plasticity with
+      Neuroregeneration, NeurIPS 2021 (order within a step: their code's).
+    """
+    _check_arguments(method, inner, where, masks, seed)
+    wrapped = None if inner is None else optax.with_extra_args_support(inner)
+
+    @functools.lru_cache(maxsize=8)
+    def plan(shapes: tuple[tuple[int, ...], ...]) -> _Plan:
+        return _plan(method, shapes)
+
+    def init(params: PyTree) -> SparseState:
+        if masks is None:
+            initial = init_masks(method, params, where=where, seed=seed)
+        else:
+            initial = masking.map_masked(
+                _placed_like, masking.check_masks(masks, params), params
+            )
+            initial = _only_masks(initial, masking.check_masks(masks, params))
+        if wrapped is None:
+            inner_state = optax.EmptyState()
+        else:
+            inner_state = wrapped.init(params)
+            refuse_flattened(inner_state, params)
+        accumulator = ()
+        if method.accumulator_decay is not None:
+            accumulator = jax.tree.map(
+                lambda mask, p: (
+                    mask
+                    if masking.is_masked_node(mask)
+                    else jnp.zeros_like(p, _accumulator_dtype(p))
+                ),
+                initial,
+                params,
+                is_leaf=masking.is_masked_node,
+            )
+        count = jnp.zeros((), jnp.int32)
+        return SparseState(count, initial, inner_state, accumulator)
+
+    def update(
+        updates_: PyTree,
+        state: SparseState,
+        params: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, SparseState]:
+        if params is None:
+            raise ValueError(
+                "params must be given to update: call tx.update(grads, state, params)."
+            )
+        old = state.masks
+        grads = updates_ if wrapped is not None else extra_args.get("grads")
+        if grads is None and method.needs_gradient:
+            raise ValueError(
+                f"{method.name} needs the dense gradient, and as the last link of a "
+                "chain it only sees updates. Either give it the optimizer, "
+                "transform(method, inner=optimizer), or pass the gradient along, "
+                "tx.update(grads, state, params, grads=grads)."
+            )
+        count = optax.safe_increment(state.count)
+        accumulator = state.accumulator
+        if method.accumulator_decay is not None:
+            accumulator = _accumulate(method.accumulator_decay, accumulator, grads, old)
+
+        def step_inner(
+            gradient: PyTree, inner_state: optax.OptState, params_: PyTree
+        ) -> tuple[PyTree, optax.OptState]:
+            if wrapped is None:
+                return updates_, inner_state
+            return wrapped.update(gradient, inner_state, params_, **extra_args)
+
+        def change_masks(masks_: PyTree, inner_updates: PyTree) -> PyTree:
+            leaves, treedef = jax.tree.flatten(masks_)
+            return treedef.unflatten(
+                _update_masks(
+                    method,
+                    plan(tuple(tuple(x.shape) for x in leaves)),
+                    leaves,
+                    _stepped(params, inner_updates, masks_),
+                    None if grads is None else masking.maskable_leaves(grads, masks_),
+                    jax.tree.leaves(accumulator) or None,
+                    count=count,
+                    key=_key(seed, count),
+                )
+            )
+
+        updating = method.updates.contains(count)
+        if wrapped is not None and _can_mask_inputs(
+            method, step_inner, grads, state, params
+        ):
+            # Every weight is on its own in `inner`: to zero what goes in at weights
+            # not active before and after is to zero what comes out. The masks change
+            # first, and nothing later reads the old ones, so that in other steps all
+            # passes in place. (The inner step is computed again inside, on update
+            # steps only: handing its result in would force it through memory in
+            # every step.)
+            def change_first(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+                masks_, gradient = now
+                masked = masking.map_masked(_masked, masks_, gradient)
+                inner_updates, _ = step_inner(masked, state.inner_state, params)
+                new = change_masks(masks_, inner_updates)
+                return new, masked
+
+            new, gradient = old, grads
+            if method.updates.steps():
+                new, gradient = _if(updating, change_first, (old, grads))
+            gradient = masking.map_masked(_masked, new, gradient)
+            inner_updates, inner_state = step_inner(
+                gradient,
+                zero_moments(state.inner_state, new),
+                masking.map_masked(_masked, new, params),
+            )
+            emitted = masking.map_masked(_emit, new, inner_updates, params)
+            return emitted, SparseState(count, new, inner_state, accumulator)
+
+        masked = grads
+        if wrapped is not None:
+            masked = masking.map_masked(_masked, old, grads)
+        inner_updates, inner_state = step_inner(masked, state.inner_state, params)
+
+        def change_last(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+            masks_, emitted, inner_state = now
+            new = change_masks(masks_, emitted)
+            keep = jax.tree.map(jnp.logical_and, masks_, new)
+            emitted = masking.map_masked(_emit, keep, emitted, params)
+            return new, emitted, zero_moments(inner_state, keep)
+
+        emitted = masking.map_masked(_emit, old, inner_updates, params)
+        new, emitted, inner_state = old, emitted, zero_moments(inner_state, old)
+        if method.updates.steps():
+            new, emitted, inner_state = _if(
+                updating, change_last, (new, emitted, inner_state)
+            )
+        return emitted, SparseState(count, new, inner_state, accumulator)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def init_masks(
+    method: Method, params: PyTree, *, where: Where = None, seed: int = 0
+) -> PyTree:
+    """The masks that `transform(method, where=where, seed=seed)` starts from.
+
+    All weights active at sparsity 0; else random masks with exactly the number of
+    active weights that the method's distribution gives every leaf.
+
+    Args:
+      method: a record of a method.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`s; only shapes, dtypes and
+        shardings are read.
+      where: which leaves carry a mask, as in `transform`.
+      seed: of the random masks.
+
+    Returns:
+      Pytree of the structure of `params`: boolean arrays, placed like the parameters,
+      and `optax.MaskedNode()` at dense leaves.
+
+    Raises:
+      ValueError, TypeError: as `masking.maskable`.
+    """
+    selected = masking.maskable(params, where)
+    chosen = [
+        p
+        for p, s in zip(jax.tree.leaves(params), jax.tree.leaves(selected), strict=True)
+        if s
+    ]
+    shapes = tuple(tuple(p.shape) for p in chosen)
+    counts = distributions.counts(shapes, method.sparsity(0), method.distribution)
+    drawn = iter(_random_masks(shapes, counts, seed))
+    return jax.tree.map(
+        lambda p, s: _placed_like(next(drawn), p) if s else optax.MaskedNode(),
+        params,
+        selected,
+    )
+
+
+def get_state(opt_state: optax.OptState) -> SparseState:
+    """The one `SparseState` inside any nest of optax states.
+
+    Raises:
+      ValueError: there is none, or more than one.
+    """
+    found = [
+        x for x in jax.tree.leaves(opt_state, is_leaf=_is_sparse) if _is_sparse(x)
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"opt_state must hold one state of granet_jax.transform, got {len(found)}"
+            + (
+                ": pass the state of one of them."
+                if found
+                else ": is transform part of the optimizer?"
+            )
+        )
+    return found[0]
+
+
+def get_masks(opt_state: optax.OptState) -> PyTree:
+    """The masks inside any nest of optax states, see `get_state`."""
+    return get_state(opt_state).masks
+
+
+def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
+    """The same state with other masks.
+
+    The next step makes the parameters and moments agree with them; `apply_masks` does
+    so at once for the parameters.
+
+    Args:
+      opt_state: any nest of optax states with one `SparseState`.
+      masks: pytree of masks with the structure and shapes of those in the state.
+
+    Returns:
+      The nest of states, with `masks` in place.
+
+    Raises:
+      ValueError: no or several sparse states; masks of another structure or shape.
+    """
+    present = get_masks(opt_state)
+    like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, jnp.float32), present)
+    checked = masking.check_masks(masks, like)
+    if jax.tree.structure(checked) != jax.tree.structure(present):
+        raise ValueError(
+            "masks must have masks at the same leaves as the state: expected "
+            f"{jax.tree.structure(present)}, got {jax.tree.structure(checked)}."
+        )
+    return jax.tree.map(
+        lambda x: x._replace(masks=checked) if _is_sparse(x) else x,
+        opt_state,
+        is_leaf=_is_sparse,
+    )
+
+
+def _check_arguments(
+    method: Any, inner: Any, where: Where, masks: PyTree | None, seed: Any
+) -> None:
+    if not isinstance(method, Method):
+        raise TypeError(
+            "method must be a record such as granet_jax.granet(sparsity, total_steps), "
+            f"got {method!r}."
+        )
+    if inner is not None and not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(f"inner must be an optax optimizer or None, got {inner!r}.")
+    if where is not None and masks is not None:
+        raise ValueError(
+            "where and masks cannot both be given: masks already say which leaves "
+            "carry one (None at the others)."
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}.")
+
+
+def _plan(method: Method, shapes: tuple[tuple[int, ...], ...]) -> _Plan:
+    """The integer tables of `method`, in float64 and Python integers."""
+    total = sum(math.prod(s) for s in shapes)
+    initial = distributions.counts(shapes, method.sparsity(0), method.distribution)
+    present = initial
+    keep: list[Any] = []
+    prunes: list[bool] = []
+    for step in method.updates.steps():
+        sparsity = method.sparsity(step)
+        active = min(distributions.total_count(total, sparsity), sum(present))
+        prunes.append(active < sum(present))
+        if method.scope == "global":
+            present = [active]
+            keep.append(active)
+        else:
+            if prunes[-1]:
+                present = distributions.counts(
+                    shapes, sparsity, method.distribution, caps=present
+                )
+            keep.append(present)
+    dtype = np.uint32 if total < 2**32 else np.uint64
+    return _Plan(
+        initial=initial,
+        prunes=np.asarray(prunes, bool),
+        keep=np.asarray(keep, dtype),
+        fraction=np.asarray(
+            [schedules.fixed_point(method.fraction(t)) for t in method.updates.steps()],
+            np.uint32,
+        ),
+    )
+
+
+def _update_masks(
+    method: Method,
+    plan: _Plan,
+    masks: list[Array],
+    params: list[Array],
+    grads: list[Array] | None,
+    accumulators: list[Array] | None,
+    *,
+    count: Array,
+    key: Array,
+) -> list[Array]:
+    """One mask update: prune to the schedule, then exchange."""
+    index = method.updates.index(count)
+
+    def rank(score: Score, masks_: Sequence[Array]) -> list[Array]:
+        return [
+            score(
+                ScoreInputs(
+                    param=p,
+                    grad=None if grads is None else grads[i],
+                    mask=m,
+                    accumulator=None if accumulators is None else accumulators[i],
+                    key=jax.random.fold_in(key, i),
+                )
+            )
+            for i, (p, m) in enumerate(zip(params, masks_, strict=True))
+        ]
+
+    def prune(present: list[Array]) -> list[Array]:
+        keep = jnp.asarray(plan.keep)[index]
+        return updates.prune(
+            present, rank(method.prune, present), keep, scope=method.scope
+        )
+
+    if plan.prunes.any():
+        masks = _if(jnp.asarray(plan.prunes)[index], prune, masks)
+    if method.grow is None:
+        return masks
+    grow_scores = rank(method.grow, masks)
+    return updates.prune_and_regrow(
+        masks,
+        rank(method.drop, masks),
+        grow_scores,
+        jnp.asarray(plan.fraction)[index],
+        layer_weights=(
+            updates.mean_score(masks, grow_scores) if method.redistribute else None
+        ),
+    )
+
+
+def _if(predicate: Array, change: Callable[[PyTree], PyTree], value: PyTree) -> PyTree:
+    """change(value) where `predicate`, else value: a loop of one trip or none.
+
+    A loop passes its value through in place, as `lax.cond` does too; but under `vmap`
+    a cond becomes a select that runs both branches in every step, where the body of a
+    loop runs only when some lane wants it.
+    """
+    if not isinstance(predicate, jax.core.Tracer):
+        # Outside jit: known, and a loop would be compiled anew in every step.
+        return change(value) if predicate else value
+
+    def body(carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+        wanted, value = carry
+        return jnp.zeros_like(wanted), change(value)
+
+    return lax.while_loop(lambda carry: carry[0], body, (predicate, value))[1]
+
+
+def _can_mask_inputs(
+    method: Method, step_inner: Any, grads: PyTree, state: SparseState, params: PyTree
+) -> bool:
+    """Whether the inner step may be masked at its inputs, see `elementwise`."""
+    if not isinstance(state.count, jax.core.Tracer):
+        return False  # Outside jit nothing is fused, and nothing gained.
+    if method.updates.first == 1 and method.updates.steps():
+        # Parameters that nobody masked before the first step may be non-zero at
+        # inactive weights; those that enter in this step must still start at zero.
+        return False
+    masked_params = masking.flags(params, state.masks)
+    masked_state = masked_moments(state.inner_state, state.masks)
+    return is_elementwise(
+        step_inner,
+        (grads, state.inner_state, params),
+        masked_in=[*masked_params, *masked_state, *masked_params],
+        masked_out=[*masked_params, *masked_state],
+    )
+
+
+def _masked(mask: Array, x: Array) -> Array:
+    return jnp.where(mask, x, jnp.zeros_like(x))
+
+
+def _stepped(params: PyTree, inner_updates: PyTree, masks: PyTree) -> list[Array]:
+    """Maskable weights after the inner optimizer's step, zero where pruned."""
+    return [
+        _masked(m, (p + u).astype(p.dtype))
+        for m, p, u in zip(
+            jax.tree.leaves(masks),
+            masking.maskable_leaves(params, masks),
+            masking.maskable_leaves(inner_updates, masks),
+            strict=True,
+        )
+    ]
+
+
+def _emit(keep: Array, inner_update: Array, param: Array) -> Array:
+    # In the wider of both dtypes: -p must be exact for p + (-p) to be zero, and the
+    # inner update must reach active weights unrounded.
+    dtype = jnp.promote_types(inner_update.dtype, param.dtype)
+    return jnp.where(keep, inner_update.astype(dtype), -param.astype(dtype))
+
+
+def _accumulate(
+    decay: float, accumulator: PyTree, grads: PyTree, masks: PyTree
+) -> PyTree:
+    leaves, treedef = jax.tree.flatten(accumulator)
+    dense = masking.maskable_leaves(grads, masks)
+    return treedef.unflatten(
+        [
+            decay * a + (1.0 - decay) * g.astype(a.dtype)
+            for a, g in zip(leaves, dense, strict=True)
+        ]
+    )
+
+
+def _accumulator_dtype(param: Any) -> jnp.dtype:
+    return jnp.promote_types(param.dtype, jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(
+    shapes: tuple[tuple[int, ...], ...], counts: tuple[int, ...], seed: int
+) -> list[Array]:
+    key = _key(seed, 0)
+    scores = [
+        random_score(
+            ScoreInputs(
+                param=jax.ShapeDtypeStruct(shape, jnp.float32),  # pyright: ignore
+                grad=None,
+                mask=None,  # pyright: ignore
+                accumulator=None,
+                key=jax.random.fold_in(key, i),
+            )
+        )
+        for i, shape in enumerate(shapes)
+    ]
+    return top_k(scores, jnp.asarray(counts, jnp.uint32))
+
+
+def _random_masks(
+    shapes: tuple[tuple[int, ...], ...], counts: Sequence[int], seed: int
+) -> list[Array]:
+    if all(n == math.prod(s) for n, s in zip(counts, shapes, strict=True)):
+        return [jnp.ones(shape, bool) for shape in shapes]
+    return _draw(shapes, tuple(counts), seed)
+
+
+def _placed_like(mask: Array, param: Any) -> Array:
+    """The mask in the sharding of its parameter."""
+    return mask | jnp.zeros_like(param, bool)
+
+
+def _only_masks(tree: PyTree, masks: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda mask, x: mask if masking.is_masked_node(mask) else x,
+        masks,
+        tree,
+        is_leaf=masking.is_masked_node,
+    )
+
+
+def _key(seed: int, count: Array | int) -> Array:
+    return jax.random.fold_in(jax.random.key(seed), count)
+
+
+def _is_sparse(x: Any) -> bool:
+    return isinstance(x, SparseState)

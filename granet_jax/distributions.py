@@ -1,0 +1,147 @@
+"""How a density is split over the leaves: uniform, ER, ERK; exact integer counts.
+
+Plain Python on shapes, in float64: nothing here is traced.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+Shape = tuple[int, ...]
+# Densities per leaf from shapes and an overall sparsity.
+Distribution = str | Callable[[Sequence[Shape], float], Sequence[float]]
+DISTRIBUTIONS: tuple[str, ...] = ("uniform", "er", "erk")
+
+
+def total_count(size: int, sparsity: float) -> int:
+    """Number of active weights among `size` at `sparsity`, rounded half up."""
+    return math.floor((1.0 - sparsity) * size + 0.5)
+
+
+def densities(
+    shapes: Sequence[Shape], sparsity: float, distribution: Distribution = "erk"
+) -> list[float]:
+    """Density of every leaf, so that the whole has density 1 - `sparsity`.
+
+    - "uniform": the same density in every leaf.
+    - "er": proportional to (n_in + n_out) / (n_in n_out), the last two dimensions of
+      the shape (Mocanu et al. 2018).
+    - "erk": proportional to sum(shape) / prod(shape), kernel dimensions included
+      (Evci et al. 2020).
+
+    Where the proportional rule asks for more than 1, the leaves with the largest
+    excess become dense and the others share what is left; repeated until none exceeds
+    1 (the epsilon loop of the RigL code).
+
+    Args:
+      shapes: shapes of the maskable leaves.
+      sparsity: overall sparsity in [0, 1].
+      distribution: "uniform", "er", "erk", or a function of (shapes, sparsity) that
+        returns the densities.
+
+    Returns:
+      One density in [0, 1] per leaf.
+
+    Raises:
+      ValueError: unknown distribution, or a function that returned densities that are
+        not one number in [0, 1] per leaf.
+    """
+    check_distribution(distribution)
+    if callable(distribution):
+        given = [float(d) for d in distribution(shapes, sparsity)]
+        if len(given) != len(shapes) or not all(0.0 <= d <= 1.0 for d in given):
+            raise ValueError(
+                "distribution must return one density in [0, 1] for each of the "
+                f"{len(shapes)} leaves, got {given}."
+            )
+        return given
+    if distribution == "uniform":
+        return [1.0 - sparsity] * len(shapes)
+    raw = [_erdos_renyi(shape, kernel=distribution == "erk") for shape in shapes]
+    return _scale_to_density(raw, [math.prod(s) for s in shapes], 1.0 - sparsity)
+
+
+def counts(
+    shapes: Sequence[Shape],
+    sparsity: float,
+    distribution: Distribution = "erk",
+    caps: Sequence[int] | None = None,
+) -> list[int]:
+    """Number of active weights in every leaf; they sum to the total exactly.
+
+    The densities of `densities`, rounded by the largest-remainder rule (ties: the
+    first leaf) so that the sum is `total_count` of all weights. The reference draws
+    a Bernoulli mask instead, which hits the total only on average.
+
+    Args:
+      shapes: shapes of the maskable leaves.
+      sparsity: overall sparsity in [0, 1].
+      distribution: see `densities`.
+      caps: most weights that each leaf may keep (those active now, say); default the
+        leaf's size.
+
+    Returns:
+      One integer per leaf.
+
+    Raises:
+      ValueError: as `densities`; or the caps leave less room than the total.
+    """
+    sizes = [math.prod(s) for s in shapes]
+    limits = sizes if caps is None else [min(c, n) for c, n in zip(caps, sizes)]
+    total = total_count(sum(sizes), sparsity)
+    if sum(limits) < total:
+        raise ValueError(
+            f"sparsity {sparsity} asks for {total} active weights, but the leaves may "
+            f"hold {sum(limits)} at most."
+        )
+    ideal = [
+        d * n for d, n in zip(densities(shapes, sparsity, distribution), sizes)
+    ]
+    kept = [min(math.floor(x), limit) for x, limit in zip(ideal, limits)]
+    # A stable sort: among equal remainders the first leaf is served first.
+    by_remainder = sorted(range(len(sizes)), key=lambda i: kept[i] - ideal[i])
+    missing = total - sum(kept)
+    while missing > 0:
+        for i in by_remainder:
+            if missing > 0 and kept[i] < limits[i]:
+                kept[i] += 1
+                missing -= 1
+    # A user's densities may ask for more than the total.
+    while missing < 0:
+        for i in reversed(by_remainder):
+            if missing < 0 and kept[i] > 0:
+                kept[i] -= 1
+                missing += 1
+    return kept
+
+
+def check_distribution(distribution: Distribution) -> None:
+    """Raises ValueError unless `distribution` is a known name or a function."""
+    if not callable(distribution) and distribution not in DISTRIBUTIONS:
+        raise ValueError(
+            f"distribution must be one of {', '.join(map(repr, DISTRIBUTIONS))} or a "
+            f"function of (shapes, sparsity), got {distribution!r}."
+        )
+
+
+def _erdos_renyi(shape: Shape, *, kernel: bool) -> float:
+    dims = shape if kernel else shape[-2:]
+    if math.prod(shape) == 0 or not dims:
+        return 1.0  # An empty or a scalar leaf: any value does.
+    return sum(dims) / math.prod(dims)
+
+
+def _scale_to_density(
+    raw: Sequence[float], sizes: Sequence[int], density: float
+) -> list[float]:
+    """The epsilon loop: densities min(1, epsilon * raw) with the exact overall mean."""
+    dense = [False] * len(raw)
+    while True:
+        wanted = density * sum(sizes) - sum(n for n, d in zip(sizes, dense) if d)
+        room = sum(p * n for p, n, d in zip(raw, sizes, dense) if not d)
+        if room <= 0:
+            return [1.0 if d else density for d in dense]
+        epsilon = max(wanted, 0.0) / room
+        largest = max(p for p, d in zip(raw, dense) if not d)
+        if epsilon * largest <= 1.0:
+            return [1.0 if d else epsilon * p for p, d in zip(raw, dense)]
+        dense = [d or p == largest for p, d in zip(raw, dense)]

@@ -1,0 +1,301 @@
+"""Masks as pytrees: which leaves carry one, applying, packing, counting.
+
+A tree of masks has the structure of the parameters, with a boolean array (True =
+active) at every maskable leaf and `optax.MaskedNode()` at every dense leaf.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+PyTree = Any
+# Which leaves carry a mask: a rule, or a tree of bools of the structure of params.
+Where = Callable[[str, Any], bool] | PyTree | None
+
+
+class Sparsity(NamedTuple):
+    """How sparse a tree of masks is: numbers on the host.
+
+    Attributes:
+      overall: share of maskable weights that are pruned (0 if there are none).
+      leaves: the same for every maskable leaf, by its name ("dense/kernel").
+      active: number of active weights.
+      total: number of maskable weights.
+    """
+
+    overall: float
+    leaves: dict[str, float]
+    active: int
+    total: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedMask:
+    """A mask at 1 bit a weight, in row-major order, the last byte padded with zeros.
+
+    Attributes:
+      bits: uint8, of shape (ceil(size / 8),).
+      shape: the mask's shape (static).
+    """
+
+    bits: Array
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+def is_masked_node(x: Any) -> bool:
+    """Whether `x` stands for a leaf that carries no mask."""
+    return isinstance(x, optax.MaskedNode)
+
+
+def _is_absent(x: Any) -> bool:
+    return x is None or is_masked_node(x)
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Name of a leaf: its keys joined by slashes, "dense/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def default_where(name: str, leaf: Any) -> bool:
+    """Every floating leaf with two or more dimensions: not biases, not norms."""
+    del name
+    return leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def maskable(params: PyTree, where: Where = None) -> PyTree:
+    """Tree of bools: which leaves of `params` carry a mask.
+
+    Args:
+      params: pytree of arrays or `jax.ShapeDtypeStruct`s.
+      where: None for every floating leaf with ndim >= 2; or a function of (name,
+        leaf), the name as in `leaf_name`; or a pytree of bools of the structure of
+        `params`.
+
+    Returns:
+      Pytree of Python bools of the structure of `params`.
+
+    Raises:
+      ValueError: no leaves, none selected, or `where` of another structure.
+      TypeError: a leaf selected that is not floating.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    if not leaves:
+        raise ValueError(f"params has no leaves, got {params!r}: nothing to make sparse.")
+    if where is None or callable(where):
+        rule = default_where if where is None else where
+        chosen = [bool(rule(leaf_name(path), leaf)) for path, leaf in leaves]
+    else:
+        if jax.tree.structure(where) != treedef:
+            raise ValueError(
+                "where must be None, a function of (name, leaf), or a pytree of bools "
+                f"of the structure of params; got structure "
+                f"{jax.tree.structure(where)} for params of {treedef}."
+            )
+        chosen = [bool(x) for x in jax.tree.leaves(where)]
+    for (path, leaf), selected in zip(leaves, chosen, strict=True):
+        if selected and not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"where selects {leaf_name(path)!r} of dtype {leaf.dtype}: only "
+                "floating leaves can carry a mask; exclude it in `where`."
+            )
+    if not any(chosen):
+        found = ", ".join(
+            f"{leaf_name(path)!r} {leaf.dtype}{list(leaf.shape)}"
+            for path, leaf in leaves[:8]
+        )
+        raise ValueError(
+            "no maskable leaf: "
+            + (
+                "the default takes floating leaves with ndim >= 2"
+                if where is None
+                else "`where` selects none"
+            )
+            + f", and params has {found}{', ...' if len(leaves) > 8 else ''}. "
+            "Pass `where=` to choose leaves."
+        )
+    return jax.tree.unflatten(treedef, chosen)
+
+
+def map_masked(f: Callable[..., Any], masks: PyTree, tree: PyTree, *rest: PyTree) -> Any:
+    """f(mask, x, *others) at maskable leaves; the leaf of `tree` as it is elsewhere."""
+    return jax.tree.map(
+        lambda mask, x, *others: x if is_masked_node(mask) else f(mask, x, *others),
+        masks,
+        tree,
+        *rest,
+        is_leaf=is_masked_node,
+    )
+
+
+def maskable_leaves(tree: PyTree, masks: PyTree) -> list[Any]:
+    """The leaves of `tree` that carry a mask, in the order of `jax.tree.leaves(masks)`."""
+    chosen = jax.tree.map(
+        lambda mask, x: mask if is_masked_node(mask) else x,
+        masks,
+        tree,
+        is_leaf=is_masked_node,
+    )
+    return jax.tree.leaves(chosen)
+
+
+def flags(tree: PyTree, masks: PyTree) -> list[bool]:
+    """For every leaf of `tree`, whether it carries a mask."""
+    marked = jax.tree.map(
+        lambda mask, x: (
+            jax.tree.map(lambda _: False, x) if is_masked_node(mask) else True
+        ),
+        masks,
+        tree,
+        is_leaf=is_masked_node,
+    )
+    return jax.tree.leaves(marked)
+
+
+def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
+    """Parameters with every pruned weight exactly zero.
+
+    Args:
+      params: pytree of arrays.
+      masks: pytree of masks of the same structure (`optax.MaskedNode()` or None at
+        leaves to leave alone).
+
+    Returns:
+      Pytree of the structure, shapes and dtypes of `params`.
+
+    Raises:
+      ValueError: masks of another structure or shape.
+    """
+    return map_masked(
+        lambda mask, x: jnp.where(mask, x, jnp.zeros_like(x)),
+        check_masks(masks, params),
+        params,
+    )
+
+
+def check_masks(masks: PyTree, params: PyTree) -> PyTree:
+    """Given masks as boolean arrays with `MaskedNode` at dense leaves, checked.
+
+    Args:
+      masks: pytree of boolean (or 0/1) arrays; None or `optax.MaskedNode()` at dense
+        leaves.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      Pytree of boolean arrays and `optax.MaskedNode()`.
+
+    Raises:
+      ValueError: another structure or shape, values other than 0 and 1, no mask.
+      TypeError: a mask that is neither boolean nor numeric, or at a leaf that is not
+        floating.
+    """
+    given, treedef = jax.tree_util.tree_flatten_with_path(masks, is_leaf=_is_absent)
+    try:
+        leaves = treedef.flatten_up_to(params)
+    except ValueError as error:
+        raise ValueError(
+            "masks must have the structure of params (None or optax.MaskedNode() at "
+            f"leaves without a mask): {error}"
+        ) from error
+    checked = [
+        _check_mask(leaf_name(path), mask, leaf)
+        for (path, mask), leaf in zip(given, leaves, strict=True)
+    ]
+    if all(is_masked_node(mask) for mask in checked):
+        raise ValueError(f"masks holds no mask, got {masks!r}.")
+    return treedef.unflatten(checked)
+
+
+def _check_mask(name: str, mask: Any, leaf: Any) -> Any:
+    if _is_absent(mask):
+        return optax.MaskedNode()
+    shape = getattr(leaf, "shape", None)
+    if jnp.shape(mask) != shape:
+        raise ValueError(
+            f"masks has shape {jnp.shape(mask)} at {name!r}, where params has {shape}."
+        )
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"masks has a mask at {name!r} of dtype {leaf.dtype}: only floating leaves "
+            "can carry one; put None there."
+        )
+    mask = mask if hasattr(mask, "dtype") else np.asarray(mask)
+    if mask.dtype == jnp.bool_:
+        return jnp.asarray(mask)
+    if not jnp.issubdtype(mask.dtype, jnp.number):
+        raise TypeError(f"masks has dtype {mask.dtype} at {name!r}; it must be boolean.")
+    if isinstance(mask, jax.core.Tracer):
+        raise TypeError(
+            f"masks has dtype {mask.dtype} at {name!r} inside a traced function, where "
+            "its values cannot be checked: convert it to bool."
+        )
+    if not bool(jnp.all((mask == 0) | (mask == 1))):
+        raise ValueError(f"masks has values other than 0 and 1 at {name!r}.")
+    return jnp.asarray(mask) != 0
+
+
+def active_counts(masks: PyTree) -> list[Array]:
+    """Number of active weights of every maskable leaf: uint32 (uint64 if larger)."""
+    return [
+        jnp.sum(m, dtype=jnp.uint32 if m.size < 2**32 else jnp.uint64)
+        for m in jax.tree.leaves(masks)
+    ]
+
+
+def sparsity(masks: PyTree) -> Sparsity:
+    """How sparse masks are, overall and per leaf (see `Sparsity`).
+
+    Args:
+      masks: pytree of masks, from `get_masks` or `init_masks`. Must be concrete: the
+        numbers are exact Python ones.
+    """
+    leaves = [
+        (leaf_name(path), mask)
+        for path, mask in jax.tree_util.tree_leaves_with_path(masks)
+    ]
+    sizes = {name: math.prod(mask.shape) for name, mask in leaves}
+    active = dict(
+        zip(sizes, map(int, jax.device_get(active_counts(masks))), strict=True)
+    )
+    total = sum(sizes.values())
+    return Sparsity(
+        overall=1.0 - sum(active.values()) / total if total else 0.0,
+        leaves={
+            name: 1.0 - active[name] / size if size else 0.0
+            for name, size in sizes.items()
+        },
+        active=sum(active.values()),
+        total=total,
+    )
+
+
+def pack_masks(masks: PyTree) -> PyTree:
+    """Masks at 1 bit a weight, for storage and transport.
+
+    Args:
+      masks: pytree of masks.
+
+    Returns:
+      The same tree with a `PackedMask` for every mask; `unpack_masks` gives the masks
+      back exactly.
+    """
+    return jax.tree.map(
+        lambda m: PackedMask(jnp.packbits(m.reshape(-1)), tuple(m.shape)), masks
+    )
+
+
+def unpack_masks(packed: PyTree) -> PyTree:
+    """The masks that `pack_masks` packed."""
+
+    def unpack(x: PackedMask) -> Array:
+        size = math.prod(x.shape)
+        return jnp.unpackbits(x.bits, count=size).reshape(x.shape).astype(bool)
+
+    return jax.tree.map(unpack, packed, is_leaf=lambda x: isinstance(x, PackedMask))

@@ -1,0 +1,88 @@
+"""Zeroing the optimizer's moments at pruned weights, for any optimizer.
+
+A leaf of the optimizer's state belongs to a parameter when the tail of its key path is
+the parameter's key path (the longest tail first) and the shapes are equal. That holds
+in every optax optimizer tried, also inside `masked`, `multi_transform`,
+`inject_hyperparams` and `nnx.Optimizer`. Factored statistics (adafactor's rows and
+columns, sm3's axes) have other shapes, are shared by many weights, and stay as they
+are.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from granet_jax.masking import is_masked_node
+
+PyTree = Any
+
+
+def zero_moments(inner_state: PyTree, keep: PyTree) -> PyTree:
+    """Sets parameter-shaped leaves of an optimizer's state to zero outside `keep`.
+
+    Args:
+      inner_state: the state of any optax optimizer.
+      keep: pytree of booleans of the structure of the parameters,
+        `optax.MaskedNode()` at dense leaves.
+
+    Returns:
+      The state, with structure, shapes and dtypes as they were.
+    """
+    def zero(x: Any, mask: Any) -> Any:
+        return x if is_masked_node(mask) else jnp.where(mask, x, jnp.zeros_like(x))
+
+    return _map_matched(zero, inner_state, keep)
+
+
+def masked_moments(inner_state: PyTree, masks: PyTree) -> list[bool]:
+    """For every leaf of an optimizer's state, whether `zero_moments` would mask it."""
+    matched = _map_matched(lambda _, m: not is_masked_node(m), inner_state, masks)
+    return jax.tree.leaves(matched)
+
+
+def _map_matched(
+    f: Callable[[Any, Any], Any], inner_state: PyTree, masks: PyTree
+) -> PyTree:
+    """f(leaf, mask) over an optimizer's state; `MaskedNode` where no mask belongs."""
+    leaves = jax.tree_util.tree_leaves_with_path(masks, is_leaf=is_masked_node)
+    by_path = {_names(path): mask for path, mask in leaves}
+
+    def at(path: tuple[Any, ...], x: Any) -> Any:
+        names = _names(path)
+        for start in range(len(names) + 1):
+            mask = by_path.get(names[start:])
+            if mask is None:
+                continue
+            if is_masked_node(mask) or jnp.shape(x) != mask.shape:
+                break
+            return f(x, mask)
+        return f(x, optax.MaskedNode())
+
+    return jax.tree_util.tree_map_with_path(at, inner_state)
+
+
+def refuse_flattened(inner_state: PyTree, params: PyTree) -> None:
+    """Raises ValueError for `optax.flatten`, whose moments cannot be told apart.
+
+    Its moments are one vector over all parameters: none of them has a parameter's
+    path and shape.
+    """
+    leaves = jax.tree.leaves(params)
+    size = sum(math.prod(x.shape) for x in leaves)
+    vector = any(jnp.shape(x) == (size,) for x in jax.tree.leaves(inner_state))
+    if vector and not any(x.shape == (size,) for x in leaves):
+        raise ValueError(
+            "inner keeps its state as one flat vector over all parameters "
+            f"(shape ({size},)), as optax.flatten does: the moments of pruned weights "
+            "cannot be addressed. Use the optimizer without optax.flatten."
+        )
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    # By name, whatever container holds it: a restored checkpoint may be a dict where
+    # the optimizer had a NamedTuple.
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
