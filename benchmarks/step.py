@@ -1,18 +1,25 @@
 """The optimizer step between mask updates, sparse beside dense, on ResNet-50's tree.
 
-    python -m benchmarks.step            # 25.5 M weights, about two minutes
+    python -m benchmarks.step            # 25.5 M parameters, about three minutes
     python -m benchmarks.step --quick    # small tree: checks the results only
 
-Each step is jitted over the whole tree with donated buffers; no forward or backward
-pass, so the ratio is the worst case. Also printed: compile time, memory that the state
-adds, and XLA's temporary memory. Timings are printed and never asserted; that active
-weights are updated as in the dense step, and pruned ones are zero, is.
+Each step is jitted over the whole tree with donated buffers. There is no forward pass
+and next to no backward pass, so the ratio is the worst case. Gradients come in two
+ways: "inside", made in the same program, as in most training loops, by a matrix product
+over a batch of four; and "argument", handed to a program that has only the optimizer
+(an argument belongs to the caller, so a program that may change it copies it first).
+
+Also printed: compile time, memory that the state adds, and XLA's temporary memory.
+Timings are printed and never asserted; that active weights are updated as in the dense
+step, and pruned ones are zero, is.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +40,31 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 # Masks change at step 1,000 for the first time: every timed step is one between.
 INTERVAL = 1000
 STEPS_BEFORE_UPDATE = INTERVAL - 1
+BATCH = 4
 
 
 class Run:
     """Parameters and optimizer state under one jitted step that donates both."""
 
-    def __init__(self, tx: optax.GradientTransformation, shapes: resnet50.Shapes):
-        """Initialises from fixed seeds and compiles the step, timing it."""
+    def __init__(
+        self,
+        tx: optax.GradientTransformation,
+        shapes: resnet50.Shapes,
+        gradients: str,
+    ):
+        """Initialises from fixed seeds and compiles the step, timing it.
+
+        Args:
+          tx: the optimizer.
+          shapes: tree of shapes of the parameters.
+          gradients: where they come from, "inside" or "argument".
+        """
         params = jax.tree.map(jnp.asarray, resnet50.draw(shapes, seed=0))
-        self.grads = jax.tree.map(
-            jnp.asarray, resnet50.draw(shapes, seed=1, scale=1e-3)
-        )
+        factors = _gradient_factors(params)
+        make_grads = partial(_gradients, jax.eval_shape(lambda: params))
+        self.grads = jax.jit(make_grads)(factors)
+        self._given = factors if gradients == "inside" else self.grads
+        self._tx = tx
         self.opt_state = tx.init(params)
         if _is_sparse(self.opt_state):
             masks = granet_jax.get_masks(self.opt_state)
@@ -51,15 +72,15 @@ class Run:
         self.params = params
         self.steps = 0
 
-        self._tx = tx
-
-        def step(params: PyTree, opt_state: PyTree, grads: PyTree) -> PyTree:
+        def step(params: PyTree, opt_state: PyTree, given: PyTree) -> PyTree:
+            grads = make_grads(given) if gradients == "inside" else given
             updates, opt_state = tx.update(grads, opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
-        lowered = jax.jit(step, donate_argnums=(0, 1)).lower
         start = time.perf_counter()
-        self._step = lowered(self.params, self.opt_state, self.grads).compile()
+        jitted = jax.jit(step, donate_argnums=(0, 1))
+        lowered = jitted.lower(self.params, self.opt_state, self._given)
+        self._step = lowered.compile()
         self.compile_seconds = time.perf_counter() - start
 
     def __call__(self) -> PyTree:
@@ -67,7 +88,7 @@ class Run:
         self.steps += 1
         assert self.steps <= STEPS_BEFORE_UPDATE, "masks would change: fewer rounds"
         self.params, self.opt_state = self._step(
-            self.params, self.opt_state, self.grads
+            self.params, self.opt_state, self._given
         )
         return self.params
 
@@ -85,6 +106,32 @@ class Run:
         analysis = self._step.memory_analysis()
         assert analysis is not None, "this backend reports no memory"
         return analysis.temp_size_in_bytes
+
+
+def _gradient_factors(params: PyTree) -> PyTree:
+    """Activations and errors of a batch of `BATCH`, for every kernel."""
+    rng = np.random.default_rng(1)
+
+    def factors(p: jax.Array) -> tuple[jax.Array, ...]:
+        if p.ndim < 2:
+            return (jnp.asarray(rng.standard_normal(p.shape, np.float32)),)
+        rows, columns = p.size // p.shape[-1], p.shape[-1]
+        shapes = ((BATCH, rows), (BATCH, columns))
+        return tuple(jnp.asarray(rng.standard_normal(s, np.float32)) for s in shapes)
+
+    return jax.tree.map(factors, params)
+
+
+def _gradients(like: PyTree, factors: PyTree) -> PyTree:
+    """Of a kernel the product of both factors, as a dense layer's backward pass."""
+
+    def gradient(p: jax.ShapeDtypeStruct, pair: tuple[jax.Array, ...]) -> jax.Array:
+        if len(pair) == 1:
+            return pair[0]
+        activations, errors = pair
+        return (activations.T @ errors).reshape(p.shape)
+
+    return jax.tree.map(gradient, like, factors)
 
 
 def sparse(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -144,15 +191,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     shapes = resnet50.small_shapes() if options.quick else resnet50.shapes()
     results = {}
-    for name, make in OPTIMIZERS.items():
-        runs = {"dense": Run(make(), shapes), "sparse": Run(sparse(make()), shapes)}
+    for (name, make), gradients in product(OPTIMIZERS.items(), ("inside", "argument")):
+        runs = {
+            "dense": Run(make(), shapes, gradients),
+            "sparse": Run(sparse(make()), shapes, gradients),
+        }
+        label = f"{name}, gradients {gradients}"
         check(runs["dense"], runs["sparse"])
-        print(f"{name}, {resnet50.size(shapes):,} parameters: the steps agree")
+        print(f"{label}: {resnet50.size(shapes):,} parameters, the steps agree")
         if not options.quick:
             seconds = timing.interleaved(
                 runs, rounds=options.rounds, repeats=options.repeats
             )
-            results[name] = _summary(seconds, runs)
+            results[label] = _summary(seconds, runs)
     if results:
         _report(results, options.json)
 

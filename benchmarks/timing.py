@@ -38,6 +38,7 @@ def interleaved(
     for i in range(rounds):
         turn = i % len(names)
         for name in names[turn:] + names[:turn]:
+            result = None
             start = time.perf_counter()
             for _ in range(repeats):
                 result = contenders[name]()

@@ -406,8 +406,8 @@ def _update_masks(
     """One mask update: prune to the schedule, then exchange."""
     index = method.updates.index(count)
 
-    def rank(score: Score, masks_: Sequence[Array]) -> list[Array]:
-        return [
+    def rank(score: Score) -> Callable[[list[Array]], list[Array]]:
+        return lambda present: [
             score(
                 ScoreInputs(
                     param=p,
@@ -417,29 +417,30 @@ def _update_masks(
                     key=jax.random.fold_in(key, i),
                 )
             )
-            for i, (p, m) in enumerate(zip(params, masks_, strict=True))
+            for i, (p, m) in enumerate(zip(params, present, strict=True))
         ]
 
-    def prune(present: list[Array]) -> list[Array]:
+    ranks = {s: rank(s) for s in (method.prune, method.drop, method.grow) if s}
+    prunes = bool(plan.prunes.any())
+    phases = []
+    if prunes:
         keep = jnp.asarray(plan.keep)[index]
-        return updates.prune(
-            present, rank(method.prune, present), keep, scope=method.scope
+        phases.append(updates.prune_phase(ranks[method.prune], keep, scope=method.scope))
+    if method.grow is not None:
+        weights = None
+        if method.redistribute:
+            weights = updates.mean_score(masks, ranks[method.grow](masks))
+        phases += updates.exchange_phases(
+            ranks[method.drop],
+            ranks[method.grow],
+            jnp.asarray(plan.fraction)[index],
+            layer_weights=weights,
         )
-
-    if plan.prunes.any():
-        masks = _if(jnp.asarray(plan.prunes)[index], prune, masks)
-    if method.grow is None:
+    if not phases:
         return masks
-    grow_scores = rank(method.grow, masks)
-    return updates.prune_and_regrow(
-        masks,
-        rank(method.drop, masks),
-        grow_scores,
-        jnp.asarray(plan.fraction)[index],
-        layer_weights=(
-            updates.mean_score(masks, grow_scores) if method.redistribute else None
-        ),
-    )
+    # Between updates that prune to the same number, only the exchange is left.
+    first = 1 - jnp.asarray(plan.prunes)[index] if prunes and len(phases) > 1 else 0
+    return updates.run_phases(masks, phases, first=first)
 
 
 def _if(predicate: Array, change: Callable[[PyTree], PyTree], value: PyTree) -> PyTree:

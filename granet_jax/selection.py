@@ -8,9 +8,10 @@ the leaves. Nothing is sorted, concatenated, gathered or reshaped: under any sha
 pass is a local reduction and an all-reduce of one small vector of integers.
 """
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ Scope = Literal["layer", "global"]
 SCOPES: tuple[str, ...] = ("layer", "global")
 
 
+@functools.partial(jax.jit, static_argnames="scope")
 def top_k(
     scores: Sequence[Array],
     k: Array | int | Sequence[int] | np.ndarray,
@@ -36,7 +38,8 @@ def top_k(
 
     Args:
       scores: arrays of any shape, all floating (they are compared exactly, in the
-        widest of their dtypes) or all of one signed integer dtype.
+        widest of their dtypes) or all of one signed integer dtype (the two lowest and
+        the highest value of which count as their neighbours).
       k: how many to select: with scope "layer" one integer per leaf (or one for all),
         with scope "global" a single integer. May be traced. Where fewer candidates
         than k exist, all of them are selected.
@@ -55,80 +58,211 @@ def top_k(
     check_scope(scope)
     if not scores:
         return []
-    keys = _keys(scores, among)
-    leaves = len(keys)
-    groups = 1 if scope == "global" else leaves
-    total = sum(x.size for x in keys)
-    largest = total if scope == "global" else max(x.size for x in keys)
-    counter = _counter_dtype(largest)
-    key_info = jnp.iinfo(keys[0].dtype)
+    keys = sort_keys(scores, among)
+    counter = counter_dtype([x.size for x in keys], scope)
+    wanted = jnp.broadcast_to(jnp.asarray(k).astype(counter), (len(keys),))
+    selected, _ = largest_keys(
+        keys, lambda _: wanted, across=scope == "global", counter=counter
+    )
+    return selected
 
-    def count_at_least(threshold: Array) -> Array:
-        per_leaf = jnp.broadcast_to(threshold, (leaves,))
-        return jnp.stack(
-            [jnp.sum(x >= per_leaf[i], dtype=counter) for i, x in enumerate(keys)]
+
+def sort_keys(
+    scores: Sequence[Array],
+    among: Sequence[Array] | None = None,
+    *,
+    width: int = 2,
+) -> list[Array]:
+    """Signed integers that order as the scores do; the lowest two are reserved.
+
+    The lowest is for entries that are no candidates, the next for NaN. The keys have
+    the width in bytes of the scores, or `width` where that is more. See `top_k` for
+    the arguments and the errors.
+    """
+    scores = [jnp.asarray(x) for x in scores]
+    floating = all(jnp.issubdtype(x.dtype, jnp.floating) for x in scores)
+    integer = len({x.dtype for x in scores}) == 1 and jnp.issubdtype(
+        scores[0].dtype, jnp.signedinteger
+    )
+    if not (floating or integer):
+        raise TypeError(
+            "scores must all be floating, or all of one signed integer dtype; got "
+            f"{sorted({str(x.dtype) for x in scores})}."
         )
+    if floating:
+        common = jnp.result_type(*[x.dtype for x in scores])
+        if width > common.itemsize:
+            common = jnp.promote_types(common, f"float{8 * width}")
+        keys = [_float_key(x.astype(common)) for x in scores]
+    else:
+        common = jnp.promote_types(scores[0].dtype, f"int{8 * width}")
+        ends = jnp.iinfo(common)
+        keys = [jnp.clip(x.astype(common), ends.min + 2, ends.max - 1) for x in scores]
+    if among is None:
+        return keys
+    lowest = jnp.asarray(jnp.iinfo(keys[0].dtype).min, keys[0].dtype)
+    return [
+        jnp.where(candidate, key, lowest)
+        for key, candidate in zip(keys, among, strict=True)
+    ]
+
+
+def largest_keys(
+    keys: Sequence[Array],
+    number: Callable[[Array], Array],
+    *,
+    across: Array | bool,
+    counter: jnp.dtype,
+) -> tuple[list[Array], Array]:
+    """`top_k` on keys: the lockstep bisection, first over keys, then over positions.
+
+    A row is a leaf; where `across` holds, all rows share one threshold. The count of
+    candidates, the bisection over keys and the one over positions are one loop with
+    one counting expression: entries above `key`, and of those equal to it the ones
+    before `position`. (One expression, because compiling the count of every leaf is
+    what the compile time of an update is made of.)
+
+    Args:
+      keys: from `sort_keys`.
+      number: from the number of candidates per leaf to how many to select per leaf
+        (where `across`, of all leaves, the same in every row). May be called more
+        than once.
+      across: whether to rank across leaves; may be traced.
+      counter: from `counter_dtype`.
+
+    Returns:
+      Boolean arrays, True where selected, and the number of candidates per leaf.
+    """
+    leaves = len(keys)
+    key_type = keys[0].dtype
+    lowest = jnp.asarray(jnp.iinfo(key_type).min, key_type)
+    sizes = jnp.asarray([x.size for x in keys], counter)
 
     def of_group(per_leaf: Array) -> Array:
-        if scope == "layer":
-            return per_leaf
-        return jnp.sum(per_leaf, keepdims=True, dtype=counter)
+        return jnp.where(across, jnp.sum(per_leaf, dtype=counter), per_leaf)
 
-    # Invariant: count(low) >= k >= count(high). The lowest key marks what is no
-    # candidate and is never counted.
-    low = jnp.full((groups,), key_info.min + 1, keys[0].dtype)
-    high = jnp.full((groups,), key_info.max, keys[0].dtype)
-    count_low = count_at_least(low)
-    count_high = jnp.zeros_like(count_low)
-    wanted = jnp.broadcast_to(jnp.asarray(k), (groups,))
-    wanted = jnp.minimum(wanted.astype(counter), of_group(count_low))
+    def chosen(key: Array, position: Array) -> list[Array]:
+        return [
+            (x > key[i]) | ((x == key[i]) & _before(x, position[i]))
+            for i, x in enumerate(keys)
+        ]
 
-    def unfinished(bracket: tuple[Array, ...]) -> Array:
-        low, high, count_low, count_high = bracket
-        exact = (of_group(count_low) == wanted) | (of_group(count_high) == wanted)
-        return jnp.any(~exact & (_width(low, high) > 1))
-
-    def halve(bracket: tuple[Array, ...]) -> tuple[Array, ...]:
-        low, high, count_low, count_high = bracket
-        middle = low + (_width(low, high) >> 1).astype(low.dtype)
-        count = count_at_least(middle)
-        enough = of_group(count) >= wanted
-        enough_leaf = jnp.broadcast_to(enough, (leaves,))
-        return (
-            jnp.where(enough, middle, low),
-            jnp.where(enough, high, middle),
-            jnp.where(enough_leaf, count, count_low),
-            jnp.where(enough_leaf, count_high, count),
-        )
-
-    low, high, count_low, count_high = lax.while_loop(
-        unfinished, halve, (low, high, count_low, count_high)
+    # Entries that are no candidates have the lowest key, and are never selected. The
+    # first pass counts the others; only then is known how many are wanted.
+    start = _Search(
+        started=jnp.zeros((), bool),
+        candidates=jnp.zeros_like(sizes),
+        wanted=jnp.zeros_like(sizes),
+        low=jnp.full((leaves,), lowest),
+        high=jnp.full((leaves,), jnp.iinfo(key_type).max, key_type),
+        count_low=sizes,
+        count_high=jnp.zeros_like(sizes),
+        first=jnp.zeros_like(sizes),
+        last=sizes,
+        count_first=jnp.zeros_like(sizes),
+        count_last=sizes,
     )
 
-    # Everything at or above `high` is selected; of what lies in [low, high), which are
-    # ties unless all or none of it is wanted, each leaf selects its quota.
-    between = count_low - count_high
-    if scope == "layer":
-        quota = wanted - count_high
-    else:
-        remaining = wanted[0] - of_group(count_high)[0]
-        before = jnp.cumsum(between, dtype=counter) - between
-        quota = jnp.minimum(
-            jnp.where(remaining > before, remaining - before, 0), between
+    def found_key(s: _Search) -> Array:
+        exact = of_group(s.count_low) == s.wanted
+        exact |= of_group(s.count_high) == s.wanted
+        return exact | (_width(s.low, s.high) <= 1)
+
+    def quota(s: _Search) -> Array:
+        """How many of its keys in [low, high) each leaf selects."""
+        ties = s.count_low - s.count_high
+        remaining = s.wanted - of_group(s.count_high)
+        before = jnp.where(across, jnp.cumsum(ties, dtype=counter) - ties, 0)
+        return jnp.minimum(jnp.where(remaining > before, remaining - before, 0), ties)
+
+    def unfinished(s: _Search) -> Array:
+        # All or none of the ties: no position to be found.
+        ties, share = s.count_low - s.count_high, quota(s)
+        found_position = (share == 0) | (share == ties)
+        found_position |= (s.count_first == share) | (s.count_last == share)
+        return ~(s.started & jnp.all(found_key(s) & found_position))
+
+    def count_candidates(s: _Search, count: Array) -> _Search:
+        wanted = jnp.minimum(number(count), of_group(count))
+        return s._replace(
+            started=jnp.ones((), bool),
+            candidates=count,
+            wanted=wanted,
+            low=s.low + 1,
+            count_low=count,
         )
-    low = jnp.broadcast_to(low, (leaves,))
-    high = jnp.broadcast_to(high, (leaves,))
-    ends = _first_ties(keys, low, high, between, quota)
-    return [
-        (x >= high[i]) | ((x >= low[i]) & (flat_index(x) < ends[i]))
-        for i, x in enumerate(keys)
-    ]
+
+    def halve(s: _Search) -> _Search:
+        in_keys = ~found_key(s) | ~s.started
+        # With the key of a group found, bisect positions among its ties.
+        middle = s.low + (_width(s.low, s.high) >> 1).astype(key_type)
+        place = s.first + ((s.last - s.first) >> 1)
+        key = jnp.where(in_keys, jnp.where(s.started, middle - 1, lowest), s.low)
+        count = jnp.stack(
+            [
+                jnp.sum(x, dtype=counter)
+                for x in chosen(key, jnp.where(in_keys, 0, place))
+            ]
+        )
+
+        def narrow(s: _Search, count: Array) -> _Search:
+            enough = of_group(count) >= s.wanted
+            raise_low, lower_high = in_keys & enough, in_keys & ~enough
+            count_ties = count - s.count_high
+            within = ~in_keys & (count_ties <= quota(s))
+            beyond = ~in_keys & ~within
+            return s._replace(
+                low=jnp.where(raise_low, middle, s.low),
+                high=jnp.where(lower_high, middle, s.high),
+                count_low=jnp.where(raise_low, count, s.count_low),
+                count_high=jnp.where(lower_high, count, s.count_high),
+                first=jnp.where(within, place, s.first),
+                last=jnp.where(beyond, place, s.last),
+                count_first=jnp.where(within, count_ties, s.count_first),
+                count_last=jnp.where(beyond, count_ties, s.count_last),
+            )
+
+        return lax.cond(s.started, narrow, count_candidates, s, count)
+
+    s = lax.while_loop(unfinished, halve, start)
+    share, ties = quota(s), s.count_low - s.count_high
+    # All keys from `low` on, or those from `high` on, or the ties before a position.
+    key = jnp.where(share == ties, s.low - 1, jnp.where(share == 0, s.high - 1, s.low))
+    place = jnp.where(s.count_last == share, s.last, s.first)
+    place = jnp.where((share == ties) | (share == 0), 0, place)
+    return chosen(key, place), s.candidates
+
+
+class _Search(NamedTuple):
+    """State of the bisection: whether it started, and vectors with a row per leaf.
+
+    count(key >= low) >= wanted >= count(key >= high); and, once low and high are one
+    apart or one of them is exact, at most the quota of ties lies before `first`, and
+    at least the quota before `last`.
+    """
+
+    started: Array
+    candidates: Array
+    wanted: Array
+    low: Array
+    high: Array
+    count_low: Array
+    count_high: Array
+    first: Array
+    last: Array
+    count_first: Array
+    count_last: Array
 
 
 def check_scope(scope: str) -> None:
     """Raises ValueError unless `scope` is "layer" or "global"."""
     if scope not in SCOPES:
         raise ValueError(f'scope must be "layer" or "global", got {scope!r}.')
+
+
+def _before(x: Array, position: Array) -> Array:
+    index = flat_index(x)
+    return index < position.astype(index.dtype)
 
 
 def flat_index(x: Array) -> Array:
@@ -154,81 +288,6 @@ def _iota_like(x: Array, dtype: jnp.dtype, axis: int) -> Array:
     )
 
 
-def _first_ties(
-    keys: Sequence[Array], low: Array, high: Array, between: Array, quota: Array
-) -> Array:
-    """Per leaf, the index below which exactly `quota` keys lie in [low, high).
-
-    A second bisection, over positions; it makes no pass where every leaf takes all or
-    none of its ties.
-    """
-    index_dtype = jnp.result_type(*[flat_index(x).dtype for x in keys])
-
-    def count_before(end: Array) -> Array:
-        return jnp.stack(
-            [
-                jnp.sum(
-                    (x >= low[i]) & (x < high[i]) & (flat_index(x) < end[i]),
-                    dtype=quota.dtype,
-                )
-                for i, x in enumerate(keys)
-            ]
-        )
-
-    def unfinished(bracket: tuple[Array, ...]) -> Array:
-        _, _, count_first, count_last = bracket
-        return jnp.any((count_first != quota) & (count_last != quota))
-
-    def halve(bracket: tuple[Array, ...]) -> tuple[Array, ...]:
-        first, last, count_first, count_last = bracket
-        middle = first + ((last - first) >> 1)
-        count = count_before(middle)
-        within = count <= quota
-        return (
-            jnp.where(within, middle, first),
-            jnp.where(within, last, middle),
-            jnp.where(within, count, count_first),
-            jnp.where(within, count_last, count),
-        )
-
-    first = jnp.zeros(len(keys), index_dtype)
-    last = jnp.asarray([x.size for x in keys], index_dtype)
-    first, last, _, count_last = lax.while_loop(
-        unfinished, halve, (first, last, jnp.zeros_like(quota), between)
-    )
-    return jnp.where(count_last == quota, last, first)
-
-
-def _keys(scores: Sequence[Array], among: Sequence[Array] | None) -> list[Array]:
-    """Signed integers that order as the scores do; the lowest two are reserved.
-
-    The lowest is for entries that are no candidates, the next for NaN.
-    """
-    scores = [jnp.asarray(x) for x in scores]
-    floating = all(jnp.issubdtype(x.dtype, jnp.floating) for x in scores)
-    integer = len({x.dtype for x in scores}) == 1 and jnp.issubdtype(
-        scores[0].dtype, jnp.signedinteger
-    )
-    if not (floating or integer):
-        raise TypeError(
-            "scores must all be floating, or all of one signed integer dtype; got "
-            f"{sorted({str(x.dtype) for x in scores})}."
-        )
-    if floating:
-        common = jnp.result_type(*[x.dtype for x in scores])
-        keys = [_float_key(x.astype(common)) for x in scores]
-    else:
-        reserved = jnp.asarray(jnp.iinfo(scores[0].dtype).min + 2, scores[0].dtype)
-        keys = [jnp.maximum(x, reserved) for x in scores]
-    if among is None:
-        return keys
-    lowest = jnp.asarray(jnp.iinfo(keys[0].dtype).min, keys[0].dtype)
-    return [
-        jnp.where(candidate, key, lowest)
-        for key, candidate in zip(keys, among, strict=True)
-    ]
-
-
 def _float_key(x: Array) -> Array:
     dtype = jnp.dtype(f"int{8 * x.dtype.itemsize}")
     lowest = jnp.asarray(jnp.iinfo(dtype).min, dtype)
@@ -243,7 +302,13 @@ def _width(low: Array, high: Array) -> Array:
     return (high - low).astype(jnp.dtype(f"uint{8 * low.dtype.itemsize}"))
 
 
-def _counter_dtype(largest: int) -> jnp.dtype:
+def counter_dtype(sizes: Sequence[int], scope: Scope) -> jnp.dtype:
+    """Unsigned integer type that can count what is ranked together.
+
+    Raises:
+      ValueError: that takes 64 bits, and they are not enabled.
+    """
+    largest = sum(sizes) if scope == "global" else max(sizes)
     if largest < 2**32:
         return jnp.dtype(jnp.uint32)
     if jax.dtypes.canonicalize_dtype(jnp.uint64) == jnp.uint64:

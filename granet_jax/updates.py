@@ -5,17 +5,124 @@ scores as trees of the same structure, or as anything whose leaves line up with 
 masks' leaves. Numbers of weights are integers and are met exactly.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from granet_jax import masking, schedules
-from granet_jax.selection import Scope, top_k
+from granet_jax import schedules, selection
+from granet_jax.selection import Scope
 
 PyTree = Any
+
+
+class Phase(NamedTuple):
+    """One selection of a mask update.
+
+    Attributes:
+      scores: from the present masks to one array of scores per mask; must be the same
+        function in phases that rank by the same scores.
+      grows: whether it activates the best of the inactive weights, or else keeps the
+        best of the active ones.
+      number: from (candidates per leaf, number handed on) to (how many to select per
+        leaf, number to hand on to the next phase), unsigned vectors. The candidates
+        are the active weights, or the inactive ones where it grows.
+      scope: whether weights compete across leaves or within.
+    """
+
+    scores: Callable[[list[Array]], Sequence[Array]]
+    grows: bool
+    number: Callable[[Array, Array], tuple[Array, Array]]
+    scope: Scope = "layer"
+
+
+def run_phases(
+    masks: Sequence[Array], phases: Sequence[Phase], *, first: Array | int = 0
+) -> list[Array]:
+    """Runs the phases of a mask update one after the other.
+
+    All phases go through one compiled selection, in a loop: a selection per phase
+    would compile each leaf's counting code again.
+
+    Args:
+      masks: boolean arrays.
+      phases: at least one.
+      first: the phase to begin with; may be traced.
+
+    Returns:
+      The new masks.
+    """
+    masks = list(masks)
+    sizes = [m.size for m in masks]
+    wide: Scope = "global" if any(p.scope == "global" for p in phases) else "layer"
+    counter = selection.counter_dtype(sizes, wide)
+    # Phases that rank the same weights by the same scores share their code.
+    ranks = list(dict.fromkeys((p.scores, p.grows) for p in phases))
+    width = max(
+        x.dtype.itemsize
+        for scores, _ in ranks
+        for x in jax.eval_shape(scores, masks)
+    )
+
+    def keys_of(scores: Any, grows: bool) -> Callable[[list[Array]], list[Array]]:
+        return lambda present: selection.sort_keys(
+            scores(present), [~m for m in present] if grows else present, width=width
+        )
+
+    def run(phase: Array | int, present: list[Array], handed: Array) -> Any:
+        if len(phases) == 1:
+            only = phases[0]
+            keys = keys_of(only.scores, only.grows)(present)
+            number: Any = only.number
+            across, grows = only.scope == "global", only.grows
+        else:
+            which = [ranks.index((p.scores, p.grows)) for p in phases]
+            keys = _switch(
+                jnp.asarray(which)[phase], [keys_of(*r) for r in ranks], present
+            )
+            number = functools.partial(
+                lax.switch, phase, [p.number for p in phases]
+            )
+            across = jnp.asarray([p.scope == "global" for p in phases])[phase]
+            grows = jnp.asarray([p.grows for p in phases])[phase]
+        chosen, candidates = selection.largest_keys(
+            keys, lambda c: number(c, handed)[0], across=across, counter=counter
+        )
+        handed = number(candidates, handed)[1]
+        return [c | (m & grows) for c, m in zip(chosen, present, strict=True)], handed
+
+    handed = jnp.zeros((len(masks),), counter)
+    if len(phases) == 1:
+        return run(0, masks, handed)[0]
+
+    def step(carry: tuple[Array, list[Array], Array]) -> Any:
+        phase, present, handed = carry
+        return (phase + 1, *run(phase, present, handed))
+
+    start = (jnp.asarray(first, jnp.int32), masks, handed)
+    return lax.while_loop(lambda carry: carry[0] < len(phases), step, start)[1]
+
+
+def _switch(
+    index: Array, branches: Sequence[Callable[[Any], Any]], operand: Any
+) -> Any:
+    if len(branches) == 1:
+        return branches[0](operand)
+    return lax.switch(index, branches, operand)
+
+
+def _unchanged(number: Array | int | Sequence[int] | np.ndarray) -> Any:
+    """A phase's number: as given, however many candidates there are."""
+    return lambda candidates, handed: (
+        jnp.broadcast_to(
+            jnp.asarray(number).astype(candidates.dtype), candidates.shape
+        ),
+        handed,
+    )
 
 
 def prune(
@@ -33,9 +140,10 @@ def prune(
     Returns:
       Masks; a subset of `masks`.
     """
+    selection.check_scope(scope)
     leaves, treedef = jax.tree.flatten(masks)
-    kept = top_k(jax.tree.leaves(scores), keep, among=leaves, scope=scope)
-    return treedef.unflatten(kept)
+    phase = prune_phase(_given(scores), keep, scope=scope)
+    return treedef.unflatten(run_phases(leaves, [phase]))
 
 
 def regrow(masks: PyTree, scores: PyTree, number: Array | Sequence[int]) -> PyTree:
@@ -50,8 +158,8 @@ def regrow(masks: PyTree, scores: PyTree, number: Array | Sequence[int]) -> PyTr
       Masks; a superset of `masks`.
     """
     leaves, treedef = jax.tree.flatten(masks)
-    grown = top_k(jax.tree.leaves(scores), number, among=[~m for m in leaves])
-    return treedef.unflatten([m | g for m, g in zip(leaves, grown, strict=True)])
+    phase = Phase(_given(scores), True, _unchanged(number))
+    return treedef.unflatten(run_phases(leaves, [phase]))
 
 
 def prune_and_regrow(
@@ -81,15 +189,51 @@ def prune_and_regrow(
       Masks with as many active weights as `masks`; in every leaf, unless
       `layer_weights` is given, else in total.
     """
-    leaves = jax.tree.leaves(masks)
-    active = _stack_counts(masking.active_counts(masks))
-    dropped = schedules.ceil_of(fraction, active)
-    pruned = prune(masks, drop_scores, active - dropped, scope="layer")
-    if layer_weights is not None:
-        sizes = jnp.asarray([m.size for m in leaves], active.dtype)
-        room = sizes - (active - dropped)
-        dropped = redistribute(jnp.sum(dropped, dtype=active.dtype), layer_weights, room)
-    return regrow(pruned, grow_scores, dropped)
+    leaves, treedef = jax.tree.flatten(masks)
+    phases = exchange_phases(
+        _given(drop_scores),
+        _given(grow_scores),
+        jnp.asarray(fraction, jnp.uint32),
+        layer_weights=layer_weights,
+    )
+    return treedef.unflatten(run_phases(leaves, phases))
+
+
+def _given(scores: PyTree) -> Callable[[list[Array]], list[Array]]:
+    return lambda _: jax.tree.leaves(scores)
+
+
+def prune_phase(
+    scores: Callable[[list[Array]], Sequence[Array]],
+    keep: Array | int | Sequence[int],
+    *,
+    scope: Scope,
+) -> Phase:
+    """The phase that keeps the `keep` best of the active weights."""
+    return Phase(scores, False, _unchanged(keep), scope)
+
+
+def exchange_phases(
+    drop: Callable[[list[Array]], Sequence[Array]],
+    grow: Callable[[list[Array]], Sequence[Array]],
+    fraction: Array,
+    *,
+    layer_weights: Array | None = None,
+) -> list[Phase]:
+    """The two phases of an exchange, see `prune_and_regrow`."""
+
+    def keep(active: Array, handed: Array) -> tuple[Array, Array]:
+        del handed
+        dropped = schedules.ceil_of(fraction, active)
+        return active - dropped, dropped
+
+    def regrown(inactive: Array, dropped: Array) -> tuple[Array, Array]:
+        if layer_weights is None:
+            return dropped, dropped
+        total = jnp.sum(dropped, dtype=dropped.dtype)
+        return redistribute(total, layer_weights, inactive), dropped
+
+    return [Phase(drop, False, keep), Phase(grow, True, regrown)]
 
 
 def redistribute(number: Array, weights: Array, room: Array) -> Array:
@@ -179,7 +323,3 @@ def mean_score(masks: PyTree, scores: PyTree) -> Array:
         active = jnp.sum(mask, dtype=jnp.uint32).astype(jnp.float32)
         means.append(mean / jnp.maximum(active, 1.0))
     return jnp.stack(means)
-
-
-def _stack_counts(counts: Sequence[Array]) -> Array:
-    return jnp.stack([c.astype(jnp.result_type(*counts)) for c in counts])
