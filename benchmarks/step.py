@@ -145,10 +145,11 @@ def sparse(inner: optax.GradientTransformation) -> optax.GradientTransformation:
 def check(dense: Run, masked: Run) -> None:
     """Asserts that active weights are updated as without masks, and pruned are zero.
 
-    The updates are compared, bit for bit, rather than the parameters they lead to:
-    where XLA fuses the addition, it may round once (a fused multiply-add) in one of the
-    two programs and twice in the other.
+    Updates are compared to the last bits rather than bit for bit: of two programs that
+    compute the same, XLA may contract a product and a sum to a fused multiply-add,
+    which rounds once instead of twice, in one and not in the other.
     """
+    tolerance = 4 * float(jnp.finfo(jnp.float32).eps)
     masks = granet_jax.get_masks(masked.opt_state)
     expected = granet_jax.apply_masks(dense.updates(), masks)
     got = granet_jax.apply_masks(masked.updates(), masks)
@@ -156,7 +157,7 @@ def check(dense: Run, masked: Run) -> None:
         jax.tree.leaves_with_path(expected), jax.tree.leaves(got), strict=True
     ):
         name = jax.tree_util.keystr(path)
-        np.testing.assert_array_equal(np.asarray(have), np.asarray(want), name)
+        np.testing.assert_allclose(have, want, rtol=tolerance, atol=0, err_msg=name)
         assert np.any(have), f"{name} would not move"
     masked()
     state = granet_jax.get_state(masked.opt_state)

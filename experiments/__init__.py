@@ -1,0 +1,1 @@
+"""Training runs with granet_jax; start at `python -m experiments.train --help`."""

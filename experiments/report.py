@@ -1,0 +1,207 @@
+"""What a run leaves behind: metrics as JSON lines, a table, a summary and a plot."""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import IO, Any
+
+import rich.table
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from experiments.trainer import Record
+
+# Okabe and Ito's colours, which the colour-blind tell apart: method, dense.
+_COLOURS = ("#0072B2", "#D55E00")
+_STYLES = ("-", "--")
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """The records of one method, for all seeds.
+
+    Attributes:
+      method: its name.
+      seeds: of the runs, in the order of `records`.
+      records: of every run, in the order of steps.
+    """
+
+    method: str
+    seeds: tuple[int, ...]
+    records: tuple[tuple[Record, ...], ...]
+
+    @property
+    def last(self) -> list[Record]:
+        """The last record of every run."""
+        return [records[-1] for records in self.records]
+
+
+def write_record(file: IO[str], method: str, seed: int, record: Record) -> None:
+    """Appends one evaluation to `file` as a line of JSON, and flushes it."""
+    line = {
+        "method": method,
+        "seed": seed,
+        "step": record.step,
+        "train_loss": record.train_loss,
+        "test_accuracy": record.test_accuracy,
+        "test_correct": record.test_correct,
+        "sparsity": record.sparsity.overall,
+        "active_weights": record.sparsity.active,
+        "total_weights": record.sparsity.total,
+        "layer_sparsity": record.sparsity.leaves,
+        "learning_rate": record.learning_rate,
+        "seconds": record.seconds,
+    }
+    file.write(json.dumps(line, allow_nan=False) + "\n")
+    file.flush()
+
+
+def summary(runs: Sequence[Runs], environment: dict[str, Any]) -> str:
+    """The final numbers of every run, as JSON."""
+    rows = [
+        {
+            "method": run.method,
+            "seeds": run.seeds,
+            "test_accuracy": [last.test_accuracy for last in run.last],
+            "sparsity": [last.sparsity.overall for last in run.last],
+            "active_weights": [last.sparsity.active for last in run.last],
+            "total_weights": run.last[0].sparsity.total,
+            "seconds": [last.seconds for last in run.last],
+        }
+        for run in runs
+    ]
+    return json.dumps({"runs": rows, "environment": environment}, indent=2) + "\n"
+
+
+def table(title: str, runs: Sequence[Runs]) -> rich.table.Table:
+    """The final numbers of every method: mean and standard deviation over seeds."""
+    result = rich.table.Table(title=title, title_justify="left")
+    result.add_column("method")
+    for heading in (
+        "test accuracy / %",
+        "sparsity / %",
+        "active weights",
+        "of",
+        "seeds",
+        "time a run / s",
+    ):
+        result.add_column(heading, justify="right")
+    for run in runs:
+        sparsity = run.last[0].sparsity
+        result.add_row(
+            run.method,
+            _spread([100 * last.test_accuracy for last in run.last]),
+            f"{100 * sparsity.overall:.2f}",
+            f"{sparsity.active:,}",
+            f"{sparsity.total:,}",
+            str(len(run.seeds)),
+            f"{statistics.mean(last.seconds for last in run.last):.1f}",
+        )
+    return result
+
+
+def plot(title: str, runs: Sequence[Runs], path: pathlib.Path) -> None:
+    """Accuracy and sparsity over the steps, and the final density of every layer."""
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.add_gridspec(2, 2, width_ratios=(3, 2))
+    accuracy = figure.add_subplot(grid[0, 0])
+    sparsity = figure.add_subplot(grid[1, 0], sharex=accuracy)
+    density = figure.add_subplot(grid[:, 1])
+    for run, colour, style in zip(runs, _COLOURS, _STYLES, strict=False):
+        look = {"color": colour, "linestyle": style}
+        _curve(accuracy, run, [_accuracies(r) for r in run.records], look)
+        _curve(sparsity, run, [_sparsities(r) for r in run.records], look)
+    several = len(runs[0].seeds) > 1
+    accuracy.set(
+        title="Test accuracy" + (" (mean; band: range over seeds)" if several else ""),
+        ylabel="test accuracy / %",
+        ylim=(_lower_limit(runs), 100.3),
+    )
+    accuracy.tick_params(labelbottom=False)
+    accuracy.legend(loc="lower right", frameon=False)
+    sparsity.set(
+        title="Sparsity of all weights",
+        xlabel="optimizer steps",
+        ylabel="sparsity / %",
+        ylim=(-4, 104),
+    )
+    for axes in (accuracy, sparsity):
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.01)
+    _bars(density, runs)
+    figure.savefig(path, dpi=150)
+
+
+def _curve(axes: Axes, run: Runs, values: list[list[float]], look: Any) -> None:
+    steps = [record.step for record in run.records[0]]
+    columns = list(zip(*values, strict=True))
+    means = [statistics.mean(column) for column in columns]
+    axes.plot(steps, means, label=run.method, linewidth=1.8, **look)
+    if len(values) > 1:
+        low, high = map(min, columns), map(max, columns)
+        axes.fill_between(
+            steps, list(low), list(high), color=look["color"], alpha=0.2, linewidth=0
+        )
+
+
+def _bars(axes: Axes, runs: Sequence[Runs]) -> None:
+    layers = list(runs[0].last[0].sparsity.leaves)
+    height = 0.8 / len(runs)
+    for i, (run, colour) in enumerate(zip(runs, _COLOURS, strict=False)):
+        densities = [
+            statistics.mean(100 * (1 - last.sparsity.leaves[layer]) for last in run.last)
+            for layer in layers
+        ]
+        positions = [
+            j + (i - (len(runs) - 1) / 2) * height for j in range(len(layers))
+        ]
+        bars = axes.barh(
+            positions,
+            densities,
+            height * 0.92,
+            color=colour,
+            hatch=("", "///")[i],
+            edgecolor="white",
+            label=run.method,
+        )
+        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
+    axes.set_yticks(range(len(layers)), [layer.replace("/kernel", "") for layer in layers])
+    axes.invert_yaxis()
+    several = len(runs[0].seeds) > 1
+    axes.set(
+        title="Density of each layer at the end" + (" (mean)" if several else ""),
+        xlabel="active weights / % of the layer",
+        ylabel="layer, from input to output",
+        xlim=(0, 114),
+    )
+    axes.set_xticks(range(0, 101, 20))
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _accuracies(records: Sequence[Record]) -> list[float]:
+    return [100 * record.test_accuracy for record in records]
+
+
+def _sparsities(records: Sequence[Record]) -> list[float]:
+    return [100 * record.sparsity.overall for record in records]
+
+
+def _lower_limit(runs: Sequence[Runs]) -> float:
+    """Cuts off the first steep rise, which would flatten all that follows."""
+    later = [
+        accuracy
+        for run in runs
+        for records in run.records
+        for accuracy in _accuracies(records)[len(records) // 5 :]
+    ]
+    return max(0.0, 5 * ((min(later) - 1) // 5))
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean

@@ -1,0 +1,35 @@
+"""Settings of the whole test suite."""
+
+import os
+
+import hypothesis
+import jax
+
+# Before any backend starts: eight virtual devices, on which the sharding tests run.
+# Everything else uses the first. With several CPU devices, steps with collectives must
+# be waited for one by one, or a machine of few cores can deadlock.
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+# An array of one rank that silently meets another is a bug. (Promotion of dtypes stays
+# at the default: optax's own optimizers are not written for the strict one.)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compilation takes nearly all of the time, so examples are few in `ci` and the same in
+# every run; `HYPOTHESIS_PROFILE=nightly` searches wider, and anew each time.
+hypothesis.settings.register_profile(
+    "ci",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=25,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "nightly",
+    hypothesis.settings.get_profile("ci"),
+    derandomize=False,
+    max_examples=500,
+    print_blob=True,
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
