@@ -16,7 +16,7 @@ import granet_jax
 from experiments import report
 from experiments.config import Config
 from experiments.data import Dataset, load
-from experiments.trainer import DivergedError, Record, fit
+from experiments.trainer import DivergedError, Record, Trainer, fit
 
 DEFAULT_FOLDER = pathlib.Path("runs")
 
@@ -70,6 +70,7 @@ def _train_all(
     ):
         for config in configs:
             all_records = []
+            trainer = Trainer(config, dataset, first.seed)
             for seed in seeds:
                 records: list[Record] = []
 
@@ -85,7 +86,8 @@ def _train_all(
                     records.append(record)
                     report.write_record(file, config.method, seed, record)
 
-                fit(config, dataset, seed, add)
+                trainer = trainer.for_seed(seed)
+                fit(trainer, seed, add)
                 all_records.append(tuple(records))
             runs.append(report.Runs(config.method, seeds, tuple(all_records)))
     return runs

@@ -21,7 +21,7 @@ import granet_jax
 from experiments.config import Config, OptimizerConfig, build_method
 from experiments.data import Dataset, Split
 from experiments.models import MODELS
-from granet_jax import distributions, masking
+from granet_jax import distributions, masking, scores
 
 PyTree = Any
 EVALUATION_BATCH = 1024
@@ -73,17 +73,13 @@ class DivergedError(RuntimeError):
 
 
 class Trainer:
-    """The jitted functions of one training run, for one data set and configuration.
+    """The compiled functions of a configuration on a data set.
 
-    Attributes:
-      create: () -> TrainState at step 0.
-      steps: (state, number of steps) -> (state, losses (number,)); the given state is
-        donated. For a number of 1, a plain step; else one `lax.scan` over steps.
-      evaluate: params -> number of test images classified correctly.
-      schedule: step -> learning rate.
+    The seed is an input of theirs, so that runs with several seeds share them; except
+    that `transform` compiles the seed of random masks in, see `for_seed`.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, seed: int):
+    def __init__(self, config: Config, dataset: Dataset, mask_seed: int):
         """Puts the data on the device; nothing is compiled before it is needed."""
         size = len(dataset.train.labels)
         if config.data.batch_size > size:
@@ -91,12 +87,18 @@ class Trainer:
                 f"data.batch_size must be at most the {size} training images of "
                 f"{dataset.name}, got {config.data.batch_size}."
             )
+        self.config = config
+        self.dataset = dataset
+        self._mask_seed = mask_seed
+        self.schedule = learning_rate(config.optimizer, config.steps)
         model = MODELS[config.model](dataset.classes)
         method = build_method(config)
-        self.schedule = learning_rate(config.optimizer, config.steps)
-        inner = optimizer(config.optimizer, self.schedule)
-        tx = inner if method is None else granet_jax.transform(method, inner, seed=seed)
-        train, self._test = jax.device_put((dataset.train, _padded(dataset.test)))
+        self._draws = method is not None and (
+            method.sparsity(0) > 0 or method.grow is scores.random
+        )
+        tx = optimizer(config.optimizer, self.schedule)
+        if method is not None:
+            tx = granet_jax.transform(method, tx, seed=mask_seed)
         normalise = functools.partial(_normalise, mean=dataset.mean, std=dataset.std)
         step = functools.partial(
             train_step,
@@ -106,7 +108,14 @@ class Trainer:
             batch_size=config.data.batch_size,
             shift=config.data.shift,
         )
-        self._train = train
+        self._train, self._test = jax.device_put(
+            (dataset.train, _padded(dataset.test))
+        )
+        self._create = jax.jit(
+            functools.partial(
+                create_state, model=model, tx=tx, shape=dataset.train.images.shape
+            )
+        )
         self._step = jax.jit(step, donate_argnums=0)
         self._scan = jax.jit(
             functools.partial(_scan, step), donate_argnums=0, static_argnums=2
@@ -114,14 +123,27 @@ class Trainer:
         self._correct = jax.jit(
             functools.partial(_correct, model=model, normalise=normalise)
         )
-        self._create = lambda: create_state(model, tx, train.images, seed)
 
-    def create(self) -> TrainState:
+    def for_seed(self, seed: int) -> "Trainer":
+        """This trainer, or a new one where the masks are drawn from another seed."""
+        if self._draws and seed != self._mask_seed:
+            return Trainer(self.config, self.dataset, seed)
+        return self
+
+    def create(self, seed: int) -> TrainState:
         """The state at step 0."""
-        return self._create()
+        return self._create(jnp.uint32(seed))
 
     def steps(self, state: TrainState, number: int) -> tuple[TrainState, Array]:
-        """`number` more steps, and the loss of each, without waiting for the device."""
+        """Trains for some steps, without waiting for the device.
+
+        Args:
+          state: donated; not to be used again.
+          number: of steps. One is a plain step, more are one `lax.scan` over steps.
+
+        Returns:
+          (the next state, the losses (number,)).
+        """
         if number == 1:
             state, loss = self._step(state, self._train)
             return state, loss[None]
@@ -180,27 +202,36 @@ def train_step(
 
 
 def create_state(
-    model: nn.Module, tx: optax.GradientTransformation, images: Array, seed: int
+    seed: Array,
+    *,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    shape: tuple[int, ...],
 ) -> TrainState:
-    """The state at step 0, pruned weights already zero."""
-    key = _key(jnp.uint32(seed), "init", 0)
-    inputs = jnp.zeros((1, *images.shape[1:]), jnp.float32)
-    params = jax.jit(model.init)(key, inputs)["params"]
+    """The state at step 0, pruned weights already zero.
+
+    Args:
+      seed: uint32 scalar.
+      model: network.
+      tx: optimizer.
+      shape: of all training images, (n, height, width, channels).
+    """
+    inputs = jnp.zeros((1, *shape[1:]), jnp.float32)
+    params = model.init(_key(seed, "init", 0), inputs)["params"]
     opt_state = tx.init(params)
     if _is_sparse(opt_state):
         params = granet_jax.apply_masks(params, granet_jax.get_masks(opt_state))
-    order = jnp.arange(len(images), dtype=jnp.int32)
-    return TrainState(jnp.int32(0), jnp.uint32(seed), order, params, opt_state)
+    order = jnp.arange(shape[0], dtype=jnp.int32)
+    return TrainState(jnp.int32(0), seed, order, params, opt_state)
 
 
 def fit(
-    config: Config, dataset: Dataset, seed: int, report: Callable[[Record], None]
+    trainer: Trainer, seed: int, report: Callable[[Record], None]
 ) -> TrainState:
     """Trains for the configured steps.
 
     Args:
-      config: see `Config`.
-      dataset: what to train and evaluate on.
+      trainer: for this seed.
       seed: of this run.
       report: called at step 0, at every evaluation and at the last step.
 
@@ -211,8 +242,8 @@ def fit(
       DivergedError: the loss is no longer finite.
     """
     start = time.perf_counter()
-    trainer = Trainer(config, dataset, seed)
-    state = trainer.create()
+    config = trainer.config
+    state = trainer.create(seed)
     interval = config.evaluation_interval
     step, losses = 0, []
     while True:
@@ -225,7 +256,7 @@ def fit(
                     step=step,
                     train_loss=train_loss,
                     test_correct=correct,
-                    test_accuracy=correct / len(dataset.test.labels),
+                    test_accuracy=correct / len(trainer.dataset.test.labels),
                     sparsity=granet_jax.sparsity(masks_of(state)),
                     learning_rate=float(trainer.schedule(step)),
                     seconds=time.perf_counter() - start,

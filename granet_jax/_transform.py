@@ -179,7 +179,12 @@ def transform(
                 return updates_, inner_state
             return wrapped.update(gradient, inner_state, params_, **extra_args)
 
-        def change_masks(masks_: PyTree, inner_updates: PyTree) -> PyTree:
+        def change_masks(
+            masks_: PyTree, inner_updates: PyTree, gradient: PyTree
+        ) -> PyTree:
+            dense = (
+                None if gradient is None else masking.maskable_leaves(gradient, masks_)
+            )
             leaves, treedef = jax.tree.flatten(masks_)
             return treedef.unflatten(
                 _update_masks(
@@ -187,7 +192,7 @@ def transform(
                     plan(tuple(tuple(x.shape) for x in leaves)),
                     leaves,
                     _stepped(params, inner_updates, masks_),
-                    None if grads is None else masking.maskable_leaves(grads, masks_),
+                    dense,
                     jax.tree.leaves(accumulator) or None,
                     count=count,
                     key=_key(seed, count),
@@ -208,7 +213,7 @@ def transform(
                 masks_, gradient = now
                 masked = masking.map_masked(_masked, masks_, gradient)
                 inner_updates, _ = step_inner(masked, state.inner_state, params)
-                new = change_masks(masks_, inner_updates)
+                new = change_masks(masks_, inner_updates, gradient)
                 return new, masked
 
             new, gradient = old, grads
@@ -230,7 +235,7 @@ def transform(
 
         def change_last(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
             masks_, emitted, inner_state = now
-            new = change_masks(masks_, emitted)
+            new = change_masks(masks_, emitted, grads)
             keep = jax.tree.map(jnp.logical_and, masks_, new)
             emitted = masking.map_masked(_emit, keep, emitted, params)
             return new, emitted, zero_moments(inner_state, keep)
@@ -290,9 +295,7 @@ def get_state(opt_state: optax.OptState) -> SparseState:
     Raises:
       ValueError: there is none, or more than one.
     """
-    found = [
-        x for x in jax.tree.leaves(opt_state, is_leaf=_is_sparse) if _is_sparse(x)
-    ]
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_sparse) if _is_sparse(x)]
     if len(found) != 1:
         raise ValueError(
             f"opt_state must hold one state of granet_jax.transform, got {len(found)}"
@@ -404,7 +407,7 @@ def _update_masks(
     key: Array,
 ) -> list[Array]:
     """One mask update: prune to the schedule, then exchange."""
-    index = method.updates.index(count)
+    index = method.updates.update_index(count)
 
     def rank(score: Score) -> Callable[[list[Array]], list[Array]]:
         return lambda present: [
@@ -425,7 +428,9 @@ def _update_masks(
     phases = []
     if prunes:
         keep = jnp.asarray(plan.keep)[index]
-        phases.append(updates.prune_phase(ranks[method.prune], keep, scope=method.scope))
+        phases.append(
+            updates.prune_phase(ranks[method.prune], keep, scope=method.scope)
+        )
     if method.grow is not None:
         weights = None
         if method.redistribute:

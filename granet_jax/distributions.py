@@ -86,17 +86,18 @@ def counts(
       ValueError: as `densities`; or the caps leave less room than the total.
     """
     sizes = [math.prod(s) for s in shapes]
-    limits = sizes if caps is None else [min(c, n) for c, n in zip(caps, sizes)]
+    limits = (
+        sizes if caps is None else [min(c, n) for c, n in zip(caps, sizes, strict=True)]
+    )
     total = total_count(sum(sizes), sparsity)
     if sum(limits) < total:
         raise ValueError(
             f"sparsity {sparsity} asks for {total} active weights, but the leaves may "
             f"hold {sum(limits)} at most."
         )
-    ideal = [
-        d * n for d, n in zip(densities(shapes, sparsity, distribution), sizes)
-    ]
-    kept = [min(math.floor(x), limit) for x, limit in zip(ideal, limits)]
+    shares = densities(shapes, sparsity, distribution)
+    ideal = [d * n for d, n in zip(shares, sizes, strict=True)]
+    kept = [min(math.floor(x), limit) for x, limit in zip(ideal, limits, strict=True)]
     # A stable sort: among equal remainders the first leaf is served first.
     by_remainder = sorted(range(len(sizes)), key=lambda i: kept[i] - ideal[i])
     missing = total - sum(kept)
@@ -136,12 +137,14 @@ def _scale_to_density(
     """The epsilon loop: densities min(1, epsilon * raw) with the exact overall mean."""
     dense = [False] * len(raw)
     while True:
-        wanted = density * sum(sizes) - sum(n for n, d in zip(sizes, dense) if d)
-        room = sum(p * n for p, n, d in zip(raw, sizes, dense) if not d)
+        wanted = density * sum(sizes) - sum(
+            n for n, d in zip(sizes, dense, strict=True) if d
+        )
+        room = sum(p * n for p, n, d in zip(raw, sizes, dense, strict=True) if not d)
         if room <= 0:
             return [1.0 if d else density for d in dense]
         epsilon = max(wanted, 0.0) / room
-        largest = max(p for p, d in zip(raw, dense) if not d)
+        largest = max(p for p, d in zip(raw, dense, strict=True) if not d)
         if epsilon * largest <= 1.0:
-            return [1.0 if d else epsilon * p for p, d in zip(raw, dense)]
-        dense = [d or p == largest for p, d in zip(raw, dense)]
+            return [1.0 if d else epsilon * p for p, d in zip(raw, dense, strict=True)]
+        dense = [d or p == largest for p, d in zip(raw, dense, strict=True)]

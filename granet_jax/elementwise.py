@@ -33,15 +33,69 @@ _CLEAN = _Fact()
 _MIXED = _Fact(mixed=True)
 
 _ZERO_IF_ALL = frozenset(
-    "add sub add_any max min neg abs sign sqrt cbrt sin tan tanh asin atan sinh asinh "
-    "expm1 log1p erf floor ceil round convert_element_type copy copy_p square "
-    "stop_gradient reduce_precision real conj optimization_barrier".split()
+    [
+        "add",
+        "sub",
+        "add_any",
+        "max",
+        "min",
+        "neg",
+        "abs",
+        "sign",
+        "sqrt",
+        "cbrt",
+        "sin",
+        "tan",
+        "tanh",
+        "asin",
+        "atan",
+        "sinh",
+        "asinh",
+        "expm1",
+        "log1p",
+        "erf",
+        "floor",
+        "ceil",
+        "round",
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "square",
+        "stop_gradient",
+        "reduce_precision",
+        "real",
+        "conj",
+        "optimization_barrier",
+    ]
 )
 _ZERO_IF_ANY = frozenset(["mul"])
 _ZERO_IF_FIRST = frozenset(["div", "rem"])
 _NEVER_ZERO = frozenset(
-    "exp exp2 log rsqrt logistic cos cosh acosh pow eq ne lt le gt ge and or not xor "
-    "is_finite nextafter atan2 clamp".split()
+    [
+        "exp",
+        "exp2",
+        "log",
+        "rsqrt",
+        "logistic",
+        "cos",
+        "cosh",
+        "acosh",
+        "pow",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "and",
+        "or",
+        "not",
+        "xor",
+        "is_finite",
+        "nextafter",
+        "atan2",
+        "clamp",
+    ]
 )
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
@@ -49,7 +103,7 @@ _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 def is_elementwise(
     function: Any, args: Any, masked_in: Sequence[bool], masked_out: Sequence[bool]
 ) -> bool:
-    """Whether masked outputs depend on masked inputs position by position, zero to zero.
+    """Whether masked outputs follow masked inputs by position, and zeros stay zero.
 
     Args:
       function: a traceable function.

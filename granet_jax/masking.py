@@ -88,7 +88,9 @@ def maskable(params: PyTree, where: Where = None) -> PyTree:
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     if not leaves:
-        raise ValueError(f"params has no leaves, got {params!r}: nothing to make sparse.")
+        raise ValueError(
+            f"params has no leaves, got {params!r}: nothing to make sparse."
+        )
     if where is None or callable(where):
         rule = default_where if where is None else where
         chosen = [bool(rule(leaf_name(path), leaf)) for path, leaf in leaves]
@@ -124,7 +126,9 @@ def maskable(params: PyTree, where: Where = None) -> PyTree:
     return jax.tree.unflatten(treedef, chosen)
 
 
-def map_masked(f: Callable[..., Any], masks: PyTree, tree: PyTree, *rest: PyTree) -> Any:
+def map_masked(
+    f: Callable[..., Any], masks: PyTree, tree: PyTree, *rest: PyTree
+) -> Any:
     """f(mask, x, *others) at maskable leaves; the leaf of `tree` as it is elsewhere."""
     return jax.tree.map(
         lambda mask, x, *others: x if is_masked_node(mask) else f(mask, x, *others),
@@ -136,7 +140,7 @@ def map_masked(f: Callable[..., Any], masks: PyTree, tree: PyTree, *rest: PyTree
 
 
 def maskable_leaves(tree: PyTree, masks: PyTree) -> list[Any]:
-    """The leaves of `tree` that carry a mask, in the order of `jax.tree.leaves(masks)`."""
+    """The leaves of `tree` that carry a mask, in the order of the leaves of `masks`."""
     chosen = jax.tree.map(
         lambda mask, x: mask if is_masked_node(mask) else x,
         masks,
@@ -230,7 +234,9 @@ def _check_mask(name: str, mask: Any, leaf: Any) -> Any:
     if mask.dtype == jnp.bool_:
         return jnp.asarray(mask)
     if not jnp.issubdtype(mask.dtype, jnp.number):
-        raise TypeError(f"masks has dtype {mask.dtype} at {name!r}; it must be boolean.")
+        raise TypeError(
+            f"masks has dtype {mask.dtype} at {name!r}; it must be boolean."
+        )
     if isinstance(mask, jax.core.Tracer):
         raise TypeError(
             f"masks has dtype {mask.dtype} at {name!r} inside a traced function, where "

@@ -11,6 +11,8 @@ import math
 import numbers
 from typing import Any
 
+import numpy as np
+
 from granet_jax import schedules, scores
 from granet_jax.distributions import Distribution, check_distribution
 from granet_jax.schedules import Schedule, UpdateSteps
@@ -22,6 +24,9 @@ _GROW: dict[str, Score] = {
     "momentum": scores.momentum,
     "random": scores.random,
 }
+
+
+_NO_EXCHANGE = schedules.constant(0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +65,7 @@ class Method:
     prune: Score = scores.magnitude
     drop: Score = scores.magnitude
     grow: Score | None = None
-    fraction: Schedule = schedules.constant(0.0)
+    fraction: Schedule = _NO_EXCHANGE
     redistribute: bool = False
     accumulator_decay: float | None = None
     needs_gradient: bool = False
@@ -443,7 +448,7 @@ def _check_decay(name: str, value: Any) -> None:
 
 
 def _check_steps(name: str, value: Any, *, least: int) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer number of steps, got {value!r}.")
     if not least <= value < 2**31:
         raise ValueError(

@@ -32,6 +32,7 @@ def zero_moments(inner_state: PyTree, keep: PyTree) -> PyTree:
     Returns:
       The state, with structure, shapes and dtypes as they were.
     """
+
     def zero(x: Any, mask: Any) -> Any:
         return x if is_masked_node(mask) else jnp.where(mask, x, jnp.zeros_like(x))
 

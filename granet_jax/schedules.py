@@ -37,7 +37,7 @@ class UpdateSteps(NamedTuple):
             & ((step - self.first) % self.interval == 0)
         )
 
-    def index(self, step: Array) -> Array:
+    def update_index(self, step: Array) -> Array:
         """Which update `step` is, from 0; a valid index of `steps()` at every step."""
         index = (step - self.first) // self.interval
         return jnp.clip(index, 0, max(len(self.steps()) - 1, 0))

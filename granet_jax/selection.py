@@ -298,7 +298,7 @@ def _float_key(x: Array) -> Array:
 
 
 def _width(low: Array, high: Array) -> Array:
-    """high - low, unsigned, so that it cannot overflow."""
+    """Distance from low to high, unsigned, so that it cannot overflow."""
     return (high - low).astype(jnp.dtype(f"uint{8 * low.dtype.itemsize}"))
 
 

@@ -63,9 +63,7 @@ def run_phases(
     # Phases that rank the same weights by the same scores share their code.
     ranks = list(dict.fromkeys((p.scores, p.grows) for p in phases))
     width = max(
-        x.dtype.itemsize
-        for scores, _ in ranks
-        for x in jax.eval_shape(scores, masks)
+        x.dtype.itemsize for scores, _ in ranks for x in jax.eval_shape(scores, masks)
     )
 
     def keys_of(scores: Any, grows: bool) -> Callable[[list[Array]], list[Array]]:
@@ -84,9 +82,7 @@ def run_phases(
             keys = _switch(
                 jnp.asarray(which)[phase], [keys_of(*r) for r in ranks], present
             )
-            number = functools.partial(
-                lax.switch, phase, [p.number for p in phases]
-            )
+            number = functools.partial(lax.switch, phase, [p.number for p in phases])
             across = jnp.asarray([p.scope == "global" for p in phases])[phase]
             grows = jnp.asarray([p.grows for p in phases])[phase]
         chosen, candidates = selection.largest_keys(
