@@ -10,7 +10,6 @@ from typing import IO, Any
 import rich.table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from experiments.trainer import Record
 
@@ -153,12 +152,12 @@ def _bars(axes: Axes, runs: Sequence[Runs]) -> None:
     height = 0.8 / len(runs)
     for i, (run, colour) in enumerate(zip(runs, _COLOURS, strict=False)):
         densities = [
-            statistics.mean(100 * (1 - last.sparsity.leaves[layer]) for last in run.last)
+            statistics.mean(
+                100 * (1 - last.sparsity.leaves[layer]) for last in run.last
+            )
             for layer in layers
         ]
-        positions = [
-            j + (i - (len(runs) - 1) / 2) * height for j in range(len(layers))
-        ]
+        positions = [j + (i - (len(runs) - 1) / 2) * height for j in range(len(layers))]
         bars = axes.barh(
             positions,
             densities,
@@ -169,7 +168,9 @@ def _bars(axes: Axes, runs: Sequence[Runs]) -> None:
             label=run.method,
         )
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
-    axes.set_yticks(range(len(layers)), [layer.replace("/kernel", "") for layer in layers])
+    axes.set_yticks(
+        range(len(layers)), [layer.replace("/kernel", "") for layer in layers]
+    )
     axes.invert_yaxis()
     several = len(runs[0].seeds) > 1
     axes.set(

@@ -108,9 +108,7 @@ class Trainer:
             batch_size=config.data.batch_size,
             shift=config.data.shift,
         )
-        self._train, self._test = jax.device_put(
-            (dataset.train, _padded(dataset.test))
-        )
+        self._train, self._test = jax.device_put((dataset.train, _padded(dataset.test)))
         self._create = jax.jit(
             functools.partial(
                 create_state, model=model, tx=tx, shape=dataset.train.images.shape
@@ -225,9 +223,7 @@ def create_state(
     return TrainState(jnp.int32(0), seed, order, params, opt_state)
 
 
-def fit(
-    trainer: Trainer, seed: int, report: Callable[[Record], None]
-) -> TrainState:
+def fit(trainer: Trainer, seed: int, report: Callable[[Record], None]) -> TrainState:
     """Trains for the configured steps.
 
     Args:
@@ -366,9 +362,7 @@ def _scan(
     return lax.scan(lambda carry, _: step(carry, train), state, length=number)
 
 
-def _normalise(
-    images: Array, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Array:
+def _normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
     x = images.astype(jnp.float32) / 255
     return (x - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
@@ -393,9 +387,7 @@ def _padded(split: Split) -> list[Split]:
     labels = np.pad(split.labels, (0, extra), constant_values=-1)
     return [
         Split(*part)
-        for part in zip(
-            np.split(images, number), np.split(labels, number), strict=True
-        )
+        for part in zip(np.split(images, number), np.split(labels, number), strict=True)
     ]
 
 

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
+from jax.core import Tracer
 
-from granet_jax import distributions, masking, schedules, updates
+from granet_jax import distributions, masking, schedules
+from granet_jax import updates as mask_updates
 from granet_jax.elementwise import is_elementwise
 from granet_jax.masking import PyTree, Where
 from granet_jax.methods import Method
@@ -37,7 +39,7 @@ class SparseState(NamedTuple):
         for a method with `accumulator_decay`; else the empty tuple.
     """
 
-    count: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     masks: PyTree
     inner_state: optax.OptState
     accumulator: PyTree
@@ -149,8 +151,8 @@ def transform(
         return SparseState(count, initial, inner_state, accumulator)
 
     def update(
-        updates_: PyTree,
-        state: SparseState,
+        updates: PyTree,
+        state: optax.OptState,
         params: PyTree | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, SparseState]:
@@ -158,8 +160,14 @@ def transform(
             raise ValueError(
                 "params must be given to update: call tx.update(grads, state, params)."
             )
+        if not isinstance(state, SparseState):
+            raise TypeError(
+                "state must be the SparseState that init returned, got "
+                f"{type(state).__name__}. Restore a checkpoint onto "
+                "jax.eval_shape(tx.init, params), which gives it its types back."
+            )
         old = state.masks
-        grads = updates_ if wrapped is not None else extra_args.get("grads")
+        grads = updates if wrapped is not None else extra_args.get("grads")
         if grads is None and method.needs_gradient:
             raise ValueError(
                 f"{method.name} needs the dense gradient, and as the last link of a "
@@ -167,7 +175,7 @@ def transform(
                 "transform(method, inner=optimizer), or pass the gradient along, "
                 "tx.update(grads, state, params, grads=grads)."
             )
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         accumulator = state.accumulator
         if method.accumulator_decay is not None:
             accumulator = _accumulate(method.accumulator_decay, accumulator, grads, old)
@@ -176,7 +184,7 @@ def transform(
             gradient: PyTree, inner_state: optax.OptState, params_: PyTree
         ) -> tuple[PyTree, optax.OptState]:
             if wrapped is None:
-                return updates_, inner_state
+                return updates, inner_state
             return wrapped.update(gradient, inner_state, params_, **extra_args)
 
         def change_masks(
@@ -429,13 +437,13 @@ def _update_masks(
     if prunes:
         keep = jnp.asarray(plan.keep)[index]
         phases.append(
-            updates.prune_phase(ranks[method.prune], keep, scope=method.scope)
+            mask_updates.prune_phase(ranks[method.prune], keep, scope=method.scope)
         )
     if method.grow is not None:
         weights = None
         if method.redistribute:
-            weights = updates.mean_score(masks, ranks[method.grow](masks))
-        phases += updates.exchange_phases(
+            weights = mask_updates.mean_score(masks, ranks[method.grow](masks))
+        phases += mask_updates.exchange_phases(
             ranks[method.drop],
             ranks[method.grow],
             jnp.asarray(plan.fraction)[index],
@@ -445,7 +453,7 @@ def _update_masks(
         return masks
     # Between updates that prune to the same number, only the exchange is left.
     first = 1 - jnp.asarray(plan.prunes)[index] if prunes and len(phases) > 1 else 0
-    return updates.run_phases(masks, phases, first=first)
+    return mask_updates.run_phases(masks, phases, first=first)
 
 
 def _if(predicate: Array, change: Callable[[PyTree], PyTree], value: PyTree) -> PyTree:
@@ -455,7 +463,7 @@ def _if(predicate: Array, change: Callable[[PyTree], PyTree], value: PyTree) -> 
     a cond becomes a select that runs both branches in every step, where the body of a
     loop runs only when some lane wants it.
     """
-    if not isinstance(predicate, jax.core.Tracer):
+    if not isinstance(predicate, Tracer):
         # Outside jit: known, and a loop would be compiled anew in every step.
         return change(value) if predicate else value
 
@@ -470,7 +478,7 @@ def _can_mask_inputs(
     method: Method, step_inner: Any, grads: PyTree, state: SparseState, params: PyTree
 ) -> bool:
     """Whether the inner step may be masked at its inputs, see `elementwise`."""
-    if not isinstance(state.count, jax.core.Tracer):
+    if not isinstance(state.count, Tracer):
         return False  # Outside jit nothing is fused, and nothing gained.
     if method.updates.first == 1 and method.updates.steps():
         # Parameters that nobody masked before the first step may be non-zero at

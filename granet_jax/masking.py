@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.core import Tracer
 
 PyTree = Any
 # Which leaves carry a mask: a rule, or a tree of bools of the structure of params.
@@ -237,7 +238,7 @@ def _check_mask(name: str, mask: Any, leaf: Any) -> Any:
         raise TypeError(
             f"masks has dtype {mask.dtype} at {name!r}; it must be boolean."
         )
-    if isinstance(mask, jax.core.Tracer):
+    if isinstance(mask, Tracer):
         raise TypeError(
             f"masks has dtype {mask.dtype} at {name!r} inside a traced function, where "
             "its values cannot be checked: convert it to bool."

@@ -264,7 +264,7 @@ def redistribute(number: Array, weights: Array, room: Array) -> Array:
         share = open_weights / mass * left.astype(jnp.float32)
         # In float32 a share may round above what is left: serve in order, within it.
         poured = jnp.minimum(share.astype(count_type), space)
-        before = jnp.cumsum(poured, dtype=count_type) - poured
+        before = selection.sum_before(poured)
         allowed = jnp.where(left > before, left - before, 0)
         return given + jnp.minimum(poured, allowed)
 
@@ -276,8 +276,8 @@ def redistribute(number: Array, weights: Array, room: Array) -> Array:
 
     def top_up(given: Array) -> Array:
         open_leaf = (given < room).astype(count_type)
-        order = jnp.cumsum(open_leaf, dtype=count_type)
-        return given + jnp.where(order <= number - total(given), open_leaf, 0)
+        earlier = selection.sum_before(open_leaf)
+        return given + jnp.where(earlier < number - total(given), open_leaf, 0)
 
     return lax.while_loop(unfinished, top_up, given)
 
