@@ -19,7 +19,7 @@ _OPTIONS: dict[str, frozenset[str]] = {
     ),
     "gmp": frozenset({"interval", "initial_sparsity", "pruning_end", "distribution"}),
     "rigl": frozenset({"interval", "fraction", "stop", "distribution"}),
-    "set": frozenset({"interval", "fraction", "distribution"}),
+    "set": frozenset({"interval", "fraction", "stop", "distribution"}),
     "snfs": frozenset({"interval", "fraction", "distribution"}),
     "static": frozenset({"distribution"}),
     "dense": frozenset(),
@@ -32,22 +32,26 @@ _UPDATES = 80
 # Evaluations in a training run where no interval is given.
 _EVALUATIONS = 40
 
+# tyro shows the texts below with the line breaks they have here: at most 70 characters
+# a line fill a terminal of 80 columns.
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The data, and how batches are made of it."""
 
     dataset: str = "digits"
-    """Data set to train on. `digits`: 1,797 handwritten digits of 8 x 8 pixels, bundled
-    with scikit-learn; every third image of each class is test data."""
+    """Data set to train on. `digits`: 1,797 handwritten digits of 8 x 8
+    pixels, bundled with scikit-learn; every third image of each class
+    is test data."""
 
     batch_size: int = 64
-    """Images a step. The images left over at the end of an epoch wait for another
-    one."""
+    """Images a step. The images left over at the end of an epoch wait
+    for another one."""
 
     shift: int = 1
-    """Augmentation: move each training image by up to this many pixels up, down, left
-    and right, at random. 0 for none."""
+    """Augmentation: move each training image by up to this many pixels
+    up, down, left and right, at random. 0 for none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +62,9 @@ class OptimizerConfig:
     """Learning rate before its schedule lowers it."""
 
     schedule: Literal["drops", "cosine", "constant"] = "drops"
-    """Learning rate over time. `drops`: divided by 10 after half and after three
-    quarters of the steps, as in the GraNet paper's CIFAR runs; `cosine`: half a cosine
-    down to zero; `constant`."""
+    """Learning rate over time. `drops`: divided by 10 after half and
+    after three quarters of the steps, as in the GraNet paper's CIFAR
+    runs; `cosine`: half a cosine down to zero; `constant`."""
 
     momentum: float = 0.9
     """Momentum, in [0, 1)."""
@@ -74,77 +78,89 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MaskConfig:
-    """When and how the masks change; None keeps the method's own default.
+    """When and how the masks change; None for the default.
 
     An option that the method does not have is an error.
     """
 
     interval: int | None = None
-    """Steps between mask updates; by default an eightieth of the steps. All methods but
-    static and dense."""
+    """Steps between mask updates; by default an eightieth of the steps.
+    All methods but static and dense."""
 
     fraction: float | None = None
-    """Share of each layer's active weights that the first update drops and regrows, in
-    [0, 1]. granet, granet-st, rigl, set, snfs."""
+    """Share of each layer's active weights that the first update drops
+    and regrows, in [0, 1]; by default 0.5, and 0.3 for rigl and set.
+    granet, granet-st, rigl, set, snfs."""
 
     initial_sparsity: float | None = None
-    """Sparsity at the start, in [0, sparsity]; by default 0, and 0.5 for granet-st.
-    granet, granet-st, gmp."""
+    """Sparsity at the start, in [0, sparsity]; by default 0, and 0.5 for
+    granet-st. granet, granet-st, gmp."""
 
     pruning_end: float | None = None
-    """Share of the steps after which gradual pruning has reached the final sparsity, in
-    (0, 1]; by default 0.5. granet, granet-st, gmp."""
+    """Share of the steps after which gradual pruning has reached the
+    final sparsity, in (0, 1]; by default 0.5. granet, granet-st, gmp."""
 
     stop: float | None = None
-    """Share of the steps after which the masks no longer change, in (0, 1]; by default
-    0.75. rigl."""
+    """Share of the steps after which the masks no longer change, in
+    (0, 1]; by default 0.75. rigl, set."""
 
     distribution: Literal["uniform", "er", "erk"] | None = None
-    """How the sparsity of the initial masks is split over the layers. All methods but
-    dense."""
+    """How the sparsity of the initial masks is split over the layers; by
+    default erk, and uniform for gmp and snfs. All methods but dense."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Trains a network sparsely, beside a dense one of the same budget.
 
-    Writes config.json, metrics.jsonl, summary.json and curves.png into a new folder.
+    Writes config.json, metrics.jsonl, curves.png and summary.json into a new folder.
+    The last is written last: a folder without it is of a run that did not end.
     """
 
     method: MethodName = "granet"
-    """Sparse-training method. `granet` prunes gradually from a dense network and
-    regrows; `granet-st` is the same from half of the weights; `dense` trains without
-    masks."""
+    """Sparse-training method. `granet` prunes gradually from a dense
+    network and regrows; `granet-st` is the same from half of the
+    weights; `gmp` prunes gradually without regrowing; `rigl`, `set` and
+    `snfs` drop and regrow at constant sparsity, by gradient, at random
+    and by momentum; `static` keeps its random masks; `dense` trains
+    without masks."""
 
     sparsity: float = 0.9
-    """Share of the weights that are zero at the end, in [0, 1). Biases stay dense."""
+    """Share of the weights that are zero at the end, in [0, 1). Biases
+    stay dense, and are not counted. Of no effect on `dense`."""
 
     model: Literal["cnn", "mlp"] = "cnn"
-    """Network. `cnn`: three convolutions of 16, 32 and 64 channels and a linear
-    classifier; `mlp`: LeNet-300-100, hidden layers of 300 and 100 units."""
+    """Network. `cnn`: three convolutions of 16, 32 and 64 channels and a
+    linear classifier; `mlp`: LeNet-300-100, hidden layers of 300 and 100
+    units."""
 
     steps: int = 1200
     """Optimizer steps of each training run."""
 
     seeds: int = 3
-    """Number of seeds to train with; the table gives mean and standard deviation."""
+    """Number of seeds to train with; the table gives mean and standard
+    deviation."""
 
     seed: int = 0
-    """First seed: of initial weights, order of the data, augmentation, random masks."""
+    """First seed: of initial weights, order of the data, augmentation,
+    random masks."""
 
     baseline: bool = True
-    """Whether to train the dense network too, with the same seeds and steps."""
+    """Whether to train the dense network too, with the same seeds and
+    steps."""
 
     eval_every: int | None = None
     """Steps between evaluations; by default a fortieth of the steps."""
 
     scan_block: int = 1
-    """Steps in one call to the accelerator, as one `lax.scan`; a block ends early at an
-    evaluation. Worth its while on a GPU or TPU. Leave it at 1 on a CPU, where
-    convolutions in a scan run 5 to 13 times slower."""
+    """Steps in one call to the device, as one `lax.scan`; a block ends
+    early at an evaluation. Worth its while on a GPU or TPU. Leave it at
+    1 on a CPU, where convolutions in a scan run several times slower
+    (and round differently)."""
 
     out: pathlib.Path | None = None
-    """Folder for the results; must be new or empty. By default runs/TIME-METHOD."""
+    """Folder for the results; must be new or empty. By default
+    runs/TIME-METHOD."""
 
     progress: bool = True
     """Whether to show a progress bar."""
@@ -156,9 +172,11 @@ class Config:
     def __post_init__(self) -> None:
         """Raises ValueError for a value that cannot be used."""
         _check_range("sparsity", self.sparsity, "[0, 1)", 0 <= self.sparsity < 1)
-        _check_least("steps", self.steps, 1)
+        _check_range("steps", self.steps, "[1, 2**31)", 1 <= self.steps < 2**31)
         _check_least("seeds", self.seeds, 1)
-        _check_range("seed", self.seed, "[0, 2**31)", 0 <= self.seed < 2**31)
+        last_seed = self.seed + self.seeds - 1
+        for name, seed in (("seed", self.seed), ("seed + seeds - 1", last_seed)):
+            _check_range(name, seed, "[0, 2**31)", 0 <= seed < 2**31)
         _check_least("scan_block", self.scan_block, 1)
         _check_least("data.batch_size", self.data.batch_size, 1)
         _check_least("data.shift", self.data.shift, 0)
@@ -170,6 +188,8 @@ class Config:
         _check_range("optimizer.momentum", momentum, "[0, 1)", 0 <= momentum < 1)
         decay = self.optimizer.weight_decay
         _check_range("optimizer.weight_decay", decay, "[0, inf)", 0 <= decay < math.inf)
+        if self.masks.interval is not None:
+            _check_least("masks.interval", self.masks.interval, 1)
         for option in ("pruning_end", "stop"):
             share = getattr(self.masks, option)
             if share is not None:
@@ -215,9 +235,24 @@ def build_method(config: Config) -> granet_jax.Method | None:
                 f"masks.{name} is not an option of method {config.method!r}, only of "
                 f"{', '.join(having)}."
             )
-    if "interval" in _OPTIONS[config.method]:
-        options["interval"] = config.mask_interval
     pruning_end = math.floor(options.pop("pruning_end", 0.5) * config.steps)
+    stop = options.pop("stop", 0.75)
+    last = {
+        "granet": pruning_end,
+        "granet-st": pruning_end,
+        "gmp": pruning_end,
+        "rigl": math.floor(stop * config.steps),
+        "set": math.floor(stop * config.steps),
+        "snfs": config.steps,
+    }.get(config.method)
+    if last is not None:
+        options["interval"] = config.mask_interval
+        if last < config.mask_interval:
+            raise ValueError(
+                f"steps must leave time for a mask update: {config.method} needs one "
+                f"in the first {last} of {config.steps} steps, and masks.interval is "
+                f"{config.mask_interval}."
+            )
     match config.method:
         case "granet":
             return granet_jax.granet(
@@ -231,9 +266,12 @@ def build_method(config: Config) -> granet_jax.Method | None:
         case "gmp":
             return granet_jax.gmp(config.sparsity, pruning_end, **options)
         case "rigl":
-            return granet_jax.rigl(config.sparsity, config.steps, **options)
+            return granet_jax.rigl(config.sparsity, config.steps, stop=stop, **options)
         case "set":
-            return granet_jax.set_(config.sparsity, config.steps, **options)
+            # SET drops as many weights in its last update as in its first: an end
+            # before the end of training lets the network recover from it.
+            total = math.floor(stop * config.steps)
+            return granet_jax.set_(config.sparsity, total, **options)
         case "snfs":
             return granet_jax.snfs(config.sparsity, config.steps, **options)
         case "static":

@@ -1,8 +1,13 @@
 """Data sets: whole, as uint8 images and integer labels, split once and for all.
 
-A reader is a function without arguments that returns a `Dataset`; anything that ends in
-NumPy arrays fits (tensorflow-datasets: `tfds.data_source`). Small data sets live on the
-device as uint8 and are shuffled, moved and normalised within the training step.
+A reader is a function without arguments that returns a `Dataset`, made by `from_arrays`
+of anything that ends in NumPy arrays; of tensorflow-datasets, each split is
+
+    raw = tfds.as_numpy(tfds.load("cifar10", split="train", batch_size=-1))
+    Split(raw["image"], raw["label"].astype(np.int32))
+
+Small data sets live on the device as uint8 and are shuffled, moved and normalised
+within the training step.
 """
 
 import dataclasses
@@ -36,7 +41,7 @@ class Dataset:
       test: for the final number alone; no choice may be based on it.
       classes: number of classes.
       mean: of every channel over the training images, for values from 0 to 1.
-      std: standard deviation, likewise.
+      std: standard deviation, likewise; 1 for a channel that is constant.
     """
 
     name: str
@@ -54,8 +59,8 @@ def load(name: str) -> Dataset:
       ValueError: there is no such data set.
     """
     if name not in _READERS:
-        known = ", ".join(map(repr, _READERS))
-        raise ValueError(f"data.dataset must be one of {known}, got {name!r}.")
+        known = " or ".join(map(repr, _READERS))
+        raise ValueError(f"data.dataset must be {known}, got {name!r}.")
     return _READERS[name]()
 
 
@@ -65,7 +70,7 @@ def digits() -> Dataset:
     Of each class, in the order of the file, every third image is test data: a split
     that is stratified and needs no random numbers.
     """
-    images, labels = sklearn.datasets.load_digits(return_X_y=True)
+    images, labels = map(np.asarray, sklearn.datasets.load_digits(return_X_y=True))
     # The file has values from 0 to 16; here, as everywhere, from 0 to 255.
     images = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     test = np.zeros(len(labels), bool)
@@ -84,8 +89,9 @@ def from_arrays(name: str, train: Split, test: Split, classes: int) -> Dataset:
     """A `Dataset` with the statistics of its training images.
 
     Raises:
-      ValueError: images that are not uint8 with four dimensions, as many labels as
-        images missing, or labels outside the classes.
+      ValueError: images that are not uint8 with four dimensions, or of another shape
+        in the two splits; another number of labels than of images, labels that are not
+        int32, or outside the classes.
     """
     for part, (images, labels) in (("train", train), ("test", test)):
         if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
@@ -103,14 +109,20 @@ def from_arrays(name: str, train: Split, test: Split, classes: int) -> Dataset:
                 f"{part} labels of {name} must lie in 0 to {classes - 1}, got "
                 f"{labels.min()} to {labels.max()}."
             )
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise ValueError(
+            f"images of {name} must have one shape, got {train.images.shape[1:]} for "
+            f"train and {test.images.shape[1:]} for test."
+        )
     pixels = np.asarray(train.images)
+    std = pixels.std((0, 1, 2), dtype=np.float64) / 255
     return Dataset(
         name=name,
         train=train,
         test=test,
         classes=classes,
         mean=tuple((pixels.mean((0, 1, 2), dtype=np.float64) / 255).tolist()),
-        std=tuple((pixels.std((0, 1, 2), dtype=np.float64) / 255).tolist()),
+        std=tuple(np.where(std > 0, std, 1.0).tolist()),
     )
 
 

@@ -1,4 +1,8 @@
-"""Networks: from normalised float images (n, height, width, channels) to logits."""
+"""Networks: from normalised float images (n, height, width, channels) to logits.
+
+Layers are named so that their alphabetical order, in which jax walks a dictionary of
+parameters, is their order in the network; reports list them in it.
+"""
 
 from collections.abc import Callable
 
@@ -26,7 +30,7 @@ class MLP(nn.Module):
         x = x.reshape(x.shape[0], -1)
         for i, features in enumerate(self.features):
             x = nn.relu(nn.Dense(features, name=f"hidden_{i}")(x))
-        return nn.Dense(self.classes, name="classifier")(x)
+        return nn.Dense(self.classes, name="output")(x)
 
 
 class CNN(nn.Module):
@@ -47,7 +51,7 @@ class CNN(nn.Module):
             strides = 1 if i == 0 else 2
             conv = nn.Conv(features, (3, 3), strides=strides, name=f"conv_{i}")
             x = nn.relu(conv(x))
-        return nn.Dense(self.classes, name="classifier")(x.reshape(x.shape[0], -1))
+        return nn.Dense(self.classes, name="output")(x.reshape(x.shape[0], -1))
 
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {"mlp": MLP, "cnn": CNN}

@@ -1,10 +1,12 @@
 """What a run leaves behind: metrics as JSON lines, a table, a summary and a plot."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import rich.table
@@ -36,6 +38,19 @@ class Runs:
     def last(self) -> list[Record]:
         """The last record of every run."""
         return [records[-1] for records in self.records]
+
+
+@contextlib.contextmanager
+def complete(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a file its name only when it is complete.
+
+    Yields:
+      The path to write to, `path` with ".partial" added. An exception leaves it there,
+      as does the end of the process.
+    """
+    partial = path.with_name(path.name + ".partial")
+    yield partial
+    os.replace(partial, path)
 
 
 def write_record(file: IO[str], method: str, seed: int, record: Record) -> None:
@@ -78,16 +93,15 @@ def summary(runs: Sequence[Runs], environment: dict[str, Any]) -> str:
 def table(title: str, runs: Sequence[Runs]) -> rich.table.Table:
     """The final numbers of every method: mean and standard deviation over seeds."""
     result = rich.table.Table(title=title, title_justify="left")
-    result.add_column("method")
+    result.add_column("method", no_wrap=True)
     for heading in (
-        "test accuracy / %",
+        "accuracy / %",
         "sparsity / %",
         "active weights",
         "of",
-        "seeds",
-        "time a run / s",
+        "s / run",
     ):
-        result.add_column(heading, justify="right")
+        result.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
         sparsity = run.last[0].sparsity
         result.add_row(
@@ -96,14 +110,24 @@ def table(title: str, runs: Sequence[Runs]) -> rich.table.Table:
             f"{100 * sparsity.overall:.2f}",
             f"{sparsity.active:,}",
             f"{sparsity.total:,}",
-            str(len(run.seeds)),
             f"{statistics.mean(last.seconds for last in run.last):.1f}",
         )
+    seeds = len(runs[0].seeds)
+    result.caption = "Accuracy: on the test data, after the last step"
+    if seeds > 1:
+        result.caption += f"; mean ± std over {seeds} seeds"
+    result.caption_justify = "left"
     return result
 
 
 def plot(title: str, runs: Sequence[Runs], path: pathlib.Path) -> None:
-    """Accuracy and sparsity over the steps, and the final density of every layer."""
+    """Accuracy and sparsity over the steps, and the final density of every layer.
+
+    Args:
+      title: of the figure.
+      runs: of one or two methods, with the same seeds and steps.
+      path: of the PNG image.
+    """
     figure = Figure(figsize=(11, 6), layout="constrained")
     figure.suptitle(title)
     grid = figure.add_gridspec(2, 2, width_ratios=(3, 2))
@@ -132,7 +156,7 @@ def plot(title: str, runs: Sequence[Runs], path: pathlib.Path) -> None:
         axes.grid(alpha=0.3)
         axes.margins(x=0.01)
     _bars(density, runs)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
 
 
 def _curve(axes: Axes, run: Runs, values: list[list[float]], look: Any) -> None:
@@ -167,7 +191,7 @@ def _bars(axes: Axes, runs: Sequence[Runs]) -> None:
             edgecolor="white",
             label=run.method,
         )
-        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
+        axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=9)
     axes.set_yticks(
         range(len(layers)), [layer.replace("/kernel", "") for layer in layers]
     )

@@ -5,7 +5,7 @@ import datetime
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 import jax
 import rich.console
@@ -14,8 +14,8 @@ import tyro
 
 import granet_jax
 from experiments import report
-from experiments.config import Config
-from experiments.data import Dataset, load
+from experiments.config import Config, MaskConfig
+from experiments.data import load
 from experiments.trainer import DivergedError, Record, Trainer, fit
 
 DEFAULT_FOLDER = pathlib.Path("runs")
@@ -24,73 +24,75 @@ DEFAULT_FOLDER = pathlib.Path("runs")
 def run(config: Config) -> list[report.Runs]:
     """Trains as configured, and writes the results.
 
+    Every file but config.json gets its name when it is complete, summary.json last.
+    Until the end of training, metrics.jsonl.partial holds what was measured so far.
+
     Returns:
       The records of the method and, with a baseline, of dense training.
 
     Raises:
       ValueError: a configuration that cannot be run.
-      FileExistsError: the folder has files in it.
-      DivergedError: the loss is no longer finite. What was measured before it stays.
+      OSError: the folder has files in it, or cannot be written.
+      DivergedError: the loss is no longer finite. metrics.jsonl.partial stays.
     """
-    dataset = load(config.data.dataset)
-    folder = _new_folder(config)
-    (folder / "config.json").write_text(config.to_json())
     configs = [config]
     if config.baseline and config.method != "dense":
-        dense = dataclasses.replace(config, method="dense", masks=type(config.masks)())
-        configs.append(dense)
-    runs = _train_all(configs, dataset, folder)
-
+        configs.append(dataclasses.replace(config, method="dense", masks=MaskConfig()))
+    dataset = load(config.data.dataset)
+    trainers = [Trainer(each, dataset, config.seed) for each in configs]
     title = (
         f"{config.data.dataset}, {config.model}, {config.steps:,} steps of "
         f"{config.data.batch_size} images"
     )
-    (folder / "summary.json").write_text(report.summary(runs, _environment()))
-    report.plot(title, runs, folder / "curves.png")
+
+    folder = _new_folder(config)
+    (folder / "config.json").write_text(config.to_json())
+    with report.complete(folder / "metrics.jsonl") as path, path.open("x") as file:
+        runs = _train_all(trainers, file)
+    with report.complete(folder / "curves.png") as path:
+        report.plot(title, runs, path)
+    with report.complete(folder / "summary.json") as path:
+        path.write_text(report.summary(runs, _environment()))
     console = rich.console.Console()
     console.print(report.table(title, runs))
     console.print(f"Results in {folder}", soft_wrap=True, highlight=False)
     return runs
 
 
-def _train_all(
-    configs: Sequence[Config], dataset: Dataset, folder: pathlib.Path
-) -> list[report.Runs]:
-    first = configs[0]
+def _train_all(trainers: Sequence[Trainer], file: IO[str]) -> list[report.Runs]:
+    first = trainers[0].config
     seeds = tuple(range(first.seed, first.seed + first.seeds))
-    runs = []
-    with (
-        (folder / "metrics.jsonl").open("x") as file,
-        tqdm.tqdm(
-            total=len(configs) * len(seeds) * first.steps,
-            unit="step",
-            disable=not first.progress,
-            dynamic_ncols=True,
-        ) as bar,
-    ):
-        for config in configs:
-            all_records = []
-            trainer = Trainer(config, dataset, first.seed)
+    with tqdm.tqdm(
+        total=len(trainers) * len(seeds) * first.steps,
+        unit="step",
+        disable=not first.progress,
+        dynamic_ncols=True,
+    ) as bar:
+        runs = []
+        for trainer in trainers:
+            records = []
             for seed in seeds:
-                records: list[Record] = []
-
-                def add(
-                    record: Record,
-                    records: list[Record] = records,
-                    config: Config = config,
-                    seed: int = seed,
-                ) -> None:
-                    bar.set_description(f"{config.method}, seed {seed}", refresh=False)
-                    bar.set_postfix(_postfix(record), refresh=False)
-                    bar.update(record.step - (records[-1].step if records else 0))
-                    records.append(record)
-                    report.write_record(file, config.method, seed, record)
-
                 trainer = trainer.for_seed(seed)
-                fit(trainer, seed, add)
-                all_records.append(tuple(records))
-            runs.append(report.Runs(config.method, seeds, tuple(all_records)))
+                records.append(_train_one(trainer, seed, file, bar))
+            runs.append(report.Runs(trainer.config.method, seeds, tuple(records)))
     return runs
+
+
+def _train_one(
+    trainer: Trainer, seed: int, file: IO[str], bar: tqdm.tqdm
+) -> tuple[Record, ...]:
+    method = trainer.config.method
+    records: list[Record] = []
+
+    def add(record: Record) -> None:
+        bar.set_description(f"{method}, seed {seed}", refresh=False)
+        bar.set_postfix(_postfix(record), refresh=False)
+        bar.update(record.step - (records[-1].step if records else 0))
+        records.append(record)
+        report.write_record(file, method, seed, record)
+
+    fit(trainer, seed, add)
+    return tuple(records)
 
 
 def _postfix(record: Record) -> dict[str, str]:
@@ -139,9 +141,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     try:
         run(tyro.cli(Config, args=arguments, prog="python -m experiments.train"))
-    except (ValueError, TypeError, FileExistsError, DivergedError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, DivergedError) else 2
+        return 2
+    except DivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

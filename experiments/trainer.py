@@ -1,8 +1,4 @@
-"""Training: one pure step, and the loop around it.
-
-The step holds all that changes in `TrainState`, its random numbers being functions of
-the seed and the step, so that a state is all one needs to go on from.
-"""
+"""Training: the compiled steps of a configuration, and the loop around them."""
 
 import functools
 import math
@@ -10,39 +6,29 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array, lax
 
 import granet_jax
-from experiments.config import Config, OptimizerConfig, build_method
+from experiments.config import Config, build_method
 from experiments.data import Dataset, Split
 from experiments.models import MODELS
+from experiments.step import (
+    TrainState,
+    create_state,
+    evaluation_step,
+    learning_rate,
+    masks_of,
+    normalised,
+    optimizer,
+    train_step,
+)
 from granet_jax import distributions, masking, scores
 
 PyTree = Any
 EVALUATION_BATCH = 1024
-
-
-class TrainState(NamedTuple):
-    """Everything that a training step reads and writes.
-
-    Attributes:
-      step: int32 scalar, optimizer steps done.
-      seed: uint32 scalar, which all random numbers follow from (with `step`).
-      order: int32 (n,), the order in which this epoch goes through the training images.
-      params: the network's parameters.
-      opt_state: the optimizer's state, masks included.
-    """
-
-    step: Array
-    seed: Array
-    order: Array
-    params: PyTree
-    opt_state: optax.OptState
 
 
 class Record(NamedTuple):
@@ -99,7 +85,7 @@ class Trainer:
         tx = optimizer(config.optimizer, self.schedule)
         if method is not None:
             tx = granet_jax.transform(method, tx, seed=mask_seed)
-        normalise = functools.partial(_normalise, mean=dataset.mean, std=dataset.std)
+        normalise = functools.partial(normalised, mean=dataset.mean, std=dataset.std)
         step = functools.partial(
             train_step,
             model=model,
@@ -114,12 +100,11 @@ class Trainer:
                 create_state, model=model, tx=tx, shape=dataset.train.images.shape
             )
         )
-        self._step = jax.jit(step, donate_argnums=0)
-        self._scan = jax.jit(
-            functools.partial(_scan, step), donate_argnums=0, static_argnums=2
+        self._steps = jax.jit(
+            functools.partial(_steps, step), donate_argnums=0, static_argnums=2
         )
         self._correct = jax.jit(
-            functools.partial(_correct, model=model, normalise=normalise)
+            functools.partial(evaluation_step, model=model, normalise=normalise)
         )
 
     def for_seed(self, seed: int) -> "Trainer":
@@ -142,85 +127,11 @@ class Trainer:
         Returns:
           (the next state, the losses (number,)).
         """
-        if number == 1:
-            state, loss = self._step(state, self._train)
-            return state, loss[None]
-        return self._scan(state, self._train, number)
+        return self._steps(state, self._train, number)
 
     def evaluate(self, params: PyTree) -> int:
         """Number of test images classified correctly."""
         return sum(int(self._correct(params, batch)) for batch in self._test)
-
-
-def train_step(
-    state: TrainState,
-    train: Split,
-    *,
-    model: nn.Module,
-    tx: optax.GradientTransformation,
-    normalise: Callable[[Array], Array],
-    batch_size: int,
-    shift: int,
-) -> tuple[TrainState, Array]:
-    """One optimizer step: pure, for any transformation of compilation or loops.
-
-    Args:
-      state: see `TrainState`.
-      train: all training images and labels, on the device.
-      model: network, applied to `params` alone.
-      tx: optimizer.
-      normalise: from uint8 images to the network's input.
-      batch_size: images a step.
-      shift: largest shift of the augmentation, in pixels.
-
-    Returns:
-      (the next state, the mean cross-entropy of the batch).
-    """
-    size = len(train.labels)
-    epoch, batch = jnp.divmod(state.step, size // batch_size)
-    order = lax.cond(
-        batch == 0,
-        lambda: jax.random.permutation(_key(state.seed, "order", epoch), size),
-        lambda: state.order,
-    )
-    chosen = lax.dynamic_slice_in_dim(order, batch * batch_size, batch_size)
-    images = train.images[chosen]
-    if shift:
-        images = shifted(images, _key(state.seed, "shift", state.step), shift)
-    inputs, labels = normalise(images), train.labels[chosen]
-
-    def loss_of(params: PyTree) -> Array:
-        logits = model.apply({"params": params}, inputs)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    loss, grads = jax.value_and_grad(loss_of)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, state.seed, order, params, opt_state), loss
-
-
-def create_state(
-    seed: Array,
-    *,
-    model: nn.Module,
-    tx: optax.GradientTransformation,
-    shape: tuple[int, ...],
-) -> TrainState:
-    """The state at step 0, pruned weights already zero.
-
-    Args:
-      seed: uint32 scalar.
-      model: network.
-      tx: optimizer.
-      shape: of all training images, (n, height, width, channels).
-    """
-    inputs = jnp.zeros((1, *shape[1:]), jnp.float32)
-    params = model.init(_key(seed, "init", 0), inputs)["params"]
-    opt_state = tx.init(params)
-    if _is_sparse(opt_state):
-        params = granet_jax.apply_masks(params, granet_jax.get_masks(opt_state))
-    order = jnp.arange(shape[0], dtype=jnp.int32)
-    return TrainState(jnp.int32(0), seed, order, params, opt_state)
 
 
 def fit(trainer: Trainer, seed: int, report: Callable[[Record], None]) -> TrainState:
@@ -254,7 +165,7 @@ def fit(trainer: Trainer, seed: int, report: Callable[[Record], None]) -> TrainS
                     test_correct=correct,
                     test_accuracy=correct / len(trainer.dataset.test.labels),
                     sparsity=granet_jax.sparsity(masks_of(state)),
-                    learning_rate=float(trainer.schedule(step)),
+                    learning_rate=float(np.asarray(trainer.schedule(step))),
                     seconds=time.perf_counter() - start,
                 )
             )
@@ -275,11 +186,10 @@ def fit(trainer: Trainer, seed: int, report: Callable[[Record], None]) -> TrainS
 
 def check_exact(config: Config, state: TrainState) -> None:
     """Raises RuntimeError unless the network is as sparse as configured, exactly."""
-    if not _is_sparse(state.opt_state):
-        return
-    masks = granet_jax.get_masks(state.opt_state)
+    masks = masks_of(state)
     found = granet_jax.sparsity(masks)
-    expected = distributions.total_count(found.total, config.sparsity)
+    target = 0.0 if config.method == "dense" else config.sparsity
+    expected = distributions.total_count(found.total, target)
     if found.active != expected:
         raise RuntimeError(
             f"{found.active} weights are active, {expected} of {found.total} should be."
@@ -290,91 +200,16 @@ def check_exact(config: Config, state: TrainState) -> None:
             raise RuntimeError(f"{name} has weights that are pruned but not zero.")
 
 
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate as a function of the steps done."""
-    match config.schedule:
-        case "drops":
-            return optax.piecewise_constant_schedule(
-                config.learning_rate,
-                {steps // 2: 0.1, steps * 3 // 4: 0.1},
-            )
-        case "cosine":
-            return optax.cosine_decay_schedule(config.learning_rate, steps)
-        case "constant":
-            return optax.constant_schedule(config.learning_rate)
-
-
-def optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule
-) -> optax.GradientTransformation:
-    """SGD with momentum and weight decay on weights (two dimensions or more)."""
-    return optax.chain(
-        optax.add_decayed_weights(
-            config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
-        ),
-        optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
-    )
-
-
-def shifted(images: Array, key: Array, shift: int) -> Array:
-    """Each image moved by -shift to shift pixels in both directions, zeros moving in.
-
-    Args:
-      images: (n, height, width, channels).
-      key: typed key.
-      shift: in pixels.
-
-    Returns:
-      An array of the shape and dtype of `images`.
-    """
-    n, height, width, channels = images.shape
-    padding = ((0, 0), (shift, shift), (shift, shift), (0, 0))
-    padded = jnp.pad(images, padding)
-    corners = jax.random.randint(key, (n, 2), 0, 2 * shift + 1)
-
-    def crop(image: Array, corner: Array) -> Array:
-        start = (corner[0], corner[1], 0)
-        return lax.dynamic_slice(image, start, (height, width, channels))
-
-    return jax.vmap(crop)(padded, corners)
-
-
-def masks_of(state: TrainState) -> PyTree:
-    """The masks; for dense training, masks of which every weight is active."""
-    if _is_sparse(state.opt_state):
-        return granet_jax.get_masks(state.opt_state)
-    return granet_jax.init_masks(granet_jax.static(0.0), state.params)
-
-
-def _key(seed: Array, purpose: str, number: Array | int) -> Array:
-    streams = {"init": 0, "order": 1, "shift": 2}
-    stream = jax.random.fold_in(jax.random.key(seed), streams[purpose])
-    return jax.random.fold_in(stream, number)
-
-
-def _scan(
+def _steps(
     step: Callable[..., tuple[TrainState, Array]],
     state: TrainState,
     train: Split,
     number: int,
 ) -> tuple[TrainState, Array]:
+    if number == 1:
+        state, loss = step(state, train)
+        return state, loss[None]
     return lax.scan(lambda carry, _: step(carry, train), state, length=number)
-
-
-def _normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    x = images.astype(jnp.float32) / 255
-    return (x - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
-
-
-def _correct(
-    params: PyTree,
-    batch: Split,
-    model: nn.Module,
-    normalise: Callable[[Array], Array],
-) -> Array:
-    logits = model.apply({"params": params}, normalise(batch.images))
-    return jnp.sum(jnp.argmax(logits, axis=-1) == batch.labels, dtype=jnp.int32)
 
 
 def _padded(split: Split) -> list[Split]:
@@ -404,7 +239,3 @@ def _mean_loss(losses: list[np.ndarray], step: int) -> float | None:
             "lower optimizer.learning_rate."
         )
     return float(values.mean(dtype=np.float64))
-
-
-def _is_sparse(opt_state: optax.OptState) -> bool:
-    return isinstance(opt_state, granet_jax.SparseState)

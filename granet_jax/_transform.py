@@ -122,6 +122,27 @@ def transform(
     def plan(shapes: tuple[tuple[int, ...], ...]) -> _Plan:
         return _plan(method, shapes)
 
+    # Compiled also for who calls `update` outside jit: op by op, its loops would be
+    # compiled anew at every mask update.
+    @functools.partial(jax.jit, inline=True)
+    def update_masks(
+        leaves: list[Array],
+        stepped: list[Array],
+        grads: list[Array] | None,
+        accumulators: list[Array] | None,
+        count: Array,
+    ) -> list[Array]:
+        return _update_masks(
+            method,
+            plan(tuple(tuple(x.shape) for x in leaves)),
+            leaves,
+            stepped,
+            grads,
+            accumulators,
+            count=count,
+            key=_key(seed, count),
+        )
+
     def init(params: PyTree) -> SparseState:
         if masks is None:
             initial = init_masks(method, params, where=where, seed=seed)
@@ -195,15 +216,12 @@ def transform(
             )
             leaves, treedef = jax.tree.flatten(masks_)
             return treedef.unflatten(
-                _update_masks(
-                    method,
-                    plan(tuple(tuple(x.shape) for x in leaves)),
+                update_masks(
                     leaves,
                     _stepped(params, inner_updates, masks_),
                     dense,
                     jax.tree.leaves(accumulator) or None,
-                    count=count,
-                    key=_key(seed, count),
+                    count,
                 )
             )
 

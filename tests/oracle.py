@@ -195,7 +195,9 @@ def granet(
         targets=_cubic(sparsity, initial_sparsity, begin_step, end_step, interval),
         fractions={
             t: final_fraction
-            + (fraction - final_fraction) * (1 + math.cos(math.pi * t / total_steps)) / 2
+            + (fraction - final_fraction)
+            * (1 + math.cos(math.pi * t / total_steps))
+            / 2
             for t in _steps(interval, total_steps, begin_step)
         },
         distribution=distribution,
@@ -241,7 +243,7 @@ def set_(
 ) -> Recipe:
     return Recipe(
         start=sparsity,
-        fractions={t: fraction for t in _steps(interval, total_steps)},
+        fractions=dict.fromkeys(_steps(interval, total_steps), fraction),
         distribution=distribution,
         grow="random",
     )
@@ -336,9 +338,7 @@ class Trainer:
                 direction = g + scalar(self.momentum) * self.moments[i]
             else:
                 direction = self.moments[i]
-            stepped.append(
-                np.where(m, p + scalar(-self.rate) * direction, scalar(0))
-            )
+            stepped.append(np.where(m, p + scalar(-self.rate) * direction, scalar(0)))
         if recipe.decay is not None:
             decay = np.float32(recipe.decay)
             self.accumulators = [
@@ -371,9 +371,7 @@ class Trainer:
 
     def _exchange(self, size, grads, old, masks, random_scores) -> list:
         recipe, t = self.recipe, self.step_count
-        dropped = [
-            number_dropped(recipe.fractions[t], int(m.sum())) for m in masks
-        ]
+        dropped = [number_dropped(recipe.fractions[t], int(m.sum())) for m in masks]
         left = [int(m.sum()) - d for m, d in zip(masks, dropped, strict=True)]
         kept = best_per_leaf(size, masks, left)
         if recipe.grow == "gradient":

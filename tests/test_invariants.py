@@ -431,7 +431,9 @@ def check_run(name: str, case: Case, *, last_link: bool) -> None:
             active = min(active, expected_active(case.arguments, total, count))
         else:
             assert all(
-                np.array_equal(m, o) for m, o in zip(masks, old, strict=True) if m is not None
+                np.array_equal(m, o)
+                for m, o in zip(masks, old, strict=True)
+                if m is not None
             )
         assert sum(m.sum() for m in masks if m is not None) == active
         check_exchange(name, case, count in update_steps, count, old, masks)
@@ -463,7 +465,9 @@ def check_run(name: str, case: Case, *, last_link: bool) -> None:
                 assert np.array_equal(found[i], expected[i])
 
         if name == "snfs":
-            chosen = [g for g, m in zip(host(grads), masks, strict=True) if m is not None]
+            chosen = [
+                g for g, m in zip(host(grads), masks, strict=True) if m is not None
+            ]
             averages = [
                 np.float32(0.5) * a + np.float32(0.5) * g.astype(np.float32)
                 for a, g in zip(averages, chosen, strict=True)
@@ -484,9 +488,7 @@ def check_run(name: str, case: Case, *, last_link: bool) -> None:
                     present.append(o)
             best = largest(stepped, present, active)
             chosen = [m for m in masks if m is not None]
-            assert all(
-                np.array_equal(m, b) for m, b in zip(chosen, best, strict=True)
-            )
+            assert all(np.array_equal(m, b) for m, b in zip(chosen, best, strict=True))
 
     # 5. One compilation.
     assert len(traces) == 1

@@ -40,7 +40,7 @@ def recorded(run):
 
 @functools.cache
 def meta(run):
-    names = "seed initial final interval steps end fraction rate".split()
+    names = ["seed", "initial", "final", "interval", "steps", "end", "fraction", "rate"]
     values = dict(zip(names, recorded(run)["meta"].tolist(), strict=True))
     for name in ("interval", "steps", "end"):
         values[name] = int(values[name])
@@ -85,7 +85,7 @@ def our_method(run, **kwargs):
             fraction=m["fraction"],
             stop=1.0,
         )
-    shared = dict(initial_sparsity=1.0 - m["initial"], interval=m["interval"])
+    shared = {"initial_sparsity": 1.0 - m["initial"], "interval": m["interval"]}
     if run == "gmp":
         return granet_jax.gmp(1.0 - m["final"], m["end"], **shared, **kwargs)
     return granet_jax.granet(
@@ -234,7 +234,7 @@ def test_our_schedule_differs_from_the_reference_only_where_decided(run):
             assert ours == math.floor(size * density + 0.5)
             assert ours - theirs in (1, 2)
         else:
-            # Ours is at the final sparsity; the reference stays where it was at j = n-1.
+            # Ours is at the final sparsity; the reference stays at that of j = n - 1.
             assert method.sparsity(step) == 1.0 - m["final"]
             assert ours == math.floor(size * m["final"] + 0.5) == 199
             assert theirs == reference_keep(run, before)
@@ -285,8 +285,8 @@ def test_erk_densities(run):
 def test_given_initial_masks_are_taken_as_they_are():
     masks = {"bias": None, **tree("rigl_itop", "mask0")}
     params = tree("rigl_itop", "init", LEAVES)
-    state = granet_jax.transform(
-        methods.static(0.8), optax.sgd(0.1), masks=masks
-    ).init(params)
+    state = granet_jax.transform(methods.static(0.8), optax.sgd(0.1), masks=masks).init(
+        params
+    )
     report = granet_jax.sparsity(granet_jax.get_masks(state))
     assert report.active == 414

@@ -19,7 +19,7 @@ METHODS = {
     "gmp": granet_jax.gmp(0.8, 8, interval=2),
     "rigl": granet_jax.rigl(0.7, 12, interval=2),
     "set": granet_jax.set_(0.7, 12, interval=2),
-    "snfs": granet_jax.snfs(0.7, 12, interval=2),
+    "snfs": granet_jax.snfs(0.7, 12, interval=2, decay=0.5),
     "static": granet_jax.static(0.7),
 }
 STEPS = 14
@@ -182,7 +182,9 @@ def test_vmap_over_seeds_equals_loop_over_seeds(name: str) -> None:
         expected, masks = loop(tx, starts[lane], states[lane], inputs[lane])
         assert_same((at(params, lane), at(state, lane)), expected)
     # The lanes are different runs.
-    assert not np.array_equal(params["first"]["kernel"][0], params["first"]["kernel"][1])
+    assert not np.array_equal(
+        params["first"]["kernel"][0], params["first"]["kernel"][1]
+    )
 
 
 def test_vmap_of_lanes_at_different_steps() -> None:
@@ -226,9 +228,7 @@ def test_no_buffer_is_held_twice() -> None:
     for method in METHODS.values():
         params = make_params()
         state = granet_jax.transform(method, INNER).init(params)
-        pointers = [
-            x.unsafe_buffer_pointer() for x in jax.tree.leaves((params, state))
-        ]
+        pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((params, state))]
         assert len(set(pointers)) == len(pointers)
 
 

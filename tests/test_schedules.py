@@ -1,0 +1,155 @@
+"""Schedules against their formulas in exact arithmetic."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import granet_jax
+from granet_jax import schedules
+
+uint32 = st.integers(0, 2**32 - 1)
+
+
+@hypothesis.given(st.integers(1, 40), st.integers(0, 60), st.integers(0, 200))
+def test_update_steps(interval: int, begin: int, last: int) -> None:
+    updates = schedules.every(interval, begin=begin, last=last)
+    expected = [t for t in range(1, last + 1) if (t - begin) % interval == 0]
+    assert list(updates.steps()) == expected
+
+
+@pytest.mark.parametrize(
+    "updates",
+    [
+        schedules.UpdateSteps(4, 20, 4),
+        schedules.UpdateSteps(3, 21, 7),
+        schedules.UpdateSteps(1, 5, 1),
+        schedules.NEVER,
+    ],
+)
+def test_traced_steps_agree_with_the_list(updates: schedules.UpdateSteps) -> None:
+    contains = jax.jit(updates.contains)
+    index = jax.jit(updates.update_index)
+    steps = list(updates.steps())
+    for t in range(0, 30):
+        step = jnp.int32(t)
+        assert bool(contains(step)) == (t in steps)
+        if t in steps:
+            assert int(index(step)) == steps.index(t)
+        assert 0 <= int(index(step)) <= max(len(steps) - 1, 0)
+
+
+def test_cubic_is_the_formula_in_whole_intervals() -> None:
+    schedule = schedules.cubic(0.5, 0.9, begin=10, end=53, interval=10)  # n = 4
+    for t in range(0, 80):
+        j = min(max((t - 10) // 10, 0), 4)
+        exact = (
+            Fraction(0.9) + (Fraction(0.5) - Fraction(0.9)) * (1 - Fraction(j, 4)) ** 3
+        )
+        assert math.isclose(schedule(t), exact, rel_tol=1e-15)
+    assert schedule(0) == schedule(10) == 0.5
+    # To the bit, from the last update of the phase on.
+    assert schedule(49) != 0.9
+    assert schedule(50) == schedule(53) == schedule(10**6) == 0.9
+
+
+@hypothesis.given(
+    st.floats(0, 1), st.floats(0, 1), st.integers(0, 50), st.integers(1, 9)
+)
+def test_cubic_is_monotone(a: float, b: float, begin: int, interval: int) -> None:
+    low, high = sorted((a, b))
+    schedule = schedules.cubic(
+        low, high, begin=begin, end=begin + 60, interval=interval
+    )
+    values = [schedule(t) for t in range(begin, begin + 70)]
+    assert all(x <= y + 1e-15 for x, y in itertools.pairwise(values))
+    assert values[-1] == high
+
+
+def test_cosine() -> None:
+    schedule = schedules.cosine(0.5, 0.005, steps=100)
+    assert schedule(0) == 0.5
+    assert math.isclose(schedule(50), 0.2525)
+    assert schedule(100) == schedule(10_000) == 0.005
+    # A quarter: cos(pi/4) = sqrt(1/2).
+    assert math.isclose(schedule(25), 0.005 + 0.495 * (1 + math.sqrt(0.5)) / 2)
+
+
+def test_constant() -> None:
+    assert schedules.constant(0.3)(0) == schedules.constant(0.3)(10**9) == 0.3
+
+
+@hypothesis.given(uint32, uint32)
+@hypothesis.example(2**32 - 1, 2**32 - 1)
+@hypothesis.example(0, 2**32 - 1)
+@hypothesis.example(2**31, 3)
+@hypothesis.settings(max_examples=500)
+def test_ceil_of_is_exact(fraction: int, count: int) -> None:
+    found = schedules.ceil_of(np.uint32(fraction), jnp.asarray(count, jnp.uint32))
+    assert found.dtype == jnp.uint32
+    assert int(found) == -(-fraction * count // 2**32)
+
+
+@hypothesis.given(uint32, st.integers(0, 2**40))
+def test_ceil_of_in_64_bits(fraction: int, count: int) -> None:
+    with jax.enable_x64(True):
+        found = schedules.ceil_of(
+            jnp.asarray(fraction, jnp.uint32), jnp.asarray(count, jnp.uint64)
+        )
+        assert found.dtype == jnp.uint64
+        assert int(found) == -(-fraction * count // 2**32)
+
+
+@hypothesis.given(st.integers(1, 99), st.integers(0, 10**6))
+def test_fixed_point_of_a_decimal_gives_the_ceiling_of_the_decimal(
+    percent: int, count: int
+) -> None:
+    """ceil(0.07 * 100) is 7, though the double nearest 0.07 lies above it.
+
+    Exact as long as the count is far from 2**32: the fixed point is a little below.
+    """
+    meant = Fraction(percent, 100)
+    fixed = schedules.fixed_point(percent / 100)
+    assert -(-fixed * count // 2**32) == math.ceil(meant * count)
+
+
+def test_fixed_point_ends() -> None:
+    assert schedules.fixed_point(0.0) == 0
+    assert schedules.fixed_point(0.5) == 2**31
+    assert schedules.fixed_point(1.0) == 2**32 - 1
+    # All of them, but for counts beyond 2**32.
+    assert -(-schedules.fixed_point(1.0) * 10**9 // 2**32) == 10**9
+
+
+def test_methods_update_when_documented() -> None:
+    def steps(method: granet_jax.Method) -> list[int]:
+        return list(method.updates.steps())
+
+    assert steps(granet_jax.granet(0.9, 10, interval=3)) == [3, 6, 9]
+    assert steps(granet_jax.granet(0.9, 10, begin_step=2, interval=3)) == [2, 5, 8]
+    assert steps(granet_jax.gmp(0.9, 10, interval=3)) == [3, 6, 9]
+    assert steps(granet_jax.gmp(0.9, 10, begin_step=2, interval=3)) == [5, 8]
+    assert steps(granet_jax.rigl(0.9, 20, interval=5)) == [5, 10, 15]
+    assert steps(granet_jax.set_(0.9, 20, interval=5)) == [5, 10, 15, 20]
+    assert steps(granet_jax.snfs(0.9, 20, interval=5)) == [5, 10, 15, 20]
+    assert steps(granet_jax.static(0.9)) == []
+
+
+def test_methods_have_the_documented_fractions_and_sparsities() -> None:
+    granet = granet_jax.granet(0.9, 100, interval=10)
+    # end_step is half of total_steps: n = 5.
+    assert [granet.sparsity(t) for t in (0, 50, 100)] == [0.0, 0.9, 0.9]
+    assert math.isclose(granet.sparsity(20), 0.9 - 0.9 * 0.6**3)
+    assert math.isclose(granet.fraction(50), 0.2525)
+    rigl = granet_jax.rigl(0.8, 100, interval=10)
+    assert math.isclose(rigl.fraction(0), 0.3)
+    assert math.isclose(rigl.fraction(25), 0.15 * (1 + math.cos(math.pi / 3)))
+    assert rigl.sparsity(0) == rigl.sparsity(100) == 0.8
+    assert granet_jax.set_(0.8, 100).fraction(99) == 0.3
+    assert math.isclose(granet_jax.snfs(0.8, 100).fraction(50), 0.25)

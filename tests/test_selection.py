@@ -1,0 +1,324 @@
+"""Exact top-k against a stable NumPy sort, on inputs chosen to be hard."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from granet_jax import selection
+
+FLOATS = ("float32", "bfloat16", "float16")
+# One compilation per dtype and scope: shapes are fixed, values and k vary.
+SHAPES = [(5, 4), (), (0, 3), (1,), (2, 3, 2)]
+SIZES = [20, 1, 0, 1, 12]
+SIZE = sum(SIZES)
+# Ordinary numbers, and all that orders or rounds in its own way. The smallest
+# denormal and the largest number are those of the dtype under test.
+NAMED = ("nan", "-nan", "inf", "-inf", "0", "-0", "tiny", "-tiny", "max", "-max", "1")
+
+
+def special(name: str, dtype: Any) -> np.ndarray:
+    info = jnp.finfo(dtype)
+    sign = -1.0 if name.startswith("-") else 1.0
+    values = {
+        "nan": np.nan,
+        "inf": np.inf,
+        "0": 0.0,
+        "tiny": float(info.smallest_subnormal),
+        "max": float(info.max),
+        "1": 1.0,
+    }
+    return np.asarray(np.copysign(values[name.lstrip("-")], sign), np.float64)
+
+
+@st.composite
+def score_values(draw: Any, dtype: str, size: int) -> np.ndarray:
+    """Numbers of `dtype`: from few distinct ones (many ties) to any bit pattern."""
+    bits = 8 * jnp.dtype(dtype).itemsize
+    few = st.sampled_from(NAMED).map(lambda name: special(name, dtype))
+    grid = st.integers(-3, 3).map(lambda n: np.asarray(n / 2))
+    pattern = st.integers(0, 2**bits - 1).map(
+        lambda n: np.asarray(n, f"uint{bits}").view(jnp.dtype(dtype))
+    )
+    chosen = draw(st.sampled_from([few, grid, pattern, few | grid | pattern]))
+    values = draw(st.lists(chosen, min_size=size, max_size=size))
+    # Bit patterns stay as they are: a cast of a NaN may quieten it.
+    out = np.zeros(size, jnp.dtype(dtype))
+    for i, value in enumerate(values):
+        out[i] = value if value.dtype == out.dtype else value.astype(out.dtype)
+    return out
+
+
+def split(flat: np.ndarray) -> list[np.ndarray]:
+    parts = np.split(flat, np.cumsum(SIZES)[:-1])
+    return [p.reshape(s) for p, s in zip(parts, SHAPES, strict=True)]
+
+
+def check(scores: Any, candidates: Any, k: Any, scope: selection.Scope) -> None:
+    found = selection.top_k(scores, k, among=candidates, scope=scope)
+    if scope == "global":
+        expected = oracle.best_across(scores, candidates, k)
+    else:
+        expected = oracle.best_per_leaf(scores, candidates, k)
+    for got, want, score in zip(found, expected, scores, strict=True):
+        assert got.shape == score.shape
+        assert got.dtype == bool
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=100)
+def test_top_k_equals_a_stable_sort(dtype: str, data: st.DataObject) -> None:
+    scores = split(data.draw(score_values(dtype, SIZE)))
+    flags = st.one_of(
+        st.just([True] * SIZE),
+        st.lists(st.booleans(), min_size=SIZE, max_size=SIZE),
+    )
+    candidates = split(np.asarray(data.draw(flags), bool))
+    if data.draw(st.booleans()):
+        check(scores, candidates, data.draw(st.integers(0, SIZE + 2)), "global")
+    else:
+        k = [data.draw(st.integers(0, n + 2)) for n in SIZES]
+        check(scores, candidates, k, "layer")
+
+
+def leaf(*values: float, dtype: Any = np.float32) -> np.ndarray:
+    return np.asarray(values, dtype)
+
+
+HARD = {
+    "all equal": np.full(24, 0.5, np.float32),
+    "all zero, either sign": leaf(*[0.0, -0.0] * 12),
+    "all nan": np.full(24, np.nan, np.float32),
+    "all -inf": np.full(24, -np.inf, np.float32),
+    "nan and -inf": leaf(*[np.nan, -np.inf] * 12),
+    "nan, -nan and the lowest": leaf(
+        *[np.nan, -np.nan, np.finfo(np.float32).min] * 8,
+    ),
+    "inf and the largest": leaf(*[np.inf, np.finfo(np.float32).max] * 12),
+    "denormals": np.arange(24, dtype=np.uint32).view(np.float32),
+    "denormals of either sign": np.concatenate(
+        [
+            np.arange(12, dtype=np.uint32).view(np.float32),
+            -np.arange(12, dtype=np.uint32).view(np.float32),
+        ]
+    ),
+    "neighbours": (np.float32(1).view(np.int32) + np.arange(24, dtype=np.int32)).view(
+        np.float32
+    )[::-1],
+    "ties at the threshold": leaf(*[3] * 4, *[2] * 16, *[1] * 4),
+    "ties, last come first": leaf(*[1] * 4, *[2] * 16, *[3] * 4),
+    "ascending": np.arange(24, dtype=np.float32),
+    "powers of two": np.ldexp(np.float32(1), np.arange(-149, 91, 10)).astype(
+        np.float32
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("scope", selection.SCOPES)
+def test_hard_inputs_at_every_k(name: str, scope: selection.Scope) -> None:
+    flat = HARD[name]
+    assert flat.dtype == np.float32
+    assert flat.shape == (24,)
+    # Denormals are flushed to zero by some hardware, but never by this comparison.
+    scores = [flat[:12].reshape(3, 4), flat[12:]]
+    everything = [np.ones(x.shape, bool) for x in scores]
+    for k in range(0, 26 if scope == "global" else 14):
+        check(scores, everything, k if scope == "global" else [k, 13 - k], scope)
+
+
+def test_ties_by_leaf_order_then_row_major_index() -> None:
+    scores = [np.ones((2, 2), np.float32), np.ones((3,), np.float32)]
+    first, second = selection.top_k(scores, 5, scope="global")
+    assert first.tolist() == [[True, True], [True, True]]
+    assert second.tolist() == [True, False, False]
+    first, second = selection.top_k(scores, [3, 1])
+    assert first.tolist() == [[True, True], [True, False]]
+    assert second.tolist() == [True, False, False]
+
+
+def test_k_as_one_integer_for_all_leaves() -> None:
+    scores = [leaf(1, 2, 3), leaf(5, 4)]
+    first, second = selection.top_k(scores, 1)
+    assert first.tolist() == [False, False, True]
+    assert second.tolist() == [True, False]
+
+
+def test_more_than_available_selects_all_candidates_and_no_other() -> None:
+    scores = [leaf(1, 2, 3), leaf(9, 9)]
+    among = [np.asarray([True, False, True]), np.asarray([False, False])]
+    for scope, k in (
+        ("layer", [3, 3]),
+        ("global", 99),
+        ("global", np.uint32(2**32 - 1)),
+    ):
+        found = selection.top_k(scores, k, among=among, scope=scope)
+        assert [x.tolist() for x in found] == [x.tolist() for x in among]
+
+
+def test_leaves_of_several_dtypes_compare_exactly() -> None:
+    # 1 + 2^-7 is a bfloat16; 1 + 2^-8 is not, and must rank between.
+    scores = [
+        np.asarray([1.0, 1.0 + 2**-7], jnp.bfloat16),
+        leaf(1.0 + 2**-8, 1.0 + 2**-6),
+        np.asarray([1.0 + 2**-10], np.float16),
+    ]
+    order = []
+    before = 0
+    for k in range(1, 6):
+        found = np.concatenate(selection.top_k(scores, k, scope="global"))
+        assert found.sum() == k
+        order.append(int(np.flatnonzero(found).sum()) - before)
+        before = int(np.flatnonzero(found).sum())
+    assert order == [3, 1, 2, 4, 0]
+
+
+def test_integer_scores() -> None:
+    scores = [np.asarray([5, -7, 5, 0], np.int32), np.asarray([6, 5], np.int32)]
+    first, second = selection.top_k(scores, 3, scope="global")
+    assert first.tolist() == [True, False, True, False]
+    assert second.tolist() == [True, False]
+
+
+def test_integer_scores_at_the_ends_of_their_range() -> None:
+    # The two lowest and the highest value count as their neighbours, as documented.
+    low, high = np.iinfo(np.int16).min, np.iinfo(np.int16).max
+    scores = [np.asarray([low, low + 1, low + 2, low + 3, high - 1, high], np.int16)]
+    expected = ([4], [4, 5], [3, 4, 5], [0, 3, 4, 5], [0, 1, 3, 4, 5])
+    for k, indices in enumerate(expected, start=1):
+        (found,) = selection.top_k(scores, k)
+        assert np.flatnonzero(found).tolist() == indices
+
+
+def test_float64_under_x64() -> None:
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        scores = [1.0 + 2.0**-40 * rng.integers(0, 9, n) for n in (40, 3)]
+        assert selection.sort_keys(scores)[0].dtype == jnp.int64
+        everything = [np.ones(x.shape, bool) for x in scores]
+        for k in (0, 1, 7, 20, 43):
+            check(scores, everything, k, "global")
+
+
+@pytest.mark.parametrize("scope", selection.SCOPES)
+def test_large_leaves(scope: selection.Scope) -> None:
+    # As in training: millions of distinct values, most of them masked.
+    rng = np.random.default_rng(1)
+    scores = [rng.standard_normal(n, np.float32) for n in (300_000, 70_001, 12)]
+    candidates = [rng.random(x.shape) < 0.3 for x in scores]
+    check(scores, candidates, 12_345 if scope == "global" else [9_000, 1, 5], scope)
+
+
+def test_traced_k_and_no_recompilation() -> None:
+    traces = []
+
+    @jax.jit
+    def count(scores: Any, k: Any) -> Any:
+        traces.append(None)
+        return sum(m.sum() for m in selection.top_k(scores, k, scope="global"))
+
+    scores = [jnp.arange(10.0), jnp.arange(4.0)]
+    assert [int(count(scores, jnp.uint32(k))) for k in range(15)] == list(range(15))
+    assert len(traces) == 1
+
+
+def test_vmap() -> None:
+    rng = np.random.default_rng(2)
+    scores = rng.integers(0, 5, (6, 30)).astype(np.float32)
+    k = np.asarray([0, 1, 7, 15, 29, 30])
+    found = jax.vmap(lambda x, n: selection.top_k([x], n)[0])(scores, k)
+    for row, score, n in zip(found, scores, k, strict=True):
+        np.testing.assert_array_equal(row, oracle.best(score, np.ones(30, bool), n))
+
+
+def test_no_leaves() -> None:
+    assert selection.top_k([], 3) == []
+
+
+def test_only_empty_leaves() -> None:
+    (found,) = selection.top_k([np.zeros((0, 4), np.float32)], 3, scope="global")
+    assert found.shape == (0, 4)
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations, those of inner programs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("scope", selection.SCOPES)
+def test_nothing_is_sorted_concatenated_gathered_or_reshaped(
+    scope: selection.Scope,
+) -> None:
+    scores = [jnp.zeros((30, 40)), jnp.zeros((3, 3, 8, 16))]
+    rows = len(scores)
+    traced = jax.make_jaxpr(lambda x, k: selection.top_k(x, k, scope=scope))(scores, 50)
+    moving = ("sort", "top_k", "gather", "scatter", "concatenate", "reshape", "cumsum")
+    moving += ("dynamic_slice", "transpose", "argsort")
+    seen = {"while": 0, "reduce_sum": 0}
+    for equation in equations(traced.jaxpr):
+        name = equation.primitive.name
+        if name in seen:
+            seen[name] += 1
+        if name.startswith(moving):
+            # A row per leaf at most, never a leaf.
+            sizes = [v.aval.size for v in (*equation.invars, *equation.outvars)]
+            assert max(sizes) <= rows, equation
+    # One loop over all leaves, with one count of each.
+    assert seen["while"] == 1
+    assert seen["reduce_sum"] >= rows
+
+
+def test_float_keys_order_as_the_numbers_do() -> None:
+    with np.errstate(invalid="ignore"):
+        values = np.concatenate([special(n, "float32")[None] for n in NAMED])
+        values = values.astype(np.float32)
+    (keys,) = selection.sort_keys([values])
+    keys = np.asarray(keys)
+    info = np.iinfo(np.int32)
+    nan = np.isnan(values)
+    assert (keys[nan] == info.min + 1).all()
+    assert (keys[~nan] > info.min + 1).all()
+    assert (keys < info.max).all()
+    for i in np.flatnonzero(~nan):
+        for j in np.flatnonzero(~nan):
+            assert (keys[i] < keys[j]) == (values[i] < values[j])
+
+
+def test_flat_index_is_row_major() -> None:
+    x = jnp.zeros((3, 4, 5))
+    np.testing.assert_array_equal(
+        selection.flat_index(x), np.arange(60).reshape(3, 4, 5)
+    )
+    assert selection.flat_index(jnp.zeros(())) == 0
+
+
+def test_sum_before_is_an_exclusive_sum() -> None:
+    counts = jnp.asarray([3, 0, 2, 7], jnp.uint32)
+    assert selection.sum_before(counts).tolist() == [0, 3, 3, 5]
+    assert selection.sum_before(counts).dtype == jnp.uint32
+
+
+def test_counter_dtype() -> None:
+    assert selection.counter_dtype([2**32 - 1], "global") == jnp.uint32
+    assert selection.counter_dtype([2**31] * 4, "layer") == jnp.uint32
+    with pytest.raises(ValueError, match=r'scope="layer".*jax_enable_x64'):
+        selection.counter_dtype([2**31, 2**31], "global")
+    with pytest.raises(ValueError, match="4294967296 scores"):
+        selection.counter_dtype([2**32], "layer")
+    with jax.enable_x64(True):
+        assert selection.counter_dtype([2**31, 2**31], "global") == jnp.uint64
