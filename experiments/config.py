@@ -155,7 +155,7 @@ class Config:
     scan_block: int = 1
     """Steps in one call to the device, as one `lax.scan`; a block ends
     early at an evaluation. Worth its while on a GPU or TPU. Leave it at
-    1 on a CPU, where convolutions in a scan run several times slower
+    1 on a CPU, where convolutions in a scan run about ten times slower
     (and round differently)."""
 
     out: pathlib.Path | None = None

@@ -95,10 +95,9 @@ class Trainer:
             shift=config.data.shift,
         )
         self._train, self._test = jax.device_put((dataset.train, _padded(dataset.test)))
-        self._create = jax.jit(
-            functools.partial(
-                create_state, model=model, tx=tx, shape=dataset.train.images.shape
-            )
+        # Not compiled as a whole: its parts are, once for all trainers.
+        self._create = functools.partial(
+            create_state, model=model, tx=tx, shape=dataset.train.images.shape
         )
         self._steps = jax.jit(
             functools.partial(_steps, step), donate_argnums=0, static_argnums=2

@@ -24,7 +24,7 @@ from granet_jax.methods import Method
 from granet_jax.moments import masked_moments, refuse_flattened, zero_moments
 from granet_jax.scores import Score, ScoreInputs
 from granet_jax.scores import random as random_score
-from granet_jax.selection import top_k
+from granet_jax.selection import counter_dtype, top_k
 
 
 class SparseState(NamedTuple):
@@ -85,8 +85,10 @@ def transform(
     A step, in order: `inner` steps with the gradient masked by the present masks; on
     an update step the masks are pruned and regrown from the stepped weights and the
     dense gradient; weights active before and after get the optimizer's update, all
-    others become exactly zero. Masks are the same on all replicas, without
-    communication beyond the gradient mean.
+    others become exactly zero. (Of the weights active before and after, those that
+    gradual pruning had removed before regrowth took them back start anew: they become
+    zero with zero moments. Those dropped and regrown continue.) Masks are the same on
+    all replicas, without communication beyond the gradient mean.
 
     Under `vmap`, an update runs in all lanes whenever one of them updates.
 
@@ -122,8 +124,8 @@ def transform(
     def plan(shapes: tuple[tuple[int, ...], ...]) -> _Plan:
         return _plan(method, shapes)
 
-    # Compiled also for who calls `update` outside jit: op by op, its loops would be
-    # compiled anew at every mask update.
+    # Compiled also for those who call `update` outside jit: op by op, its loops would
+    # be compiled anew at every mask update.
     @functools.partial(jax.jit, inline=True)
     def update_masks(
         leaves: list[Array],
@@ -131,7 +133,7 @@ def transform(
         grads: list[Array] | None,
         accumulators: list[Array] | None,
         count: Array,
-    ) -> list[Array]:
+    ) -> tuple[list[Array], list[Array]]:
         return _update_masks(
             method,
             plan(tuple(tuple(x.shape) for x in leaves)),
@@ -147,10 +149,10 @@ def transform(
         if masks is None:
             initial = init_masks(method, params, where=where, seed=seed)
         else:
+            initial = masking.check_masks(masks, params)
             initial = masking.map_masked(
-                _placed_like, masking.check_masks(masks, params), params
+                lambda m, _, p: masking.placed_like(m, p), initial, initial, params
             )
-            initial = _only_masks(initial, masking.check_masks(masks, params))
         if wrapped is None:
             inner_state = optax.EmptyState()
         else:
@@ -158,15 +160,11 @@ def transform(
             refuse_flattened(inner_state, params)
         accumulator = ()
         if method.accumulator_decay is not None:
-            accumulator = jax.tree.map(
-                lambda mask, p: (
-                    mask
-                    if masking.is_masked_node(mask)
-                    else jnp.zeros_like(p, _accumulator_dtype(p))
-                ),
+            accumulator = masking.map_masked(
+                lambda m, _, p: jnp.zeros_like(p, _accumulator_dtype(p)),
+                initial,
                 initial,
                 params,
-                is_leaf=masking.is_masked_node,
             )
         count = jnp.zeros((), jnp.int32)
         return SparseState(count, initial, inner_state, accumulator)
@@ -210,48 +208,47 @@ def transform(
 
         def change_masks(
             masks_: PyTree, inner_updates: PyTree, gradient: PyTree
-        ) -> PyTree:
+        ) -> tuple[PyTree, PyTree]:
             dense = (
                 None if gradient is None else masking.maskable_leaves(gradient, masks_)
             )
             leaves, treedef = jax.tree.flatten(masks_)
-            return treedef.unflatten(
-                update_masks(
-                    leaves,
-                    _stepped(params, inner_updates, masks_),
-                    dense,
-                    jax.tree.leaves(accumulator) or None,
-                    count,
-                )
+            changed, kept = update_masks(
+                leaves,
+                _stepped(params, inner_updates, masks_),
+                dense,
+                jax.tree.leaves(accumulator) or None,
+                count,
             )
+            return treedef.unflatten(changed), treedef.unflatten(kept)
 
         updating = method.updates.contains(count)
-        if wrapped is not None and _can_mask_inputs(
-            method, step_inner, grads, state, params
-        ):
+        if wrapped is not None and _can_mask_inputs(step_inner, grads, state, params):
             # Every weight is on its own in `inner`: to zero what goes in at weights
-            # not active before and after is to zero what comes out. The masks change
-            # first, and nothing later reads the old ones, so that in other steps all
-            # passes in place. (The inner step is computed again inside, on update
-            # steps only: handing its result in would force it through memory in
-            # every step.)
+            # that do not continue is to zero what comes out. The masks change first,
+            # and nothing later reads the old ones, so that in other steps all passes
+            # in place. (The inner step is computed again inside, on update steps only:
+            # handing its result in would force it through memory in every step.)
             def change_first(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
                 masks_, gradient = now
                 masked = masking.map_masked(_masked, masks_, gradient)
                 inner_updates, _ = step_inner(masked, state.inner_state, params)
-                new = change_masks(masks_, inner_updates, gradient)
-                return new, masked
+                new, kept = change_masks(masks_, inner_updates, gradient)
+                return new, masking.map_masked(_mark, kept, gradient)
 
-            new, gradient = old, grads
+            new, keep, gradient = old, old, grads
             if method.updates.steps():
                 new, gradient = _if(updating, change_first, (old, grads))
-            gradient = masking.map_masked(_masked, new, gradient)
+                keep = masking.map_masked(
+                    lambda m, _, g: m & ~(updating & _is_marked(g)), new, new, gradient
+                )
+            gradient = masking.map_masked(_masked, keep, gradient)
             inner_updates, inner_state = step_inner(
                 gradient,
-                zero_moments(state.inner_state, new),
-                masking.map_masked(_masked, new, params),
+                zero_moments(state.inner_state, keep),
+                masking.map_masked(_masked, keep, params),
             )
-            emitted = masking.map_masked(_emit, new, inner_updates, params)
+            emitted = masking.map_masked(_emit, keep, inner_updates, params)
             return emitted, SparseState(count, new, inner_state, accumulator)
 
         masked = grads
@@ -261,8 +258,7 @@ def transform(
 
         def change_last(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
             masks_, emitted, inner_state = now
-            new = change_masks(masks_, emitted, grads)
-            keep = jax.tree.map(jnp.logical_and, masks_, new)
+            new, keep = change_masks(masks_, emitted, grads)
             emitted = masking.map_masked(_emit, keep, emitted, params)
             return new, emitted, zero_moments(inner_state, keep)
 
@@ -309,7 +305,7 @@ def init_masks(
     counts = distributions.counts(shapes, method.sparsity(0), method.distribution)
     drawn = iter(_random_masks(shapes, counts, seed))
     return jax.tree.map(
-        lambda p, s: _placed_like(next(drawn), p) if s else optax.MaskedNode(),
+        lambda p, s: masking.placed_like(next(drawn), p) if s else optax.MaskedNode(),
         params,
         selected,
     )
@@ -363,6 +359,7 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
             "masks must have masks at the same leaves as the state: expected "
             f"{jax.tree.structure(present)}, got {jax.tree.structure(checked)}."
         )
+    checked = jax.tree.map(masking.placed_like, checked, present)
     return jax.tree.map(
         lambda x: x._replace(masks=checked) if _is_sparse(x) else x,
         opt_state,
@@ -431,8 +428,11 @@ def _update_masks(
     *,
     count: Array,
     key: Array,
-) -> list[Array]:
-    """One mask update: prune to the schedule, then exchange."""
+) -> tuple[list[Array], list[Array]]:
+    """One mask update: prune to the schedule, then exchange.
+
+    Returns the new masks, and which weights continue (see `updates.run_phases`).
+    """
     index = method.updates.update_index(count)
 
     def rank(score: Score) -> Callable[[list[Array]], list[Array]]:
@@ -468,7 +468,7 @@ def _update_masks(
             layer_weights=weights,
         )
     if not phases:
-        return masks
+        return masks, masks
     # Between updates that prune to the same number, only the exchange is left.
     first = 1 - jnp.asarray(plan.prunes)[index] if prunes and len(phases) > 1 else 0
     return mask_updates.run_phases(masks, phases, first=first)
@@ -493,14 +493,12 @@ def _if(predicate: Array, change: Callable[[PyTree], PyTree], value: PyTree) -> 
 
 
 def _can_mask_inputs(
-    method: Method, step_inner: Any, grads: PyTree, state: SparseState, params: PyTree
+    step_inner: Any, grads: PyTree, state: SparseState, params: PyTree
 ) -> bool:
     """Whether the inner step may be masked at its inputs, see `elementwise`."""
     if not isinstance(state.count, Tracer):
         return False  # Outside jit nothing is fused, and nothing gained.
-    if method.updates.first == 1 and method.updates.steps():
-        # Parameters that nobody masked before the first step may be non-zero at
-        # inactive weights; those that enter in this step must still start at zero.
+    if any(g.dtype not in _MARKS for g in masking.maskable_leaves(grads, state.masks)):
         return False
     masked_params = masking.flags(params, state.masks)
     masked_state = masked_moments(state.inner_state, state.masks)
@@ -510,6 +508,38 @@ def _can_mask_inputs(
         masked_in=[*masked_params, *masked_state, *masked_params],
         masked_out=[*masked_params, *masked_state],
     )
+
+
+# One NaN of every gradient dtype, as bits, that stands for "this weight does not
+# continue" on its way out of the loop that changes the masks. A second boolean array
+# per leaf would do as well, but must be written and read in every step; the gradient
+# is read anyway, and there is no use for it at these weights.
+_MARKS = {
+    jnp.dtype(name): bits
+    for name, bits in {
+        "float64": 0x7FF8_5EED_5EED_5EED,
+        "float32": 0x7FC5_EED5,
+        "bfloat16": 0x7FD5,
+        "float16": 0x7ED5,
+    }.items()
+}
+
+
+def _mark(keep: Array, gradient: Array) -> Array:
+    """The gradient, with the mark where not `keep` (a like NaN becomes another)."""
+    bits = _bits(gradient)
+    mark = jnp.asarray(_MARKS[gradient.dtype], bits.dtype)
+    bits = jnp.where(keep, jnp.where(bits == mark, mark ^ 1, bits), mark)
+    return lax.bitcast_convert_type(bits, gradient.dtype)
+
+
+def _is_marked(gradient: Array) -> Array:
+    bits = _bits(gradient)
+    return bits == jnp.asarray(_MARKS[gradient.dtype], bits.dtype)
+
+
+def _bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
 
 def _masked(mask: Array, x: Array) -> Array:
@@ -553,11 +583,10 @@ def _accumulator_dtype(param: Any) -> jnp.dtype:
     return jnp.promote_types(param.dtype, jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=0)
 def _draw(
-    shapes: tuple[tuple[int, ...], ...], counts: tuple[int, ...], seed: int
+    shapes: tuple[tuple[int, ...], ...], counts: Array, key: Array
 ) -> list[Array]:
-    key = _key(seed, 0)
     scores = [
         random_score(
             ScoreInputs(
@@ -570,7 +599,7 @@ def _draw(
         )
         for i, shape in enumerate(shapes)
     ]
-    return top_k(scores, jnp.asarray(counts, jnp.uint32))
+    return top_k(scores, counts)
 
 
 def _random_masks(
@@ -578,21 +607,8 @@ def _random_masks(
 ) -> list[Array]:
     if all(n == math.prod(s) for n, s in zip(counts, shapes, strict=True)):
         return [jnp.ones(shape, bool) for shape in shapes]
-    return _draw(shapes, tuple(counts), seed)
-
-
-def _placed_like(mask: Array, param: Any) -> Array:
-    """The mask in the sharding of its parameter."""
-    return mask | jnp.zeros_like(param, bool)
-
-
-def _only_masks(tree: PyTree, masks: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda mask, x: mask if masking.is_masked_node(mask) else x,
-        masks,
-        tree,
-        is_leaf=masking.is_masked_node,
-    )
+    counter = counter_dtype([math.prod(s) for s in shapes], "layer")
+    return _draw(shapes, jnp.asarray(counts, counter), _key(seed, 0))
 
 
 def _key(seed: int, count: Array | int) -> Array:

@@ -51,6 +51,12 @@ class PackedMask:
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
+def is_explicit(sharding: Any) -> bool:
+    """Whether a sharding is part of its array's type: some mesh axis is Explicit."""
+    types = getattr(sharding.mesh, "axis_types", ())
+    return jax.sharding.AxisType.Explicit in types
+
+
 def is_masked_node(x: Any) -> bool:
     """Whether `x` stands for a leaf that carries no mask."""
     return isinstance(x, optax.MaskedNode)
@@ -179,10 +185,15 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
       ValueError: masks of another structure or shape.
     """
     return map_masked(
-        lambda mask, x: jnp.where(mask, x, jnp.zeros_like(x)),
+        lambda mask, x: jnp.where(placed_like(mask, x), x, jnp.zeros_like(x)),
         check_masks(masks, params),
         params,
     )
+
+
+def placed_like(mask: Array, leaf: Any) -> Array:
+    """The mask in the sharding of the array `leaf`, of the same shape."""
+    return mask | jnp.zeros_like(leaf, bool)
 
 
 def check_masks(masks: PyTree, params: PyTree) -> PyTree:
@@ -221,6 +232,11 @@ def check_masks(masks: PyTree, params: PyTree) -> PyTree:
 def _check_mask(name: str, mask: Any, leaf: Any) -> Any:
     if _is_absent(mask):
         return optax.MaskedNode()
+    if is_masked_node(leaf):
+        raise ValueError(
+            "masks must have masks at the same leaves as the state, which has none at "
+            f"{name!r}: put None there."
+        )
     shape = getattr(leaf, "shape", None)
     if jnp.shape(mask) != shape:
         raise ValueError(
@@ -293,9 +309,18 @@ def pack_masks(masks: PyTree) -> PyTree:
       The same tree with a `PackedMask` for every mask; `unpack_masks` gives the masks
       back exactly.
     """
-    return jax.tree.map(
-        lambda m: PackedMask(jnp.packbits(m.reshape(-1)), tuple(m.shape)), masks
-    )
+
+    def pack(mask: Array) -> PackedMask:
+        sharding = jax.typeof(mask).sharding
+        if is_explicit(sharding):
+            # An array on Explicit mesh axes can only be flattened in one piece.
+            whole = jax.sharding.PartitionSpec()
+            mask = jax.sharding.reshard(
+                mask, jax.sharding.NamedSharding(sharding.mesh, whole)
+            )
+        return PackedMask(jnp.packbits(mask.reshape(-1)), tuple(mask.shape))
+
+    return jax.tree.map(pack, masks)
 
 
 def unpack_masks(packed: PyTree) -> PyTree:

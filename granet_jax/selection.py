@@ -289,9 +289,8 @@ def _iota_like(x: Array, dtype: jnp.dtype, axis: int) -> Array:
     sharding = jax.typeof(x).sharding
     # On Explicit mesh axes an array's sharding is part of its type, and an iota has
     # none to inherit.
-    explicit = any(
-        kind == jax.sharding.AxisType.Explicit
-        for kind in getattr(sharding.mesh, "axis_types", ())
+    explicit = jax.sharding.AxisType.Explicit in getattr(
+        sharding.mesh, "axis_types", ()
     )
     return lax.broadcasted_iota(
         dtype, x.shape, axis, out_sharding=sharding if explicit else None

@@ -32,17 +32,20 @@ class Phase(NamedTuple):
         leaf, number to hand on to the next phase), unsigned vectors. The candidates
         are the active weights, or the inactive ones where it grows.
       scope: whether weights compete across leaves or within.
+      forgets: whether what it prunes starts at zero if a later phase activates it
+        again, or else continues with its value and moments.
     """
 
     scores: Callable[[list[Array]], Sequence[Array]]
     grows: bool
     number: Callable[[Array, Array], tuple[Array, Array]]
     scope: Scope = "layer"
+    forgets: bool = False
 
 
 def run_phases(
     masks: Sequence[Array], phases: Sequence[Phase], *, first: Array | int = 0
-) -> list[Array]:
+) -> tuple[list[Array], list[Array]]:
     """Runs the phases of a mask update one after the other.
 
     All phases go through one compiled selection, in a loop: a selection per phase
@@ -54,7 +57,8 @@ def run_phases(
       first: the phase to begin with; may be traced.
 
     Returns:
-      The new masks.
+      The new masks, and which weights continue: active before and after, and not
+      forgotten in between.
     """
     masks = list(masks)
     sizes = [m.size for m in masks]
@@ -92,15 +96,28 @@ def run_phases(
         return [c | (m & grows) for c, m in zip(chosen, present, strict=True)], handed
 
     handed = jnp.zeros((len(masks),), counter)
+    remembers = not any(p.forgets for p in phases)
+
+    def step(carry: tuple[Array, list[Array], list[Array], Array]) -> Any:
+        phase, present, kept, handed = carry
+        present, handed = run(phase, present, handed)
+        if not remembers:
+            forgets = jnp.asarray([p.forgets for p in phases])[phase]
+            kept = [
+                jnp.where(forgets, k & x, k) for k, x in zip(kept, present, strict=True)
+            ]
+        return phase + 1, present, kept, handed
+
     if len(phases) == 1:
-        return run(0, masks, handed)[0]
-
-    def step(carry: tuple[Array, list[Array], Array]) -> Any:
-        phase, present, handed = carry
-        return (phase + 1, *run(phase, present, handed))
-
-    start = (jnp.asarray(first, jnp.int32), masks, handed)
-    return lax.while_loop(lambda carry: carry[0] < len(phases), step, start)[1]
+        present = run(0, masks, handed)[0]
+        kept = masks
+    else:
+        start = (jnp.asarray(first, jnp.int32), masks, [] if remembers else masks)
+        _, present, kept, _ = lax.while_loop(
+            lambda carry: carry[0] < len(phases), step, (*start, handed)
+        )
+        kept = masks if remembers else kept
+    return present, [k & x for k, x in zip(kept, present, strict=True)]
 
 
 def _switch(
@@ -139,7 +156,7 @@ def prune(
     selection.check_scope(scope)
     leaves, treedef = jax.tree.flatten(masks)
     phase = prune_phase(_given(scores), keep, scope=scope)
-    return treedef.unflatten(run_phases(leaves, [phase]))
+    return treedef.unflatten(run_phases(leaves, [phase])[0])
 
 
 def regrow(masks: PyTree, scores: PyTree, number: Array | Sequence[int]) -> PyTree:
@@ -155,7 +172,7 @@ def regrow(masks: PyTree, scores: PyTree, number: Array | Sequence[int]) -> PyTr
     """
     leaves, treedef = jax.tree.flatten(masks)
     phase = Phase(_given(scores), True, _unchanged(number))
-    return treedef.unflatten(run_phases(leaves, [phase]))
+    return treedef.unflatten(run_phases(leaves, [phase])[0])
 
 
 def prune_and_regrow(
@@ -192,7 +209,7 @@ def prune_and_regrow(
         jnp.asarray(fraction, jnp.uint32),
         layer_weights=layer_weights,
     )
-    return treedef.unflatten(run_phases(leaves, phases))
+    return treedef.unflatten(run_phases(leaves, phases)[0])
 
 
 def _given(scores: PyTree) -> Callable[[list[Array]], list[Array]]:
@@ -205,8 +222,13 @@ def prune_phase(
     *,
     scope: Scope,
 ) -> Phase:
-    """The phase that keeps the `keep` best of the active weights."""
-    return Phase(scores, False, _unchanged(keep), scope)
+    """The phase that keeps the `keep` best of the active weights for good.
+
+    A weight that it prunes has lost its value and moments: if the same update grows it
+    again, it starts at zero. So in the GraNet code, which multiplies parameters and
+    momentum by the mask between its gradual pruning and its regeneration.
+    """
+    return Phase(scores, False, _unchanged(keep), scope, forgets=True)
 
 
 def exchange_phases(
@@ -216,7 +238,11 @@ def exchange_phases(
     *,
     layer_weights: Array | None = None,
 ) -> list[Phase]:
-    """The two phases of an exchange, see `prune_and_regrow`."""
+    """The two phases of an exchange, see `prune_and_regrow`.
+
+    A weight dropped and grown again at once continues, with its value and moments (the
+    GraNet and ITOP code).
+    """
 
     def keep(active: Array, handed: Array) -> tuple[Array, Array]:
         del handed

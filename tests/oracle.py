@@ -130,6 +130,18 @@ def best_across(scores: list, candidates: list, k: int) -> list:
     return [part.reshape(s.shape) for part, s in zip(parts, scores, strict=True)]
 
 
+def continuing(stepped: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """The weights of a leaf that go on with their value and moments.
+
+    Those active before and after, but for what pruning by magnitude had removed in
+    between. An exchange within the leaf leaves its number of active weights as it is,
+    so pruning kept the `new.sum()` largest.
+    """
+    size = np.abs(stepped.astype(np.float64))
+    kept = best(size.ravel(), old.ravel(), int(new.sum())).reshape(old.shape)
+    return new & kept
+
+
 # --- Methods ------------------------------------------------------------------------
 
 
@@ -345,14 +357,15 @@ class Trainer:
                 decay * a + np.float32(1.0 - recipe.decay) * g
                 for a, g in zip(self.accumulators, grads, strict=True)
             ]
-        old, new = self.masks, self.masks
+        old = survivors = new = self.masks
         size = [np.abs(p) for p in stepped]
         if t in recipe.targets:
-            new = self._prune(size, new, recipe.targets[t])
+            survivors = new = self._prune(size, new, recipe.targets[t])
         if t in recipe.fractions:
             new = self._exchange(size, grads, old, new, random_scores)
-        for i, (before, after) in enumerate(zip(old, new, strict=True)):
-            both = before & after
+        # The schedule's pruning is for good: what regrowth takes back starts at zero.
+        for i, (survivor, after) in enumerate(zip(survivors, new, strict=True)):
+            both = survivor & after
             self.params[i] = np.where(both, stepped[i], stepped[i].dtype.type(0))
             if self.steers:
                 zero = self.moments[i].dtype.type(0)
