@@ -296,7 +296,7 @@ def test_other_vectors_are_not_refused(inner: Any, params: PyTree) -> None:
 @pytest.mark.parametrize("jitted", [True, False])
 @pytest.mark.parametrize("first", [1, 2])
 def test_entering_weights_start_with_zero_moments(first: int, jitted: bool) -> None:
-    # Both of the library's ways through a step: see `_can_mask_inputs`.
+    # Compiled and not, the library takes two ways: see `_can_mask_inputs`.
     method = granet_jax.rigl(0.5, 16, interval=first, fraction=0.5, stop=0.5)
     tx = granet_jax.transform(method, optax.adam(0.125, b1=0.5, b2=0.5))
     params = trees.parameters()
