@@ -6,7 +6,7 @@
 Each step is jitted over the whole tree with donated buffers. There is no forward pass
 and next to no backward pass, so the ratio is the worst case. Gradients come in two
 ways: "inside", made in the same program, as in most training loops, by a matrix product
-over a batch of four; and "argument", handed to a program that has only the optimizer
+over a batch of 32; and "argument", handed to a program that has only the optimizer
 (an argument belongs to the caller, so a program that may change it copies it first).
 
 Also printed: compile time, memory that the state adds, and XLA's temporary memory.
@@ -40,7 +40,7 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 # Masks change at step 1,000 for the first time: every timed step is one between.
 INTERVAL = 1000
 STEPS_BEFORE_UPDATE = INTERVAL - 1
-BATCH = 4
+BATCH = 32
 
 
 class Run:

@@ -1,11 +1,12 @@
 """Exact selection of the k largest scores, without sorting.
 
 Floats order like their bit patterns, read as sign and magnitude, so the exact k-th
-largest score is found by bisection on integer keys: at most one counting pass per bit
-(31 for float32), each a fused compare-and-sum over memory. All leaves bisect in
-lockstep, in one loop; a global threshold is the same loop with the counts summed over
-the leaves. Nothing is sorted, concatenated, gathered or reshaped: under any sharding a
-pass is a local reduction and an all-reduce of one small vector of integers.
+largest score is found by a search over integer keys: every pass over memory counts the
+keys above three thresholds at once, in one fused compare-and-sum, and leaves a quarter
+of the range (16 passes for float32). All leaves search in lockstep, in one loop; a
+global threshold is the same loop with the counts summed over the leaves. Nothing is
+sorted, concatenated, gathered or reshaped: under any sharding a pass is a local
+reduction and an exchange of a few small vectors of integers.
 """
 
 import functools
@@ -114,13 +115,13 @@ def largest_keys(
     across: Array | bool,
     counter: jnp.dtype,
 ) -> tuple[list[Array], Array]:
-    """`top_k` on keys: the lockstep bisection, first over keys, then over positions.
+    """`top_k` on keys: the lockstep search, first over keys, then over positions.
 
     A row is a leaf; where `across` holds, all rows share one threshold. The count of
-    candidates, the bisection over keys and the one over positions are one loop with
-    one counting expression: entries above `key`, and of those equal to it the ones
-    before `position`. (One expression, because compiling the count of every leaf is
-    what the compile time of an update is made of.)
+    candidates, the search over keys and the one over positions are one loop with one
+    counting expression: entries above `key`, and of those equal to it the ones before
+    `position`. (One expression, because compiling the count of every leaf is what the
+    compile time of an update is made of.)
 
     Args:
       keys: from `sort_keys`.
@@ -140,12 +141,6 @@ def largest_keys(
 
     def of_group(per_leaf: Array) -> Array:
         return jnp.where(across, jnp.sum(per_leaf, dtype=counter), per_leaf)
-
-    def chosen(key: Array, position: Array) -> list[Array]:
-        return [
-            (x > key[i]) | ((x == key[i]) & _before(x, position[i]))
-            for i, x in enumerate(keys)
-        ]
 
     # Entries that are no candidates have the lowest key, and are never selected. The
     # first pass counts the others; only then is known how many are wanted.
@@ -182,7 +177,8 @@ def largest_keys(
         found_position |= (s.count_first == share) | (s.count_last == share)
         return ~(s.started & jnp.all(found_key(s) & found_position))
 
-    def count_candidates(s: _Search, count: Array) -> _Search:
+    def count_candidates(s: _Search, counts: list[Array]) -> _Search:
+        count = counts[0]
         wanted = jnp.minimum(number(count), of_group(count))
         return s._replace(
             started=jnp.ones((), bool),
@@ -192,45 +188,62 @@ def largest_keys(
             count_low=count,
         )
 
-    def halve(s: _Search) -> _Search:
+    def advance(s: _Search) -> _Search:
+        # With the key of a group found, search the positions of its ties.
         in_keys = ~found_key(s) | ~s.started
-        # With the key of a group found, bisect positions among its ties.
-        middle = s.low + (_width(s.low, s.high) >> 1).astype(key_type)
-        place = s.first + ((s.last - s.first) >> 1)
-        key = jnp.where(in_keys, jnp.where(s.started, middle - 1, lowest), s.low)
-        count = jnp.stack(
-            [
-                jnp.sum(x, dtype=counter)
-                for x in chosen(key, jnp.where(in_keys, 0, place))
-            ]
-        )
-
-        def narrow(s: _Search, count: Array) -> _Search:
-            enough = of_group(count) >= s.wanted
-            raise_low, lower_high = in_keys & enough, in_keys & ~enough
-            count_ties = count - s.count_high
-            within = ~in_keys & (count_ties <= quota(s))
-            beyond = ~in_keys & ~within
-            return s._replace(
-                low=jnp.where(raise_low, middle, s.low),
-                high=jnp.where(lower_high, middle, s.high),
-                count_low=jnp.where(raise_low, count, s.count_low),
-                count_high=jnp.where(lower_high, count, s.count_high),
-                first=jnp.where(within, place, s.first),
-                last=jnp.where(beyond, place, s.last),
-                count_first=jnp.where(within, count_ties, s.count_first),
-                count_last=jnp.where(beyond, count_ties, s.count_last),
+        middles = [
+            s.low + part.astype(key_type) for part in _parts(_width(s.low, s.high))
+        ]
+        places = [s.first + part for part in _parts(s.last - s.first)]
+        above = [
+            jnp.where(in_keys, jnp.where(s.started, middle - 1, lowest), s.low)
+            for middle in middles
+        ]
+        before = [jnp.where(in_keys, 0, place) for place in places]
+        per_leaf = [
+            _count(
+                [_chosen(x, a[i], b[i]) for a, b in zip(above, before, strict=True)],
+                counter,
             )
+            for i, x in enumerate(keys)
+        ]
+        counts = [jnp.stack(count) for count in zip(*per_leaf, strict=True)]
 
-        return lax.cond(s.started, narrow, count_candidates, s, count)
+        def narrow(s: _Search, counts: list[Array]) -> _Search:
+            share, new = quota(s), s
+            ties = [count - s.count_high for count in counts]
+            probes = list(zip(middles, places, counts, ties, strict=True))
+            for middle, place, count, tied in probes:
+                up = in_keys & (of_group(count) >= s.wanted)
+                within = ~in_keys & (tied <= share)
+                new = new._replace(
+                    low=jnp.where(up, middle, new.low),
+                    count_low=jnp.where(up, count, new.count_low),
+                    first=jnp.where(within, place, new.first),
+                    count_first=jnp.where(
+                        within, count - s.count_high, new.count_first
+                    ),
+                )
+            for middle, place, count, tied in probes[::-1]:
+                down = in_keys & (of_group(count) < s.wanted)
+                beyond = ~in_keys & (tied > share)
+                new = new._replace(
+                    high=jnp.where(down, middle, new.high),
+                    count_high=jnp.where(down, count, new.count_high),
+                    last=jnp.where(beyond, place, new.last),
+                    count_last=jnp.where(beyond, tied, new.count_last),
+                )
+            return new
 
-    s = lax.while_loop(unfinished, halve, start)
+        return lax.cond(s.started, narrow, count_candidates, s, counts)
+
+    s = lax.while_loop(unfinished, advance, start)
     share, ties = quota(s), s.count_low - s.count_high
     # All keys from `low` on, or those from `high` on, or the ties before a position.
     key = jnp.where(share == ties, s.low - 1, jnp.where(share == 0, s.high - 1, s.low))
     place = jnp.where(s.count_last == share, s.last, s.first)
     place = jnp.where((share == ties) | (share == 0), 0, place)
-    return chosen(key, place), s.candidates
+    return [_chosen(x, key[i], place[i]) for i, x in enumerate(keys)], s.candidates
 
 
 class _Search(NamedTuple):
@@ -260,9 +273,72 @@ def check_scope(scope: str) -> None:
         raise ValueError(f'scope must be "layer" or "global", got {scope!r}.')
 
 
+def _chosen(x: Array, key: Array, position: Array) -> Array:
+    """Entries above `key`, and of those equal to it the ones before `position`."""
+    before = _before(x, position)
+    return x > key - before.astype(x.dtype)
+
+
+def _count(flags: Sequence[Array], counter: jnp.dtype) -> Sequence[Array]:
+    """How many entries of every array are True, in one pass over memory.
+
+    As one reduction of several operands, which XLA fuses with what makes them. (On CPU
+    it splits a reduction of a single operand in two, to round better, and writes the
+    operand out as integers in between: five times as slow.)
+    """
+    operands = tuple(x.astype(counter) for x in flags)
+    zeros = tuple(jnp.zeros((), counter) for _ in flags)
+    return lax.reduce(
+        operands,
+        zeros,
+        lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)),
+        tuple(range(flags[0].ndim)),
+    )
+
+
+def _parts(width: Array) -> list[Array]:
+    """A quarter, a half and three quarters of unsigned integers, rounded down."""
+    quarter, rest = width >> 2, width & 3
+    return [quarter * m + ((rest * m) >> 2) for m in (1, 2, 3)]
+
+
 def _before(x: Array, position: Array) -> Array:
-    index = flat_index(x)
-    return index < position.astype(index.dtype)
+    """Whether the row-major index of every entry is below `position`.
+
+    The start of each row is compared first, and then the place within the row: an
+    index of every entry would be an array that XLA hoists out of the loop and reads in
+    every pass.
+    """
+    if x.ndim == 0:
+        return position > 0
+    dtype = jnp.dtype(jnp.uint32 if x.size < 2**32 else jnp.uint64)
+    position = position.astype(dtype)
+    start = _row_starts(x, dtype)
+    left = jnp.where(position > start, position - start, jnp.zeros((), dtype))
+    return _iota(x, dtype, x.ndim - 1) < left
+
+
+def _row_starts(x: Array, dtype: jnp.dtype) -> Array:
+    """Row-major index of the first entry of every row, of shape (..., 1)."""
+    index = jnp.zeros((), dtype)
+    for axis in range(x.ndim - 1):
+        stride = math.prod(x.shape[axis + 1 :])
+        index += _iota(x, dtype, axis, row=True) * jnp.asarray(stride, dtype)
+    return index
+
+
+def _iota(x: Array, dtype: jnp.dtype, axis: int, *, row: bool = False) -> Array:
+    """The index along `axis` of every entry of `x`, or of every first of a row."""
+    shape = (*x.shape[:-1], 1) if row else x.shape
+    sharding = jax.typeof(x).sharding
+    if jax.sharding.AxisType.Explicit not in getattr(sharding.mesh, "axis_types", ()):
+        return lax.broadcasted_iota(dtype, shape, axis)
+    # On Explicit mesh axes an array's sharding is part of its type, and an iota has
+    # none to inherit.
+    if row:
+        spec = jax.sharding.PartitionSpec(*sharding.spec[: x.ndim - 1], None)
+        sharding = sharding.update(spec=spec)
+    return lax.broadcasted_iota(dtype, shape, axis, out_sharding=sharding)
 
 
 def sum_before(counts: Array) -> Array:
@@ -273,28 +349,6 @@ def sum_before(counts: Array) -> Array:
     position = jnp.arange(counts.size)
     earlier = position[None, :] < position[:, None]
     return jnp.sum(jnp.where(earlier, counts, 0), axis=1, dtype=counts.dtype)
-
-
-def flat_index(x: Array) -> Array:
-    """Row-major index of every entry, in the shape and the sharding of `x`."""
-    dtype = jnp.uint32 if x.size < 2**32 else jnp.uint64
-    index = jnp.zeros_like(x, dtype)
-    for axis in range(x.ndim):
-        stride = math.prod(x.shape[axis + 1 :])
-        index += _iota_like(x, dtype, axis) * jnp.asarray(stride, dtype)
-    return index
-
-
-def _iota_like(x: Array, dtype: jnp.dtype, axis: int) -> Array:
-    sharding = jax.typeof(x).sharding
-    # On Explicit mesh axes an array's sharding is part of its type, and an iota has
-    # none to inherit.
-    explicit = jax.sharding.AxisType.Explicit in getattr(
-        sharding.mesh, "axis_types", ()
-    )
-    return lax.broadcasted_iota(
-        dtype, x.shape, axis, out_sharding=sharding if explicit else None
-    )
 
 
 def _float_key(x: Array) -> Array:

@@ -299,14 +299,6 @@ def test_float_keys_order_as_the_numbers_do() -> None:
             assert (keys[i] < keys[j]) == (values[i] < values[j])
 
 
-def test_flat_index_is_row_major() -> None:
-    x = jnp.zeros((3, 4, 5))
-    np.testing.assert_array_equal(
-        selection.flat_index(x), np.arange(60).reshape(3, 4, 5)
-    )
-    assert selection.flat_index(jnp.zeros(())) == 0
-
-
 def test_sum_before_is_an_exclusive_sum() -> None:
     counts = jnp.asarray([3, 0, 2, 7], jnp.uint32)
     assert selection.sum_before(counts).tolist() == [0, 3, 3, 5]
