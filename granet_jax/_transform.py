@@ -37,12 +37,17 @@ class SparseState(NamedTuple):
       inner_state: state of the inner optimizer; `optax.EmptyState()` without one.
       accumulator: moving average of the dense gradient, of the structure of `masks`,
         for a method with `accumulator_decay`; else the empty tuple.
+      continuing: the weights that the last step updated: `masks`, but for those that
+        entered with it. Of the structure of `masks`, for a method that grows under
+        `inner`; else the empty tuple. (Held in the state, it costs a step between
+        updates nothing: made in the step, it would be written and read in all.)
     """
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     masks: PyTree
     inner_state: optax.OptState
     accumulator: PyTree
+    continuing: PyTree
 
 
 class _Plan(NamedTuple):
@@ -167,7 +172,11 @@ def transform(
                 params,
             )
         count = jnp.zeros((), jnp.int32)
-        return SparseState(count, initial, inner_state, accumulator)
+        continuing = ()
+        if wrapped is not None and method.grow is not None:
+            # A buffer of its own, so that both can be donated.
+            continuing = jax.tree.map(jnp.copy, initial)
+        return SparseState(count, initial, inner_state, accumulator, continuing)
 
     def update(
         updates: PyTree,
@@ -229,27 +238,33 @@ def transform(
             # and nothing later reads the old ones, so that in other steps all passes
             # in place. (The inner step is computed again inside, on update steps only:
             # handing its result in would force it through memory in every step.)
-            def change_first(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-                masks_, gradient = now
-                masked = masking.map_masked(_masked, masks_, gradient)
+            def change(masks_: PyTree) -> tuple[PyTree, PyTree]:
+                masked = masking.map_masked(_masked, masks_, grads)
                 inner_updates, _ = step_inner(masked, state.inner_state, params)
-                new, kept = change_masks(masks_, inner_updates, gradient)
-                return new, masking.map_masked(_mark, kept, gradient)
+                return change_masks(masks_, inner_updates, grads)
 
-            new, keep, gradient = old, old, grads
-            if method.updates.steps():
-                new, gradient = _if(updating, change_first, (old, grads))
-                keep = masking.map_masked(
-                    lambda m, _, g: m & ~(updating & _is_marked(g)), new, new, gradient
-                )
-            gradient = masking.map_masked(_masked, keep, gradient)
+            def change_both(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+                return _if(updating, lambda both: change(both[0]), (now[0], now[0]))
+
+            new = keep = old
+            if method.updates.steps() and method.grow is None:
+                # What never grows continues wherever it is active.
+                keep = new = _if(updating, lambda now: change(now)[0], old)
+            elif method.updates.steps():
+                # In the step after an update too: what has entered continues now.
+                again = updating | method.updates.contains(state.count)
+                new, keep = _if(again, change_both, (old, state.continuing))
+            masked = masking.map_masked(_masked, keep, grads)
             inner_updates, inner_state = step_inner(
-                gradient,
+                masked,
                 zero_moments(state.inner_state, keep),
                 masking.map_masked(_masked, keep, params),
             )
             emitted = masking.map_masked(_emit, keep, inner_updates, params)
-            return emitted, SparseState(count, new, inner_state, accumulator)
+            continuing = () if method.grow is None else keep
+            return emitted, SparseState(
+                count, new, inner_state, accumulator, continuing
+            )
 
         masked = grads
         if wrapped is not None:
@@ -257,18 +272,19 @@ def transform(
         inner_updates, inner_state = step_inner(masked, state.inner_state, params)
 
         def change_last(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
-            masks_, emitted, inner_state = now
+            masks_, emitted, inner_state, continuing = now
             new, keep = change_masks(masks_, emitted, grads)
             emitted = masking.map_masked(_emit, keep, emitted, params)
-            return new, emitted, zero_moments(inner_state, keep)
+            continuing = new if jax.tree.leaves(continuing) else ()
+            return new, emitted, zero_moments(inner_state, keep), continuing
 
         emitted = masking.map_masked(_emit, old, inner_updates, params)
-        new, emitted, inner_state = old, emitted, zero_moments(inner_state, old)
+        inner_state = zero_moments(inner_state, old)
+        now = (old, emitted, inner_state, state.continuing)
         if method.updates.steps():
-            new, emitted, inner_state = _if(
-                updating, change_last, (new, emitted, inner_state)
-            )
-        return emitted, SparseState(count, new, inner_state, accumulator)
+            now = _if(updating, change_last, now)
+        new, emitted, inner_state, continuing = now
+        return emitted, SparseState(count, new, inner_state, accumulator, continuing)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -360,10 +376,15 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
             f"{jax.tree.structure(present)}, got {jax.tree.structure(checked)}."
         )
     checked = jax.tree.map(masking.placed_like, checked, present)
+
+    def replace(state: SparseState) -> SparseState:
+        continuing = ()
+        if jax.tree.leaves(state.continuing):
+            continuing = jax.tree.map(jnp.copy, checked)
+        return state._replace(masks=checked, continuing=continuing)
+
     return jax.tree.map(
-        lambda x: x._replace(masks=checked) if _is_sparse(x) else x,
-        opt_state,
-        is_leaf=_is_sparse,
+        lambda x: replace(x) if _is_sparse(x) else x, opt_state, is_leaf=_is_sparse
     )
 
 
@@ -498,8 +519,6 @@ def _can_mask_inputs(
     """Whether the inner step may be masked at its inputs, see `elementwise`."""
     if not isinstance(state.count, Tracer):
         return False  # Outside jit nothing is fused, and nothing gained.
-    if any(g.dtype not in _MARKS for g in masking.maskable_leaves(grads, state.masks)):
-        return False
     masked_params = masking.flags(params, state.masks)
     masked_state = masked_moments(state.inner_state, state.masks)
     return is_elementwise(
@@ -508,38 +527,6 @@ def _can_mask_inputs(
         masked_in=[*masked_params, *masked_state, *masked_params],
         masked_out=[*masked_params, *masked_state],
     )
-
-
-# One NaN of every gradient dtype, as bits, that stands for "this weight does not
-# continue" on its way out of the loop that changes the masks. A second boolean array
-# per leaf would do as well, but must be written and read in every step; the gradient
-# is read anyway, and there is no use for it at these weights.
-_MARKS = {
-    jnp.dtype(name): bits
-    for name, bits in {
-        "float64": 0x7FF8_5EED_5EED_5EED,
-        "float32": 0x7FC5_EED5,
-        "bfloat16": 0x7FD5,
-        "float16": 0x7ED5,
-    }.items()
-}
-
-
-def _mark(keep: Array, gradient: Array) -> Array:
-    """The gradient, with the mark where not `keep` (a like NaN becomes another)."""
-    bits = _bits(gradient)
-    mark = jnp.asarray(_MARKS[gradient.dtype], bits.dtype)
-    bits = jnp.where(keep, jnp.where(bits == mark, mark ^ 1, bits), mark)
-    return lax.bitcast_convert_type(bits, gradient.dtype)
-
-
-def _is_marked(gradient: Array) -> Array:
-    bits = _bits(gradient)
-    return bits == jnp.asarray(_MARKS[gradient.dtype], bits.dtype)
-
-
-def _bits(x: Array) -> Array:
-    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
 
 def _masked(mask: Array, x: Array) -> Array:
