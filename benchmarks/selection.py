@@ -3,10 +3,9 @@
     python -m benchmarks.selection            # 25.5 M weights, about two minutes
     python -m benchmarks.selection --quick    # small tree: checks the masks only
 
-Contenders, on the same scores and in the same run: `granet_jax.selection.top_k`
-(bisection), the concatenate-argsort-scatter formulation of jaxpruner, a sort, and
-NumPy's introselect on the host. Timings are printed and never asserted; that all agree
-on the masks is.
+Contenders, on the same scores and in the same run: `granet_jax.selection.top_k`, the
+concatenate-argsort-scatter formulation of jaxpruner, a sort, and NumPy's introselect on
+the host. Timings are printed and never asserted; that all agree on the masks is.
 """
 
 import argparse
@@ -34,7 +33,7 @@ Leaves = list[Array]
 Update = Callable[[Leaves, Leaves, Leaves], Leaves]
 
 
-def select_bisection(scores: Leaves, k: int) -> Leaves:
+def select_ours(scores: Leaves, k: int) -> Leaves:
     """This library: no sort, no copy."""
     return top_k(scores, k, scope="global")
 
@@ -61,7 +60,7 @@ def select_introselect(scores: Sequence[np.ndarray], k: int) -> list[np.ndarray]
     return [s >= threshold for s in scores]
 
 
-def update_bisection(
+def update_ours(
     masks: Leaves, weights: Leaves, grads: Leaves, *, keep: int, fraction: float
 ) -> Leaves:
     """GraNet's update: global prune, per-layer drop, per-layer regrow."""
@@ -108,24 +107,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep = distributions.total_count(total, SPARSITY_AFTER)
     _check_selection(scores, keep)
     settings: dict[str, Any] = {"keep": keep, "fraction": FRACTION}
-    bisection = jax.jit(partial(update_bisection, **settings))
+    ours = jax.jit(partial(update_ours, **settings))
     argsort = jax.jit(partial(update_argsort, **settings))
-    _check_update(bisection, argsort, masks, weights, grads, keep)
+    _check_update(ours, argsort, masks, weights, grads, keep)
     print(f"{total:,} weights in {len(scores)} leaves, {keep:,} kept: all masks agree")
     if options.quick:
         return
 
     host = [np.asarray(s) for s in scores]
-    select = jax.jit(select_bisection, static_argnums=1)
+    select = jax.jit(select_ours, static_argnums=1)
     select_by_argsort = jax.jit(select_argsort, static_argnums=1)
     select_by_sort = jax.jit(select_sort, static_argnums=1)
     seconds = timing.interleaved(
         {
-            "select: bisection": lambda: select(scores, keep),
+            "select: granet_jax": lambda: select(scores, keep),
             "select: argsort": lambda: select_by_argsort(scores, keep),
             "select: sort": lambda: select_by_sort(scores, keep),
             "select: NumPy introselect": lambda: select_introselect(host, keep),
-            "update: bisection": lambda: bisection(masks, weights, grads),
+            "update: granet_jax": lambda: ours(masks, weights, grads),
             "update: argsort": lambda: argsort(masks, weights, grads),
         },
         rounds=options.rounds,
@@ -147,13 +146,13 @@ def _load(shapes: resnet50.Shapes) -> tuple[Leaves, Leaves, Leaves, Leaves]:
     dense = kernels(seed=0)
     scores = [jnp.abs(w) for w in dense]
     active = distributions.total_count(sum(w.size for w in dense), SPARSITY_BEFORE)
-    masks = jax.jit(select_bisection, static_argnums=1)(scores, active)
+    masks = jax.jit(select_ours, static_argnums=1)(scores, active)
     weights = [jnp.where(m, w, 0) for m, w in zip(masks, dense, strict=True)]
     return weights, [jnp.asarray(g) for g in kernels(seed=1)], masks, scores
 
 
 def _check_selection(scores: Leaves, k: int) -> None:
-    ours = jax.jit(select_bisection, static_argnums=1)(scores, k)
+    ours = jax.jit(select_ours, static_argnums=1)(scores, k)
     assert _count(ours) == k, (_count(ours), k)
     _assert_equal(ours, jax.jit(select_argsort, static_argnums=1)(scores, k))
     # The thresholds take every tie: ours, and nothing but scores equal to the lowest.
@@ -169,14 +168,14 @@ def _check_selection(scores: Leaves, k: int) -> None:
 
 
 def _check_update(
-    bisection: Update,
+    update: Update,
     argsort: Update,
     masks: Leaves,
     weights: Leaves,
     grads: Leaves,
     keep: int,
 ) -> None:
-    ours = bisection(masks, weights, grads)
+    ours = update(masks, weights, grads)
     assert _count(ours) == keep, (_count(ours), keep)
     _assert_equal(ours, argsort(masks, weights, grads))
 
@@ -198,7 +197,7 @@ def _split(flat: Array, like: Leaves) -> Leaves:
 
 
 def _report(seconds: timing.Rounds, path: Path | None) -> None:
-    selection, update = "select: bisection", "update: bisection"
+    selection, update = "select: granet_jax", "update: granet_jax"
     rows = []
     for name, times in seconds.items():
         rows.append(

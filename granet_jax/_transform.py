@@ -125,6 +125,8 @@ def transform(
     _check_arguments(method, inner, where, masks, seed)
     wrapped = None if inner is None else optax.with_extra_args_support(inner)
 
+    regrows = wrapped is not None and method.grow is not None
+
     @functools.lru_cache(maxsize=8)
     def plan(shapes: tuple[tuple[int, ...], ...]) -> _Plan:
         return _plan(method, shapes)
@@ -173,7 +175,7 @@ def transform(
             )
         count = jnp.zeros((), jnp.int32)
         continuing = ()
-        if wrapped is not None and method.grow is not None:
+        if regrows:
             # A buffer of its own, so that both can be donated.
             continuing = jax.tree.map(jnp.copy, initial)
         return SparseState(count, initial, inner_state, accumulator, continuing)
@@ -232,6 +234,8 @@ def transform(
             return treedef.unflatten(changed), treedef.unflatten(kept)
 
         updating = method.updates.contains(count)
+        # In the step after an update too: what has entered continues now.
+        again = updating | method.updates.contains(state.count)
         if wrapped is not None and _can_mask_inputs(step_inner, grads, state, params):
             # Every weight is on its own in `inner`: to zero what goes in at weights
             # that do not continue is to zero what comes out. The masks change first,
@@ -247,12 +251,10 @@ def transform(
                 return _if(updating, lambda both: change(both[0]), (now[0], now[0]))
 
             new = keep = old
-            if method.updates.steps() and method.grow is None:
+            if method.updates.steps() and not regrows:
                 # What never grows continues wherever it is active.
                 keep = new = _if(updating, lambda now: change(now)[0], old)
             elif method.updates.steps():
-                # In the step after an update too: what has entered continues now.
-                again = updating | method.updates.contains(state.count)
                 new, keep = _if(again, change_both, (old, state.continuing))
             masked = masking.map_masked(_masked, keep, grads)
             inner_updates, inner_state = step_inner(
@@ -261,7 +263,7 @@ def transform(
                 masking.map_masked(_masked, keep, params),
             )
             emitted = masking.map_masked(_emit, keep, inner_updates, params)
-            continuing = () if method.grow is None else keep
+            continuing = keep if regrows else ()
             return emitted, SparseState(
                 count, new, inner_state, accumulator, continuing
             )
@@ -275,13 +277,18 @@ def transform(
             masks_, emitted, inner_state, continuing = now
             new, keep = change_masks(masks_, emitted, grads)
             emitted = masking.map_masked(_emit, keep, emitted, params)
-            continuing = new if jax.tree.leaves(continuing) else ()
+            continuing = keep if regrows else ()
             return new, emitted, zero_moments(inner_state, keep), continuing
+
+        def change_all(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+            return _if(updating, change_last, (*now[:3], now[0]))
 
         emitted = masking.map_masked(_emit, old, inner_updates, params)
         inner_state = zero_moments(inner_state, old)
         now = (old, emitted, inner_state, state.continuing)
-        if method.updates.steps():
+        if method.updates.steps() and regrows:
+            now = _if(again, change_all, now)
+        elif method.updates.steps():
             now = _if(updating, change_last, now)
         new, emitted, inner_state, continuing = now
         return emitted, SparseState(count, new, inner_state, accumulator, continuing)

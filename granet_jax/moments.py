@@ -69,18 +69,27 @@ def _map_matched(
 def refuse_flattened(inner_state: PyTree, params: PyTree) -> None:
     """Raises ValueError for `optax.flatten`, whose moments cannot be told apart.
 
-    Its moments are one vector over all parameters: none of them has a parameter's
-    path and shape.
+    Its moments are one vector over all parameters, and no parameter's path is part of
+    theirs.
     """
-    leaves = jax.tree.leaves(params)
-    size = sum(math.prod(x.shape) for x in leaves)
-    vector = any(jnp.shape(x) == (size,) for x in jax.tree.leaves(inner_state))
-    if vector and not any(x.shape == (size,) for x in leaves):
-        raise ValueError(
-            "inner keeps its state as one flat vector over all parameters "
-            f"(shape ({size},)), as optax.flatten does: the moments of pruned weights "
-            "cannot be addressed. Use the optimizer without optax.flatten."
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    size = sum(math.prod(x.shape) for _, x in leaves)
+    paths = [_names(path) for path, _ in leaves]
+
+    def names_a_parameter(path: tuple[str, ...]) -> bool:
+        return any(
+            own and path[start : start + len(own)] == own
+            for own in paths
+            for start in range(len(path))
         )
+
+    for path, x in jax.tree_util.tree_leaves_with_path(inner_state):
+        if jnp.shape(x) == (size,) and not names_a_parameter(_names(path)):
+            raise ValueError(
+                "inner keeps its state as one flat vector over all parameters "
+                f"(shape ({size},)), as optax.flatten does: the moments of pruned "
+                "weights cannot be addressed. Use the optimizer without optax.flatten."
+            )
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -298,7 +298,8 @@ def redistribute(number: Array, weights: Array, room: Array) -> Array:
     given = lax.fori_loop(0, room.shape[0] + 1, pour, jnp.zeros_like(room))
 
     def unfinished(given: Array) -> Array:
-        return total(given) < number
+        # Under `vmap` this also runs, for nothing, on numbers that no room can take.
+        return (total(given) < number) & jnp.any(given < room)
 
     def top_up(given: Array) -> Array:
         open_leaf = (given < room).astype(count_type)

@@ -355,7 +355,9 @@ def test_sharded_step_moves_counts_only(name: str, layout: str) -> None:
         }
         assert SMALL < share == math.prod(SHAPES[leaf]["kernel"]) // DEVICES
     found = collectives(step.as_text())
-    assert {c.kind for c in found} == (set() if name == "static" else {"all-reduce"})
+    # Of every leaf the counts of three thresholds: all devices' shares, or their sum.
+    assert bool(found) == (name != "static")
+    assert {c.kind for c in found} <= {"all-reduce", "all-gather"}
     assert all(sum(c.sizes) <= SMALL for c in found)
 
 
