@@ -142,40 +142,39 @@ def largest_keys(
     def of_group(per_leaf: Array) -> Array:
         return jnp.where(across, jnp.sum(per_leaf, dtype=counter), per_leaf)
 
+    def judged(s: _Search) -> _Search:
+        """With what follows from the bounds and their counts."""
+        found = of_group(s.count_low) == s.wanted
+        found |= of_group(s.count_high) == s.wanted
+        found |= _width(s.low, s.high) <= 1
+        ties = s.count_low - s.count_high
+        remaining = s.wanted - of_group(s.count_high)
+        before = jnp.where(across, sum_before(ties), 0)
+        share = jnp.where(remaining > before, remaining - before, 0)
+        share = jnp.minimum(share, ties)
+        # All or none of the ties: no position to be found.
+        placed = (share == 0) | (share == ties)
+        placed |= (s.count_first == share) | (s.count_last == share)
+        return s._replace(found=found, share=share, done=jnp.all(found & placed))
+
     # Entries that are no candidates have the lowest key, and are never selected. The
     # first pass counts the others; only then is known how many are wanted.
     start = _Search(
         started=jnp.zeros((), bool),
+        done=jnp.zeros((), bool),
         candidates=jnp.zeros_like(sizes),
         wanted=jnp.zeros_like(sizes),
         low=jnp.full((leaves,), lowest),
         high=jnp.full((leaves,), jnp.iinfo(key_type).max, key_type),
         count_low=sizes,
         count_high=jnp.zeros_like(sizes),
+        found=jnp.zeros((leaves,), bool),
+        share=jnp.zeros_like(sizes),
         first=jnp.zeros_like(sizes),
         last=sizes,
         count_first=jnp.zeros_like(sizes),
         count_last=sizes,
     )
-
-    def found_key(s: _Search) -> Array:
-        exact = of_group(s.count_low) == s.wanted
-        exact |= of_group(s.count_high) == s.wanted
-        return exact | (_width(s.low, s.high) <= 1)
-
-    def quota(s: _Search) -> Array:
-        """How many of its keys in [low, high) each leaf selects."""
-        ties = s.count_low - s.count_high
-        remaining = s.wanted - of_group(s.count_high)
-        before = jnp.where(across, sum_before(ties), 0)
-        return jnp.minimum(jnp.where(remaining > before, remaining - before, 0), ties)
-
-    def unfinished(s: _Search) -> Array:
-        # All or none of the ties: no position to be found.
-        ties, share = s.count_low - s.count_high, quota(s)
-        found_position = (share == 0) | (share == ties)
-        found_position |= (s.count_first == share) | (s.count_last == share)
-        return ~(s.started & jnp.all(found_key(s) & found_position))
 
     def count_candidates(s: _Search, counts: list[Array]) -> _Search:
         count = counts[0]
@@ -190,7 +189,7 @@ def largest_keys(
 
     def advance(s: _Search) -> _Search:
         # With the key of a group found, search the positions of its ties.
-        in_keys = ~found_key(s) | ~s.started
+        in_keys = ~s.found
         middles = [
             s.low + part.astype(key_type) for part in _parts(_width(s.low, s.high))
         ]
@@ -210,23 +209,21 @@ def largest_keys(
         counts = [jnp.stack(count) for count in zip(*per_leaf, strict=True)]
 
         def narrow(s: _Search, counts: list[Array]) -> _Search:
-            share, new = quota(s), s
+            new = s
             ties = [count - s.count_high for count in counts]
             probes = list(zip(middles, places, counts, ties, strict=True))
             for middle, place, count, tied in probes:
                 up = in_keys & (of_group(count) >= s.wanted)
-                within = ~in_keys & (tied <= share)
+                within = ~in_keys & (tied <= s.share)
                 new = new._replace(
                     low=jnp.where(up, middle, new.low),
                     count_low=jnp.where(up, count, new.count_low),
                     first=jnp.where(within, place, new.first),
-                    count_first=jnp.where(
-                        within, count - s.count_high, new.count_first
-                    ),
+                    count_first=jnp.where(within, tied, new.count_first),
                 )
             for middle, place, count, tied in probes[::-1]:
                 down = in_keys & (of_group(count) < s.wanted)
-                beyond = ~in_keys & (tied > share)
+                beyond = ~in_keys & (tied > s.share)
                 new = new._replace(
                     high=jnp.where(down, middle, new.high),
                     count_high=jnp.where(down, count, new.count_high),
@@ -235,10 +232,10 @@ def largest_keys(
                 )
             return new
 
-        return lax.cond(s.started, narrow, count_candidates, s, counts)
+        return judged(lax.cond(s.started, narrow, count_candidates, s, counts))
 
-    s = lax.while_loop(unfinished, advance, start)
-    share, ties = quota(s), s.count_low - s.count_high
+    s = lax.while_loop(lambda s: ~s.done, advance, start)
+    share, ties = s.share, s.count_low - s.count_high
     # All keys from `low` on, or those from `high` on, or the ties before a position.
     key = jnp.where(share == ties, s.low - 1, jnp.where(share == 0, s.high - 1, s.low))
     place = jnp.where(s.count_last == share, s.last, s.first)
@@ -247,20 +244,24 @@ def largest_keys(
 
 
 class _Search(NamedTuple):
-    """State of the bisection: whether it started, and vectors with a row per leaf.
+    """State of the search: two flags, and vectors with a row per leaf.
 
     count(key >= low) >= wanted >= count(key >= high); and, once low and high are one
-    apart or one of them is exact, at most the quota of ties lies before `first`, and
-    at least the quota before `last`.
+    apart or one of them is exact (`found`), the leaf selects `share` of its keys in
+    [low, high), of which at most `share` lie before `first`, and at least `share`
+    before `last`.
     """
 
     started: Array
+    done: Array
     candidates: Array
     wanted: Array
     low: Array
     high: Array
     count_low: Array
     count_high: Array
+    found: Array
+    share: Array
     first: Array
     last: Array
     count_first: Array

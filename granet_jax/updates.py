@@ -138,6 +138,7 @@ def _unchanged(number: Array | int | Sequence[int] | np.ndarray) -> Any:
     )
 
 
+@functools.partial(jax.jit, static_argnames="scope")
 def prune(
     masks: PyTree, scores: PyTree, keep: Array | int | Sequence[int], *, scope: Scope
 ) -> PyTree:
@@ -159,6 +160,7 @@ def prune(
     return treedef.unflatten(run_phases(leaves, [phase])[0])
 
 
+@jax.jit
 def regrow(masks: PyTree, scores: PyTree, number: Array | Sequence[int]) -> PyTree:
     """Activates, in every leaf, the `number` best-scored of the inactive weights.
 
@@ -175,6 +177,7 @@ def regrow(masks: PyTree, scores: PyTree, number: Array | Sequence[int]) -> PyTr
     return treedef.unflatten(run_phases(leaves, [phase])[0])
 
 
+@jax.jit
 def prune_and_regrow(
     masks: PyTree,
     drop_scores: PyTree,

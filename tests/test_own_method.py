@@ -93,13 +93,16 @@ class Simulation:
                 decay * a + (1 - decay) * g.astype(np.float32)
                 for a, g in zip(self.averages, grads, strict=True)
             ]
+        survivors = old
         if self.count in method.updates.steps():
             self.prune(stepped, grads)
+            # Pruned for good: what comes back in the same update starts at zero.
+            survivors = self.masks
             if method.grow is not None:
                 self.exchange(stepped, grads)
         self.params = [
             np.where(a & b, p, p.dtype.type(0))
-            for a, b, p in zip(old, self.masks, stepped, strict=True)
+            for a, b, p in zip(survivors, self.masks, stepped, strict=True)
         ]
 
     def prune(self, stepped: Any, grads: Any) -> None:
