@@ -117,12 +117,12 @@ def is_elementwise(
       that are not masked), zero where those are zero; and that no other output
       depends on masked inputs. False if not.
     """
-    closed = jax.make_jaxpr(function)(*args)
+    jaxpr: Any = jax.make_jaxpr(function)(*args).jaxpr
     facts = [
         _Fact(shape=v.aval.shape, zero=True) if masked else _CLEAN
-        for v, masked in zip(closed.jaxpr.invars, masked_in, strict=True)
+        for v, masked in zip(jaxpr.invars, masked_in, strict=True)
     ]
-    results = _follow(closed.jaxpr, facts)
+    results = _follow(jaxpr, facts)
     return all(
         not fact.mixed
         and (
@@ -130,9 +130,7 @@ def is_elementwise(
             if masked
             else fact.shape is None
         )
-        for fact, var, masked in zip(
-            results, closed.jaxpr.outvars, masked_out, strict=True
-        )
+        for fact, var, masked in zip(results, jaxpr.outvars, masked_out, strict=True)
     )
 
 
