@@ -53,7 +53,6 @@ class SparseState(NamedTuple):
 class _Plan(NamedTuple):
     """Integer tables of a method on given leaves, one row per update (host)."""
 
-    initial: list[int]  # active weights per leaf at the start
     prunes: np.ndarray  # bool (J,): whether this update prunes
     keep: np.ndarray  # unsigned (J,) with global scope, (J, leaves) with layer scope
     fraction: np.ndarray  # uint32 (J,): prune fraction in fixed point
@@ -218,11 +217,9 @@ def transform(
             return wrapped.update(gradient, inner_state, params_, **extra_args)
 
         def change_masks(
-            masks_: PyTree, inner_updates: PyTree, gradient: PyTree
+            masks_: PyTree, inner_updates: PyTree
         ) -> tuple[PyTree, PyTree]:
-            dense = (
-                None if gradient is None else masking.maskable_leaves(gradient, masks_)
-            )
+            dense = None if grads is None else masking.maskable_leaves(grads, masks_)
             leaves, treedef = jax.tree.flatten(masks_)
             changed, kept = update_masks(
                 leaves,
@@ -245,7 +242,7 @@ def transform(
             def change(masks_: PyTree) -> tuple[PyTree, PyTree]:
                 masked = masking.map_masked(_masked, masks_, grads)
                 inner_updates, _ = step_inner(masked, state.inner_state, params)
-                return change_masks(masks_, inner_updates, grads)
+                return change_masks(masks_, inner_updates)
 
             def change_both(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
                 return _if(updating, lambda both: change(both[0]), (now[0], now[0]))
@@ -275,7 +272,7 @@ def transform(
 
         def change_last(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
             masks_, emitted, inner_state, continuing = now
-            new, keep = change_masks(masks_, emitted, grads)
+            new, keep = change_masks(masks_, emitted)
             emitted = masking.map_masked(_emit, keep, emitted, params)
             continuing = keep if regrows else ()
             return new, emitted, zero_moments(inner_state, keep), continuing
@@ -417,8 +414,7 @@ def _check_arguments(
 def _plan(method: Method, shapes: tuple[tuple[int, ...], ...]) -> _Plan:
     """The integer tables of `method`, in float64 and Python integers."""
     total = sum(math.prod(s) for s in shapes)
-    initial = distributions.counts(shapes, method.sparsity(0), method.distribution)
-    present = initial
+    present = distributions.counts(shapes, method.sparsity(0), method.distribution)
     keep: list[Any] = []
     prunes: list[bool] = []
     for step in method.updates.steps():
@@ -436,7 +432,6 @@ def _plan(method: Method, shapes: tuple[tuple[int, ...], ...]) -> _Plan:
             keep.append(present)
     dtype = np.uint32 if total < 2**32 else np.uint64
     return _Plan(
-        initial=initial,
         prunes=np.asarray(prunes, bool),
         keep=np.asarray(keep, dtype),
         fraction=np.asarray(

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from granet_jax.masking import is_explicit
+
 Scope = Literal["layer", "global"]
 SCOPES: tuple[str, ...] = ("layer", "global")
 
@@ -332,7 +334,7 @@ def _iota(x: Array, dtype: jnp.dtype, axis: int, *, row: bool = False) -> Array:
     """The index along `axis` of every entry of `x`, or of every first of a row."""
     shape = (*x.shape[:-1], 1) if row else x.shape
     sharding = jax.typeof(x).sharding
-    if jax.sharding.AxisType.Explicit not in getattr(sharding.mesh, "axis_types", ()):
+    if not is_explicit(sharding):
         return lax.broadcasted_iota(dtype, shape, axis)
     # On Explicit mesh axes an array's sharding is part of its type, and an iota has
     # none to inherit.
