@@ -6,11 +6,11 @@ from typing import Any
 import hypothesis
 import hypothesis.strategies as st
 import jax
-import oracle
 import pytest
 
 from benchmarks import resnet50
 from granet_jax import distributions
+from tests import oracle
 
 shapes = st.lists(
     st.lists(st.integers(0, 12), min_size=1, max_size=4).map(tuple),

@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
 
 import granet_jax
+from tests import oracle
 
 DTYPES = ("float32", "bfloat16", "float16")
 

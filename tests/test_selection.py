@@ -8,10 +8,10 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 
 from granet_jax import selection
+from tests import oracle
 
 FLOATS = ("float32", "bfloat16", "float16")
 # One compilation per dtype and scope: shapes are fixed, values and k vary.

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import granet_jax
-from tests.trees import assert_same
+from tests.trees import assert_same, is_shape
 
 # Powers of two wherever a product is added to something: whether both are fused into
 # one rounding, which may differ between two compilations, makes no difference.
@@ -87,10 +87,6 @@ CASES = [
     for layout in LAYOUTS
     if layout.endswith("2d") or name == "granet"
 ]
-
-
-def is_shape(x: Any) -> bool:
-    return isinstance(x, tuple)
 
 
 def on_grid(seed: int, most: int, *lead: int) -> Any:

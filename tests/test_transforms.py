@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import granet_jax
+from tests.trees import assert_same
 
 METHODS = {
     "granet": granet_jax.granet(0.8, 12, interval=2, end_step=6),
@@ -71,14 +72,6 @@ def loop(tx: Any, params: Any, state: Any, grads: Any) -> tuple[Any, list[Any]]:
         params, state = step(params, state, at(grads, index))
         masks.append(granet_jax.get_masks(state))
     return (params, state), masks
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    """Equal trees: structure, dtypes and every bit."""
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def changes(masks: list[Any]) -> int:
