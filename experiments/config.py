@@ -1,12 +1,16 @@
 """The configuration of a training run: frozen records that tyro turns into a CLI."""
 
 import dataclasses
+import difflib
 import json
 import math
+import operator
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import granet_jax
+from experiments import data, models
 
 MethodName = Literal[
     "granet", "granet-st", "gmp", "rigl", "set", "snfs", "static", "dense"
@@ -29,8 +33,57 @@ _OPTIONS["granet-st"] = _OPTIONS["granet"]
 # Mask updates in a training run where no interval is given. The GraNet code makes 80 on
 # CIFAR: every 1,000 of 80,000 steps.
 _UPDATES = 80
-# Evaluations in a training run where no interval is given.
+# Evaluations and checkpoints in a training run where no interval is given.
 _EVALUATIONS = 40
+_CHECKPOINTS = 10
+
+# Augmentation where none is configured.
+_SHIFTS = {
+    "digits": 1,
+    "mnist": 2,
+    "fashion_mnist": 2,
+    "cifar10": 4,
+    "cifar100": 4,
+    "tiny_imagenet": 8,
+}
+_FLIPPED = frozenset({"fashion_mnist", "cifar10", "cifar100", "tiny_imagenet"})
+
+# Options that may differ between a run and its continuation.
+_FREE = (
+    "out",
+    "progress",
+    "parallel.",
+    "distributed.",
+    "data.data_dir",
+    "data.workers",
+    "checkpoint.",
+    "seeds",
+    "baseline",
+)
+
+_LEAST = {
+    "scan_block": 1,
+    "eval_every": 1,
+    "data.batch_size": 1,
+    "data.shift": 0,
+    "data.workers": 0,
+    "optimizer.cycles": 1,
+    "optimizer.warmup_steps": 0,
+    "optimizer.accumulate": 1,
+    "masks.interval": 1,
+    "parallel.fsdp": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+}
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "optimizer.learning_rate": ("(0, inf)", lambda x: 0 < x < math.inf),
+    "optimizer.momentum": ("[0, 1)", lambda x: 0 <= x < 1),
+    "optimizer.weight_decay": ("[0, inf)", lambda x: 0 <= x < math.inf),
+    "optimizer.label_smoothing": ("[0, 1)", lambda x: 0 <= x < 1),
+    "optimizer.ema": ("(0, 1)", lambda x: 0 < x < 1),
+    "masks.pruning_end": ("(0, 1]", lambda x: 0 < x <= 1),
+    "masks.stop": ("(0, 1]", lambda x: 0 < x <= 1),
+}
 
 # tyro shows the texts below with the line breaks they have here: at most 70 characters
 # a line fill a terminal of 80 columns.
@@ -41,39 +94,82 @@ class DataConfig:
     """The data, and how batches are made of it."""
 
     dataset: str = "digits"
-    """Data set to train on. `digits`: 1,797 handwritten digits of 8 x 8
-    pixels, bundled with scikit-learn; every third image of each class
-    is test data."""
+    """Data set to train on: digits, fashion_mnist, mnist, cifar10,
+    cifar100, tiny_imagenet, imagenet2012 (images); python_docs,
+    tiny_shakespeare (text, byte by byte). `python -m
+    experiments.prepare NAME` makes one ready; digits and python_docs
+    need no download, nor does fashion_mnist where Debian's package
+    dataset-fashion-mnist is installed."""
+
+    data_dir: str | None = None
+    """Folder of the prepared data sets; by default tensorflow-datasets'
+    own, ~/tensorflow_datasets."""
 
     batch_size: int = 64
-    """Images a step. The images left over at the end of an epoch wait
-    for another one."""
+    """Examples a step, over all devices. What is left over at the end of
+    an epoch waits for another one."""
 
-    shift: int = 1
+    shift: int | None = None
     """Augmentation: move each training image by up to this many pixels
-    up, down, left and right, at random. 0 for none."""
+    up, down, left and right, at random. By default 1 for digits, 2 for
+    MNIST and Fashion-MNIST, 4 for CIFAR, 8 for Tiny ImageNet.
+    imagenet2012 has random resized crops instead."""
+
+    flip: bool | None = None
+    """Augmentation: mirror training images, left to right, at random. By
+    default for colour images and for Fashion-MNIST."""
+
+    workers: int = 0
+    """Processes that decode images; of use for imagenet2012 only."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Stochastic gradient descent."""
+    """The optimizer, its schedule, and what it minimises."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer. `sgd`: stochastic gradient descent with momentum;
+    `adamw`: Adam with decoupled weight decay."""
 
     learning_rate: float = 0.1
     """Learning rate before its schedule lowers it."""
 
-    schedule: Literal["drops", "cosine", "constant"] = "drops"
-    """Learning rate over time. `drops`: divided by 10 after half and
-    after three quarters of the steps, as in the GraNet paper's CIFAR
-    runs; `cosine`: half a cosine down to zero; `constant`."""
+    schedule: Literal["drops", "cosine", "cyclic", "constant"] = "drops"
+    """Learning rate over time. `drops`: divided by 10 at each of
+    `drops`; `cosine`: half a cosine down to zero; `cyclic`: that,
+    `cycles` times; `constant`."""
+
+    drops: tuple[float, ...] = (0.5, 0.75)
+    """Shares of the steps after which the learning rate drops; by default
+    as in the GraNet paper's CIFAR runs."""
+
+    cycles: int = 4
+    """Cycles of the schedule `cyclic`, of equal length."""
+
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises linearly from near zero,
+    before it follows its schedule."""
 
     momentum: float = 0.9
-    """Momentum, in [0, 1)."""
+    """Momentum of sgd, or b1 of adamw, in [0, 1)."""
 
     nesterov: bool = True
-    """Whether the momentum is Nesterov's."""
+    """Whether the momentum of sgd is Nesterov's."""
 
     weight_decay: float = 5e-4
-    """Weight decay, added to the gradient of weights (not of biases)."""
+    """Weight decay on weights (not on biases, norms and embeddings):
+    added to the gradient by sgd, decoupled from it by adamw."""
+
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes, in [0, 1)."""
+
+    accumulate: int = 1
+    """Parts that a batch is cut into, one forward and backward pass
+    each, to save memory. The gradient is their mean."""
+
+    ema: float | None = None
+    """Decay of a moving average of the weights, in (0, 1), which is then
+    evaluated instead of them, masked. None for none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +206,56 @@ class MaskConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How a step is spread over the devices. Of no effect on one device."""
+
+    mode: Literal["jit", "pmap"] = "jit"
+    """`jit`: one program over a mesh of all devices; `pmap`: one program
+    a device, gradients averaged. Both split each batch, and take batch
+    statistics over the whole of it."""
+
+    fsdp: int = 1
+    """Devices that share one copy of parameters, optimizer state and
+    masks (fully-sharded data parallel); must divide their number. 1: each
+    has its own copy. jit only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to write checkpoints. Each run has one at its end, whatever this says."""
+
+    every: int | None = None
+    """Steps between checkpoints; by default a tenth of the steps."""
+
+    keep: int = 2
+    """Number of checkpoints to keep, the last ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes, on one machine or many, as one run."""
+
+    auto: bool = False
+    """Find the other processes by the environment (TPU pod, Slurm, Open
+    MPI)."""
+
+    coordinator: str | None = None
+    """Or else: address of process 0, as HOST:PORT."""
+
+    processes: int | None = None
+    """Number of processes, with coordinator."""
+
+    process: int | None = None
+    """Number of this one, from 0, with coordinator."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Trains a network sparsely, beside a dense one of the same budget.
 
-    Writes config.json, metrics.jsonl, curves.png and summary.json into a new folder.
-    The last is written last: a folder without it is of a run that did not end.
+    Each run has a folder in `out`, with metrics.jsonl, checkpoints and TensorBoard
+    events. At the end come curves.png and summary.json. The same command with the same
+    `out` goes on where it stopped.
     """
 
     method: MethodName = "granet"
@@ -126,13 +267,16 @@ class Config:
     without masks."""
 
     sparsity: float = 0.9
-    """Share of the weights that are zero at the end, in [0, 1). Biases
-    stay dense, and are not counted. Of no effect on `dense`."""
+    """Share of the weights that are zero at the end, in [0, 1). Biases,
+    norms and embeddings stay dense, and are not counted. Of no effect
+    on `dense`."""
 
-    model: Literal["cnn", "mlp"] = "cnn"
-    """Network. `cnn`: three convolutions of 16, 32 and 64 channels and a
-    linear classifier; `mlp`: LeNet-300-100, hidden layers of 300 and 100
-    units."""
+    model: str = "cnn"
+    """Network: cnn, lenet-300-100, lenet-5, resnet-20, resnet18-cifar,
+    vgg19, ...; an unknown name lists all."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of activations and their gradients. Parameters are float32."""
 
     steps: int = 1200
     """Optimizer steps of each training run."""
@@ -144,6 +288,10 @@ class Config:
     seed: int = 0
     """First seed: of initial weights, order of the data, augmentation,
     random masks."""
+
+    vmap_seeds: bool = False
+    """Whether to train all seeds at once, as one vectorised program on
+    one device. For small networks on a GPU or TPU."""
 
     baseline: bool = True
     """Whether to train the dense network too, with the same seeds and
@@ -159,8 +307,8 @@ class Config:
     (and round differently)."""
 
     out: pathlib.Path | None = None
-    """Folder for the results; must be new or empty. By default
-    runs/TIME-METHOD."""
+    """Folder for the results; must be new, or of the same configuration,
+    which then goes on. By default runs/TIME-METHOD."""
 
     progress: bool = True
     """Whether to show a progress bar."""
@@ -168,32 +316,46 @@ class Config:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     masks: MaskConfig = MaskConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that cannot be used."""
         _check_range("sparsity", self.sparsity, "[0, 1)", 0 <= self.sparsity < 1)
         _check_range("steps", self.steps, "[1, 2**31)", 1 <= self.steps < 2**31)
+        _check_known("model", self.model, models.NAMES)
+        _check_known("data.dataset", self.data.dataset, data.NAMES)
         _check_least("seeds", self.seeds, 1)
         last_seed = self.seed + self.seeds - 1
         for name, seed in (("seed", self.seed), ("seed + seeds - 1", last_seed)):
             _check_range(name, seed, "[0, 2**31)", 0 <= seed < 2**31)
-        _check_least("scan_block", self.scan_block, 1)
-        _check_least("data.batch_size", self.data.batch_size, 1)
-        _check_least("data.shift", self.data.shift, 0)
-        if self.eval_every is not None:
-            _check_least("eval_every", self.eval_every, 1)
-        rate = self.optimizer.learning_rate
-        _check_range("optimizer.learning_rate", rate, "(0, inf)", 0 < rate < math.inf)
-        momentum = self.optimizer.momentum
-        _check_range("optimizer.momentum", momentum, "[0, 1)", 0 <= momentum < 1)
-        decay = self.optimizer.weight_decay
-        _check_range("optimizer.weight_decay", decay, "[0, inf)", 0 <= decay < math.inf)
-        if self.masks.interval is not None:
-            _check_least("masks.interval", self.masks.interval, 1)
-        for option in ("pruning_end", "stop"):
-            share = getattr(self.masks, option)
-            if share is not None:
-                _check_range(f"masks.{option}", share, "(0, 1]", 0 < share <= 1)
+        for name, least in _LEAST.items():
+            value = operator.attrgetter(name)(self)
+            if value is not None:
+                _check_least(name, value, least)
+        for name, (interval, inside) in _RANGES.items():
+            value = operator.attrgetter(name)(self)
+            if value is not None:
+                _check_range(name, value, interval, inside(value))
+        for share in self.optimizer.drops:
+            _check_range("optimizer.drops", share, "(0, 1)", 0 < share < 1)
+        warmup = self.optimizer.warmup_steps
+        _check_range(
+            "optimizer.warmup_steps", warmup, "[0, steps)", warmup < self.steps
+        )
+        if self.data.batch_size % self.optimizer.accumulate:
+            raise ValueError(
+                "optimizer.accumulate must divide data.batch_size, "
+                f"{self.data.batch_size}, got {self.optimizer.accumulate}."
+            )
+        if self.parallel.mode == "pmap" and self.parallel.fsdp > 1:
+            raise ValueError(
+                f"parallel.fsdp must be 1 with pmap, got {self.parallel.fsdp}: to "
+                "shard parameters, use --parallel.mode jit."
+            )
+        if self.vmap_seeds and self.optimizer.accumulate > 1:
+            raise ValueError("optimizer.accumulate must be 1 with vmap_seeds.")
         build_method(self)
 
     @property
@@ -202,19 +364,63 @@ class Config:
         return self.eval_every or max(1, self.steps // _EVALUATIONS)
 
     @property
+    def checkpoint_interval(self) -> int:
+        """Steps between checkpoints."""
+        return self.checkpoint.every or max(1, self.steps // _CHECKPOINTS)
+
+    @property
     def mask_interval(self) -> int:
         """Steps between mask updates."""
         if self.masks.interval is not None:
             return self.masks.interval
         return max(1, self.steps // _UPDATES)
 
-    def to_json(self) -> str:
-        """All values as JSON, those that follow from others filled in."""
-        values = dataclasses.asdict(self)
+    @property
+    def shift(self) -> int:
+        """Largest shift of the augmentation, in pixels."""
+        given = self.data.shift
+        return _SHIFTS.get(self.data.dataset, 0) if given is None else given
+
+    @property
+    def flip(self) -> bool:
+        """Whether training images are mirrored at random."""
+        given = self.data.flip
+        return self.data.dataset in _FLIPPED if given is None else given
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, as JSON holds them, those that follow from others filled in."""
+        values = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         values["eval_every"] = self.evaluation_interval
+        values["checkpoint"]["every"] = self.checkpoint_interval
+        values["data"] |= {"shift": self.shift, "flip": self.flip}
         if "interval" in _OPTIONS[self.method]:
             values["masks"]["interval"] = self.mask_interval
-        return json.dumps(values, indent=2, default=str) + "\n"
+        return values
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Where two configurations, as of `Config.to_dict`, lead to different results.
+
+    Returns:
+      The values in `a` and `b` of every option (named as on the command line) in which
+      they differ, save those that only say where and how to compute.
+    """
+    left, right = _flat(a), _flat(b)
+    return {
+        name: (left.get(name), right.get(name))
+        for name in sorted(left.keys() | right.keys())
+        if left.get(name) != right.get(name) and not name.startswith(_FREE)
+    }
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
 def build_method(config: Config) -> granet_jax.Method | None:
@@ -288,3 +494,12 @@ def _check_least(name: str, value: Any, least: int) -> None:
 def _check_range(name: str, value: Any, interval: str, inside: bool) -> None:
     if not inside:
         raise ValueError(f"{name} must lie in {interval}, got {value}.")
+
+
+def _check_known(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(value, known, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"{name} must be one of {', '.join(known)}; got {value!r}.{hint}"
+        )

@@ -1,9 +1,12 @@
-"""The training step and its state: pure functions, for any compilation or loop.
+"""The training step, its state, and evaluation: pure functions, for any compilation.
 
 The step holds all that changes in `TrainState`, its random numbers being functions of
-the seed and the step, so that a state is all one needs to go on from.
+the seed and the step, so that a state is all one needs to go on from. Nothing here
+knows of devices: `experiments.parallel` says how a batch is split, by two functions.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 import granet_jax
-from experiments.config import OptimizerConfig
-from experiments.data import Split
+from experiments import augment, models, schedules
+from experiments.config import Config, build_method
+from experiments.data import Dataset, Split, Stream
 
 PyTree = Any
 
@@ -27,183 +30,292 @@ class TrainState(NamedTuple):
     Attributes:
       step: int32 scalar, optimizer steps done.
       seed: uint32 scalar, which all random numbers follow from (with `step`).
-      order: int32 (n,), the order in which this epoch goes through the training images.
+      order: int32 (n,), the order in which this epoch goes through the training data;
+        () for data that is streamed, which comes in order.
       params: the network's parameters.
+      statistics: its batch statistics; empty if it has none.
       opt_state: the optimizer's state, masks included.
+      average: moving average of `params`; () without one.
     """
 
     step: Array
     seed: Array
-    order: Array
+    order: Array | tuple[()]
     params: PyTree
+    statistics: PyTree
     opt_state: optax.OptState
+    average: PyTree
 
 
-def train_step(
-    state: TrainState,
-    train: Split,
-    *,
-    model: nn.Module,
-    tx: optax.GradientTransformation,
-    normalise: Callable[[ArrayLike], Array],
-    batch_size: int,
-    shift: int,
-) -> tuple[TrainState, Array]:
-    """One optimizer step.
+class Score(NamedTuple):
+    """What evaluation adds up over batches.
 
-    Args:
-      state: see `TrainState`.
-      train: all training images and labels, on the device.
-      model: network, applied to `params` alone.
-      tx: optimizer.
-      normalise: from uint8 images to the network's input.
-      batch_size: images a step.
-      shift: largest shift of the augmentation, in pixels.
-
-    Returns:
-      (the next state, the mean cross-entropy of the batch).
+    Attributes:
+      correct: int32 scalar, labels predicted correctly.
+      loss: float32 scalar, sum of the cross-entropy over all labels, in nats.
     """
-    size = len(train.labels)
-    epoch, batch = jnp.divmod(state.step, size // batch_size)
-    order = lax.cond(
-        batch == 0,
-        lambda: jax.random.permutation(_key(state.seed, "order", epoch), size),
-        lambda: state.order,
-    )
-    chosen = lax.dynamic_slice_in_dim(order, batch * batch_size, batch_size)
-    images = train.images[chosen]
-    if shift:
-        images = shifted(images, _key(state.seed, "shift", state.step), shift)
-    inputs, labels = normalise(images), train.labels[chosen]
 
-    def loss_of(params: PyTree) -> Array:
-        logits = _logits(model, params, inputs)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    loss, grads = jax.value_and_grad(loss_of)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, state.seed, order, params, opt_state), loss
+    correct: Array
+    loss: Array
 
 
-def create_state(
-    seed: Array,
-    *,
-    model: nn.Module,
-    tx: optax.GradientTransformation,
-    shape: tuple[int, ...],
-) -> TrainState:
-    """The state at step 0, pruned weights already zero.
+def _whole(batch: PyTree) -> PyTree:
+    return batch
 
-    Args:
-      seed: uint32 scalar.
-      model: network.
-      tx: optimizer.
-      shape: of all training images, (n, height, width, channels).
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+    """A configuration as pure functions.
+
+    Attributes:
+      config: the configuration.
+      dataset: what it trains on; only its sizes and statistics are used.
+      split: from arrays of a row for each example of the batch to those of this
+        device, or the same arrays with their sharding.
+      mean: over the devices of what each computed from its part of the batch.
+      axis_name: that batch statistics are averaged over, in a mapped function.
     """
-    inputs = jnp.zeros((1, *shape[1:]), jnp.float32)
-    params = model.init(_key(seed, "init", 0), inputs)["params"]
-    opt_state = tx.init(params)
-    if _is_sparse(opt_state):
-        params = granet_jax.apply_masks(params, granet_jax.get_masks(opt_state))
-    order = jnp.arange(shape[0], dtype=jnp.int32)
-    return TrainState(jnp.int32(0), seed, order, params, opt_state)
 
+    config: Config
+    dataset: Dataset | Stream
+    split: Callable[[PyTree], PyTree] = _whole
+    mean: Callable[[PyTree], PyTree] = _whole
+    axis_name: str | None = None
 
-def evaluation_step(
-    params: PyTree,
-    batch: Split,
-    *,
-    model: nn.Module,
-    normalise: Callable[[ArrayLike], Array],
-) -> Array:
-    """Number of images of `batch` classified correctly, an int32 scalar."""
-    logits = _logits(model, params, normalise(batch.images))
-    return jnp.sum(jnp.argmax(logits, axis=-1) == batch.labels, dtype=jnp.int32)
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The network."""
+        return models.create(
+            self.config.model,
+            classes=self.dataset.classes,
+            dtype=jnp.dtype(self.config.precision),
+            axis_name=self.axis_name,
+        )
 
+    @functools.cached_property
+    def schedule(self) -> optax.Schedule:
+        """Learning rate as a function of the steps done."""
+        return schedules.learning_rate(self.config.optimizer, self.config.steps)
 
-def masks_of(state: TrainState) -> PyTree:
-    """The masks; for dense training, masks of which every weight is active."""
-    if _is_sparse(state.opt_state):
-        return granet_jax.get_masks(state.opt_state)
-    return granet_jax.init_masks(granet_jax.static(0.0), state.params)
+    @functools.cached_property
+    def method(self) -> granet_jax.Method | None:
+        """The library's record of the method; None for dense training."""
+        return build_method(self.config)
 
+    def optimizer(self, seed: Array) -> optax.GradientTransformation:
+        """The whole optimizer, masks included, for a seed that may be traced."""
+        inner = schedules.optimizer(
+            self.config.optimizer,
+            self.schedule,
+            functools.partial(schedules.decayed, maskable=models.maskable),
+        )
+        if self.method is None:
+            return inner
+        return granet_jax.transform(
+            self.method, inner, where=models.maskable, seed=seed
+        )
 
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate as a function of the steps done."""
-    match config.schedule:
-        case "drops":
-            return optax.piecewise_constant_schedule(
-                config.learning_rate,
-                {steps // 2: 0.1, steps * 3 // 4: 0.1},
+    def create(self, seed: Array) -> TrainState:
+        """The state at step 0, pruned weights already zero.
+
+        Args:
+          seed: uint32 scalar.
+        """
+        order = ()
+        if isinstance(self.dataset, Stream):
+            shape = self.dataset.image_shape
+        else:
+            size, *shape = self.dataset.train.inputs.shape
+            order = jnp.arange(size, dtype=jnp.int32)
+        example = self._inputs(jnp.zeros((1, *shape), jnp.uint8))
+        variables = self.model.init(_key(seed, "init", 0), example, train=False)
+        params = variables["params"]
+        opt_state = self.optimizer(seed).init(params)
+        if self.method is not None:
+            params = granet_jax.apply_masks(params, granet_jax.get_masks(opt_state))
+        return TrainState(
+            step=jnp.int32(0),
+            seed=seed,
+            order=order,
+            params=params,
+            statistics=variables.get("batch_stats", {}),
+            opt_state=opt_state,
+            # A buffer of its own, so that both can be donated.
+            average=() if self._decay is None else jax.tree.map(jnp.copy, params),
+        )
+
+    def step(self, state: TrainState, data: Split) -> tuple[TrainState, Array]:
+        """One optimizer step.
+
+        Args:
+          state: see `TrainState`.
+          data: all training examples, on the device; of a stream, the batch of this
+            step (of this device, in a mapped function).
+
+        Returns:
+          (the next state, the mean loss of the batch).
+        """
+        if isinstance(self.dataset, Stream):
+            batch = Split(self._inputs(data.inputs), data.labels)
+        else:
+            state, batch = self._draw(state, data)
+        loss, statistics, grads = self._gradient(state, batch)
+        loss, grads = self.mean((loss, grads))
+        updates, opt_state = self.optimizer(state.seed).update(
+            grads, state.opt_state, state.params
+        )
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if self._decay is not None:
+            # In the first steps the decay is lower, so that the average soon forgets
+            # the initial weights: the rule of TensorFlow's ExponentialMovingAverage.
+            t = state.step.astype(jnp.float32)
+            decay = jnp.minimum(self._decay, (1 + t) / (10 + t))
+            average = optax.incremental_update(params, average, 1 - decay)
+        return (
+            TrainState(
+                state.step + 1,
+                state.seed,
+                state.order,
+                params,
+                statistics,
+                opt_state,
+                average,
+            ),
+            loss,
+        )
+
+    def steps(
+        self, state: TrainState, data: Split, number: int
+    ) -> tuple[TrainState, Array]:
+        """`number` steps, as a scan if more than one: (state, losses (number,))."""
+        if number == 1:
+            state, loss = self.step(state, data)
+            return state, loss[None]
+        return lax.scan(lambda s, _: self.step(s, data), state, length=number)
+
+    def evaluate(self, state: TrainState, batch: Split) -> Score:
+        """What the network makes of one batch; a label of -1 is no example."""
+        params = self.evaluated(state)
+        variables = {"params": params, "batch_stats": state.statistics}
+        logits = self.model.apply(variables, self._inputs(batch.inputs), train=False)
+        logits = jnp.asarray(logits)
+        counted = batch.labels >= 0
+        labels = jnp.where(counted, batch.labels, 0)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        right = counted & (jnp.argmax(logits, axis=-1) == labels)
+        return Score(
+            jnp.sum(right, dtype=jnp.int32), jnp.sum(jnp.where(counted, losses, 0.0))
+        )
+
+    def evaluated(self, state: TrainState) -> PyTree:
+        """The parameters that are evaluated: a moving average is masked."""
+        if self._decay is None:
+            return state.params
+        if self.method is None:
+            return state.average
+        masks = granet_jax.get_masks(state.opt_state)
+        return granet_jax.apply_masks(state.average, masks)
+
+    def masks(self, state: TrainState) -> PyTree:
+        """The masks; for dense training, masks of which every weight is active."""
+        if self.method is not None:
+            return granet_jax.get_masks(state.opt_state)
+        return granet_jax.init_masks(
+            granet_jax.static(0.0), state.params, where=models.maskable
+        )
+
+    @property
+    def _decay(self) -> float | None:
+        return self.config.optimizer.ema
+
+    def _draw(self, state: TrainState, train: Split) -> tuple[TrainState, Split]:
+        """The batch of this step, augmented, and the order it was taken from."""
+        size, number = len(train.labels), self.config.data.batch_size
+        epoch, batch = jnp.divmod(state.step, size // number)
+        order = lax.cond(
+            batch == 0,
+            lambda: jax.random.permutation(_key(state.seed, "order", epoch), size),
+            lambda: state.order,
+        )
+        rows = lax.dynamic_slice_in_dim(order, batch * number, number)
+        # Drawn for the whole batch, then split: the same on any number of devices.
+        draws: dict[str, Array] = {"rows": rows}
+        shift = self.config.shift
+        if shift:
+            key = _key(state.seed, "shift", state.step)
+            draws["corners"] = augment.shifts(key, number, shift)
+        if self.config.flip:
+            key = _key(state.seed, "flip", state.step)
+            draws["mirrored"] = jax.random.bernoulli(key, shape=(number,))
+        draws = self.split(draws)
+        inputs = jnp.asarray(train.inputs)[draws["rows"]]
+        if shift:
+            inputs = augment.shifted(inputs, draws["corners"], shift)
+        if self.config.flip:
+            inputs = augment.mirrored(inputs, draws["mirrored"])
+        labels = jnp.asarray(train.labels)[draws["rows"]]
+        return state._replace(order=order), Split(self._inputs(inputs), labels)
+
+    def _inputs(self, raw: Any) -> Array:
+        """What the network takes: normalised images, or text as it is."""
+        if not self.dataset.mean:
+            return jnp.asarray(raw)
+        return augment.normalised(raw, self.dataset.mean, self.dataset.std)
+
+    def _gradient(
+        self, state: TrainState, batch: Split
+    ) -> tuple[Array, PyTree, PyTree]:
+        """(loss, batch statistics, gradient) of a batch, cut into parts if so told."""
+        parts = self.config.optimizer.accumulate
+        differentiate = jax.value_and_grad(self._loss, has_aux=True)
+        if parts == 1:
+            (loss, statistics), grads = differentiate(
+                state.params, state.statistics, batch
             )
-        case "cosine":
-            return optax.cosine_decay_schedule(config.learning_rate, steps)
-        case "constant":
-            return optax.constant_schedule(config.learning_rate)
+            return loss, statistics, grads
 
+        # Part i takes every parts-th row: the rows stay on the devices they are on.
+        cut = jax.tree.map(
+            lambda x: jnp.moveaxis(
+                x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0
+            ),
+            batch,
+        )
 
-def optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule
-) -> optax.GradientTransformation:
-    """SGD with momentum and weight decay on weights (two dimensions or more)."""
-    return optax.chain(
-        optax.add_decayed_weights(
-            config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
-        ),
-        optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
-    )
+        def add(carry: PyTree, part: Split) -> tuple[PyTree, None]:
+            loss, statistics, grads = carry
+            (more, statistics), new = differentiate(state.params, statistics, part)
+            return (loss + more, statistics, jax.tree.map(jnp.add, grads, new)), None
 
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        start = (jnp.float32(0), state.statistics, zeros)
+        (loss, statistics, grads), _ = lax.scan(add, start, cut)
+        return loss / parts, statistics, jax.tree.map(lambda g: g / parts, grads)
 
-def normalised(
-    images: ArrayLike, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Array:
-    """Float32 images of mean 0 and standard deviation 1, given those of each channel.
-
-    Args:
-      images: uint8, of shape (..., channels).
-      mean: of every channel, for values from 0 to 1.
-      std: standard deviation, likewise.
-    """
-    x = jnp.asarray(images, jnp.float32) / 255
-    channels = (1,) * (x.ndim - 1) + (len(mean),)
-    mean_, std_ = jnp.float32(mean), jnp.float32(std)
-    return (x - mean_.reshape(channels)) / std_.reshape(channels)
-
-
-def shifted(images: Array, key: Array, shift: int) -> Array:
-    """Each image moved by -shift to shift pixels in both directions, zeros moving in.
-
-    Args:
-      images: (n, height, width, channels).
-      key: typed key.
-      shift: in pixels.
-
-    Returns:
-      An array of the shape and dtype of `images`.
-    """
-    n, height, width, channels = images.shape
-    padding = ((0, 0), (shift, shift), (shift, shift), (0, 0))
-    padded = jnp.pad(images, padding)
-    corners = jax.random.randint(key, (n, 2), 0, 2 * shift + 1)
-
-    def crop(image: Array, corner: Array) -> Array:
-        start = (corner[0], corner[1], 0)
-        return lax.dynamic_slice(image, start, (height, width, channels))
-
-    return jax.vmap(crop)(padded, corners)
-
-
-def _logits(model: nn.Module, params: PyTree, inputs: Array) -> Array:
-    return jnp.asarray(model.apply({"params": params}, inputs))
+    def _loss(
+        self, params: PyTree, statistics: PyTree, batch: Split
+    ) -> tuple[Array, PyTree]:
+        logits, changed = self.model.apply(
+            {"params": params, "batch_stats": statistics},
+            batch.inputs,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        logits = jnp.asarray(logits)
+        labels = jnp.asarray(batch.labels)
+        smoothing = self.config.optimizer.label_smoothing
+        if smoothing:
+            targets = optax.smooth_labels(
+                jax.nn.one_hot(labels, self.dataset.classes), smoothing
+            )
+            losses = optax.softmax_cross_entropy(logits, targets)
+        else:
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), changed.get("batch_stats", statistics)
 
 
 def _key(seed: Array, purpose: str, number: Array | int) -> Array:
-    streams = {"init": 0, "order": 1, "shift": 2}
+    streams = {"init": 0, "order": 1, "shift": 2, "flip": 3}
     stream = jax.random.fold_in(jax.random.key(seed), streams[purpose])
     return jax.random.fold_in(stream, number)
-
-
-def _is_sparse(opt_state: optax.OptState) -> bool:
-    return isinstance(opt_state, granet_jax.SparseState)

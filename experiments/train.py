@@ -2,97 +2,225 @@
 
 import dataclasses
 import datetime
+import json
 import pathlib
+import signal
 import sys
-from collections.abc import Sequence
-from typing import IO, Any
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
 
 import jax
 import rich.console
 import tqdm
 import tyro
+from jax.experimental import multihost_utils
 
 import granet_jax
-from experiments import report
-from experiments.config import Config, MaskConfig
+from experiments import distributed, report, trainer
+from experiments.config import Config, MaskConfig, differences
 from experiments.data import load
-from experiments.trainer import DivergedError, Record, Trainer, fit
+from experiments.metrics import Record, complete
 
 DEFAULT_FOLDER = pathlib.Path("runs")
 
 
 def run(config: Config) -> list[report.Runs]:
-    """Trains as configured, and writes the results.
-
-    Every file but config.json gets its name when it is complete, summary.json last.
-    Until the end of training, metrics.jsonl.partial holds what was measured so far.
+    """Trains as configured, or goes on from where that stopped, and writes the results.
 
     Returns:
       The records of the method and, with a baseline, of dense training.
 
     Raises:
       ValueError: a configuration that cannot be run.
-      OSError: the folder has files in it, or cannot be written.
-      DivergedError: the loss is no longer finite. metrics.jsonl.partial stays.
+      OSError: the folder has other files in it, or cannot be written; data that is not
+        there or cannot be read.
+      trainer.DivergedError: the loss is no longer finite. Checkpoints stay.
+      trainer.StoppedError: SIGTERM or SIGINT came. Checkpoints stay.
     """
     configs = [config]
     if config.baseline and config.method != "dense":
         configs.append(dataclasses.replace(config, method="dense", masks=MaskConfig()))
-    dataset = load(config.data.dataset)
-    trainers = [Trainer(each, dataset, config.seed) for each in configs]
+    dataset = load(config.data.dataset, config.data.data_dir)
+    trainers = [trainer.create(each, dataset) for each in configs]
     title = (
         f"{config.data.dataset}, {config.model}, {config.steps:,} steps of "
-        f"{config.data.batch_size} images"
+        f"{config.data.batch_size}"
     )
-
-    folder = _new_folder(config)
-    (folder / "config.json").write_text(config.to_json())
-    with report.complete(folder / "metrics.jsonl") as path, path.open("x") as file:
-        runs = _train_all(trainers, file)
-    with report.complete(folder / "curves.png") as path:
-        report.plot(title, runs, path)
-    with report.complete(folder / "summary.json") as path:
-        path.write_text(report.summary(runs, _environment()))
-    console = rich.console.Console()
-    console.print(report.table(title, runs))
-    console.print(f"Results in {folder}", soft_wrap=True, highlight=False)
+    folder = open_folder(config)
+    try:
+        with StopSignal() as stop:
+            runs = [train_all(each, folder, stop.reached) for each in trainers]
+    except trainer.StoppedError as stopped:
+        stopped.add_note(f"Go on with the same command and --out {folder}")
+        raise
+    if distributed.is_first():
+        with complete(folder / "curves.png") as path:
+            report.plot(title, runs, path)
+        with complete(folder / "summary.json") as path:
+            path.write_text(report.summary(runs, environment()))
+        console = rich.console.Console()
+        console.print(report.table(title, runs))
+        console.print(f"Results in {folder}", soft_wrap=True, highlight=False)
     return runs
 
 
-def _train_all(trainers: Sequence[Trainer], file: IO[str]) -> list[report.Runs]:
-    first = trainers[0].config
-    seeds = tuple(range(first.seed, first.seed + first.seeds))
+def train_all(
+    each: trainer.Trainer,
+    folder: pathlib.Path,
+    stopped: Callable[[int], int | None] = lambda step: None,
+) -> report.Runs:
+    """Trains with all seeds of a configuration, in folders of their own in `folder`."""
+    config = each.config
+    seeds = tuple(range(config.seed, config.seed + config.seeds))
+    lanes = each.program.lanes
+    records: list[tuple[Record, ...]] = []
     with tqdm.tqdm(
-        total=len(trainers) * len(seeds) * first.steps,
+        total=config.steps * config.seeds // lanes,
         unit="step",
-        disable=not first.progress,
+        disable=not (config.progress and distributed.is_first()),
         dynamic_ncols=True,
     ) as bar:
-        runs = []
-        for trainer in trainers:
-            records = []
-            for seed in seeds:
-                trainer = trainer.for_seed(seed)
-                records.append(_train_one(trainer, seed, file, bar))
-            runs.append(report.Runs(trainer.config.method, seeds, tuple(records)))
-    return runs
+        for first in range(0, len(seeds), lanes):
+            chosen = seeds[first : first + lanes]
+            records += train_seeds(each, chosen, folder, bar, stopped)
+    return report.Runs(config.method, seeds, tuple(records))
 
 
-def _train_one(
-    trainer: Trainer, seed: int, file: IO[str], bar: tqdm.tqdm
-) -> tuple[Record, ...]:
-    method = trainer.config.method
-    records: list[Record] = []
+def train_seeds(
+    each: trainer.Trainer,
+    seeds: Sequence[int],
+    folder: pathlib.Path,
+    bar: tqdm.tqdm,
+    stopped: Callable[[int], int | None],
+) -> list[tuple[Record, ...]]:
+    """Trains with as many seeds as the program has lanes, in one folder in `folder`."""
+    name = run_name(each.config.method, seeds)
+    bar.set_description(name, refresh=False)
+    records, _ = trainer.fit(
+        each,
+        seeds,
+        folder / name,
+        on_step=lambda steps: _advance(bar, steps),
+        on_records=lambda new: bar.set_postfix(_postfix(new[0]), refresh=False),
+        stopped=stopped,
+    )
+    return [tuple(lane) for lane in records]
 
-    def add(record: Record) -> None:
-        bar.set_description(f"{method}, seed {seed}", refresh=False)
-        bar.set_postfix(_postfix(record), refresh=False)
-        bar.update(record.step - (records[-1].step if records else 0))
-        records.append(record)
-        report.write_record(file, method, seed, record)
 
-    fit(trainer, seed, add)
-    return tuple(records)
+def run_name(method: str, seeds: Sequence[int]) -> str:
+    """Name of the folder of a run with one seed, or with several at once."""
+    if len(seeds) == 1:
+        return f"{method}-seed{seeds[0]}"
+    return f"{method}-seeds{seeds[0]}-{seeds[-1]}"
+
+
+class StopSignal:
+    """SIGTERM and SIGINT, taken as a wish to stop at the next step.
+
+    A second one has its usual effect. Where several processes train as one, JAX's own
+    service takes SIGTERM, and sees to it that all stop at the same step.
+    """
+
+    def __init__(self) -> None:
+        """No signal so far."""
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def reached(self, step: int) -> int | None:
+        """The signal, if it is one to stop before this step; alike in all processes."""
+        if jax.process_count() > 1:
+            reached = multihost_utils.reached_preemption_sync_point(step)
+            return signal.SIGTERM if reached else None
+        return self.received
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, self._before[number])
+
+
+def open_folder(config: Config) -> pathlib.Path:
+    """The folder for the results: a new one, or that of a run to go on with.
+
+    Raises:
+      FileExistsError: it has files of something else in it.
+      ValueError: its run was configured otherwise.
+    """
+    if config.out is None:
+        if jax.process_count() > 1:
+            raise ValueError("several processes need one folder: give --out.")
+        return _new_folder(config)
+    if not distributed.is_first():
+        return config.out
+    path = config.out / "config.json"
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise FileExistsError(f"out: {path} cannot be read ({error}).") from error
+        if found := differences(before, config.to_dict()):
+            name, (old, new) = next(iter(found.items()))
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise ValueError(
+                f"out: {config.out} holds a run with {name}={old}, and this one has "
+                f"{name}={new}{more}. Give the same options to go on with it, or "
+                "another folder."
+            )
+        return config.out
+    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise FileExistsError(
+            f"out: {config.out} exists already and is neither empty nor of a run. "
+            "Results are never overwritten: choose another folder."
+        )
+    _write_config(config, config.out)
+    return config.out
+
+
+def _write_config(config: Config, folder: pathlib.Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with complete(folder / "config.json") as path:
+        path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def _new_folder(config: Config) -> pathlib.Path:
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    DEFAULT_FOLDER.mkdir(exist_ok=True)
+    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
+        folder = DEFAULT_FOLDER / f"{now}-{config.method}{suffix}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        _write_config(config, folder)
+        return folder
+    raise FileExistsError(f"{DEFAULT_FOLDER} has 99 runs of {now} already.")
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers depend on beside the configuration."""
+    return {
+        "python": sys.version.split()[0],
+        "jax": jax.__version__,
+        "granet_jax": granet_jax.__version__,
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+    }
+
+
+def _advance(bar: tqdm.tqdm, steps: int) -> None:
+    bar.update(steps)
 
 
 def _postfix(record: Record) -> dict[str, str]:
@@ -103,50 +231,35 @@ def _postfix(record: Record) -> dict[str, str]:
     }
 
 
-def _new_folder(config: Config) -> pathlib.Path:
-    """Makes the folder for the results; never one with files in it."""
-    if config.out is not None:
-        if config.out.exists() and (
-            not config.out.is_dir() or any(config.out.iterdir())
-        ):
-            raise FileExistsError(
-                f"out: {config.out} exists already and is not an empty folder. Results "
-                "are never overwritten: choose another one."
-            )
-        config.out.mkdir(parents=True, exist_ok=True)
-        return config.out
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    DEFAULT_FOLDER.mkdir(exist_ok=True)
-    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
-        folder = DEFAULT_FOLDER / f"{now}-{config.method}{suffix}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
-    raise FileExistsError(f"{DEFAULT_FOLDER} has 99 runs of {now} already.")
-
-
-def _environment() -> dict[str, Any]:
-    return {
-        "python": sys.version.split()[0],
-        "jax": jax.__version__,
-        "granet_jax": granet_jax.__version__,
-        "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-    }
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
+
+    def command() -> None:
+        config = tyro.cli(Config, args=arguments, prog="python -m experiments.train")
+        distributed.initialize(config.distributed)
+        run(config)
+
+    return exit_status(command)
+
+
+def exit_status(command: Callable[[], object]) -> int:
+    """Runs a command, and says on standard error what went wrong.
+
+    Returns:
+      0: trained; 1: diverged; 2: bad input; 130 and 143: told to stop, by SIGINT and
+      SIGTERM (or a pod's pre-emption), with a checkpoint to go on from.
+    """
     try:
-        run(tyro.cli(Config, args=arguments, prog="python -m experiments.train"))
+        command()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except DivergedError as error:
+    except trainer.DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except trainer.StoppedError as stopped:
+        print("\n".join([str(stopped), *stopped.__notes__]), file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,240 +1,411 @@
-"""Training: the compiled steps of a configuration, and the loop around them."""
+"""The training loop: steps, evaluations, checkpoints, and going on from them."""
 
-import functools
+import collections
 import math
+import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 import granet_jax
-from experiments.config import Config, build_method
-from experiments.data import Dataset, Split
-from experiments.models import MODELS
-from experiments.step import (
-    TrainState,
-    create_state,
-    evaluation_step,
-    learning_rate,
-    masks_of,
-    normalised,
-    optimizer,
-    train_step,
-)
-from granet_jax import distributions, masking, scores
+from experiments.checkpoints import Checkpoints, Progress
+from experiments.config import Config
+from experiments.data import Dataset, Split, Stream
+from experiments.metrics import Log, Record
+from experiments.parallel import Program, compiled
+from experiments.step import Score
+from granet_jax import distributions, masking
 
 PyTree = Any
 EVALUATION_BATCH = 1024
-
-
-class Record(NamedTuple):
-    """One evaluation.
-
-    Attributes:
-      step: optimizer steps done.
-      train_loss: mean cross-entropy over the steps since the record before, in nats;
-        None at step 0.
-      test_correct: test images classified correctly.
-      test_accuracy: their share.
-      sparsity: how sparse the masks are (`granet_jax.Sparsity`).
-      learning_rate: of the next step.
-      seconds: wall-clock time since the start, compilation included.
-    """
-
-    step: int
-    train_loss: float | None
-    test_correct: int
-    test_accuracy: float
-    sparsity: granet_jax.Sparsity
-    learning_rate: float
-    seconds: float
+# Steps that the host may be ahead of the device.
+_AHEAD = 32
 
 
 class DivergedError(RuntimeError):
-    """The training loss is no longer finite."""
+    """The training loss, or a parameter, is no longer finite."""
 
 
-class Trainer:
-    """The compiled functions of a configuration on a data set.
+class StoppedError(RuntimeError):
+    """Training was told to stop before its end; there is a checkpoint to go on from.
 
-    The seed is an input of theirs, so that runs with several seeds share them; except
-    that `transform` compiles the seed of random masks in, see `for_seed`.
+    Attributes:
+      signal: number of the signal that said so.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, mask_seed: int):
-        """Puts the data on the device; nothing is compiled before it is needed."""
-        size = len(dataset.train.labels)
-        if config.data.batch_size > size:
-            raise ValueError(
-                f"data.batch_size must be at most the {size} training images of "
-                f"{dataset.name}, got {config.data.batch_size}."
-            )
-        self.config = config
-        self.dataset = dataset
-        self._mask_seed = mask_seed
-        self.schedule = learning_rate(config.optimizer, config.steps)
-        model = MODELS[config.model](dataset.classes)
-        method = build_method(config)
-        self._draws = method is not None and (
-            method.sparsity(0) > 0 or method.grow is scores.random
-        )
-        tx = optimizer(config.optimizer, self.schedule)
-        if method is not None:
-            tx = granet_jax.transform(method, tx, seed=mask_seed)
-        normalise = functools.partial(normalised, mean=dataset.mean, std=dataset.std)
-        step = functools.partial(
-            train_step,
-            model=model,
-            tx=tx,
-            normalise=normalise,
-            batch_size=config.data.batch_size,
-            shift=config.data.shift,
-        )
-        self._train, self._test = jax.device_put((dataset.train, _padded(dataset.test)))
-        # Not compiled as a whole: its parts are, once for all trainers.
-        self._create = functools.partial(
-            create_state, model=model, tx=tx, shape=dataset.train.images.shape
-        )
-        self._steps = jax.jit(
-            functools.partial(_steps, step), donate_argnums=0, static_argnums=2
-        )
-        self._correct = jax.jit(
-            functools.partial(evaluation_step, model=model, normalise=normalise)
-        )
-
-    def for_seed(self, seed: int) -> "Trainer":
-        """This trainer, or a new one where the masks are drawn from another seed."""
-        if self._draws and seed != self._mask_seed:
-            return Trainer(self.config, self.dataset, seed)
-        return self
-
-    def create(self, seed: int) -> TrainState:
-        """The state at step 0."""
-        return self._create(jnp.uint32(seed))
-
-    def steps(self, state: TrainState, number: int) -> tuple[TrainState, Array]:
-        """Trains for some steps, without waiting for the device.
-
-        Args:
-          state: donated; not to be used again.
-          number: of steps. One is a plain step, more are one `lax.scan` over steps.
-
-        Returns:
-          (the next state, the losses (number,)).
-        """
-        return self._steps(state, self._train, number)
-
-    def evaluate(self, params: PyTree) -> int:
-        """Number of test images classified correctly."""
-        return sum(int(self._correct(params, batch)) for batch in self._test)
+    def __init__(self, step: int, signal: int):
+        """Stopped after `step` steps."""
+        super().__init__(f"stopped after step {step}, with a checkpoint.")
+        self.signal = signal
 
 
-def fit(trainer: Trainer, seed: int, report: Callable[[Record], None]) -> TrainState:
-    """Trains for the configured steps.
+class Trainer(NamedTuple):
+    """A program with its data on the devices.
 
-    Args:
-      trainer: for this seed.
-      seed: of this run.
-      report: called at step 0, at every evaluation and at the last step.
+    Attributes:
+      program: the compiled functions.
+      train: all training data; None for a stream.
+      test: the test data in batches; None for a stream.
+      sizes: number of weights of every maskable leaf, by its name.
+    """
 
-    Returns:
-      The final state.
+    program: Program
+    train: PyTree | None
+    test: list[PyTree] | None
+    sizes: dict[str, int]
+
+    @property
+    def config(self) -> Config:
+        """The configuration."""
+        return self.program.functions.config
+
+    @property
+    def dataset(self) -> Dataset | Stream:
+        """What it trains on."""
+        return self.program.functions.dataset
+
+
+def create(
+    config: Config,
+    dataset: Dataset | Stream,
+    devices: Sequence[Any] | None = None,
+) -> Trainer:
+    """A trainer; nothing is compiled before it is needed.
 
     Raises:
-      DivergedError: the loss is no longer finite.
+      ValueError: a batch larger than the data, or that the devices cannot split.
     """
-    start = time.perf_counter()
+    streamed = isinstance(dataset, Stream)
+    size = dataset.train_size if streamed else len(dataset.train.labels)
+    if config.data.batch_size > size:
+        raise ValueError(
+            f"data.batch_size must be at most the {size} training examples of "
+            f"{dataset.name}, got {config.data.batch_size}."
+        )
+    program = compiled(config, dataset, devices)
+    sizes = _mask_sizes(program)
+    if streamed:
+        return Trainer(program, None, None, sizes)
+    return Trainer(
+        program,
+        program.place(dataset.train),
+        [
+            program.place_test(batch)
+            for batch in padded(dataset.test, EVALUATION_BATCH, program.devices)
+        ],
+        sizes,
+    )
+
+
+def fit(
+    trainer: Trainer,
+    seeds: Sequence[int],
+    folder: pathlib.Path,
+    *,
+    on_step: Callable[[int], None] = lambda steps: None,
+    on_records: Callable[[Sequence[Record]], None] = lambda records: None,
+    stopped: Callable[[int], int | None] = lambda step: None,
+) -> tuple[list[list[Record]], PyTree]:
+    """Trains for the configured steps, or for those that are left of them.
+
+    Args:
+      trainer: of the configuration.
+      seeds: of this run; as many as the program has lanes.
+      folder: of this run. A checkpoint found there is gone on from, exactly.
+      on_step: called with the number of steps that have just been done.
+      on_records: called with the new records of all seeds, at every evaluation.
+      stopped: asked before every step, by the number of those done, for the signal
+        that says to stop, if there is one.
+
+    Returns:
+      (the records of every seed, the final state).
+
+    Raises:
+      DivergedError: a loss or a parameter is no longer finite.
+      StoppedError: `stopped` said so. A checkpoint of that step is written.
+      CheckpointError: a checkpoint could not be written or read.
+    """
     config = trainer.config
-    state = trainer.create(seed)
-    interval = config.evaluation_interval
-    step, losses = 0, []
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+    log = Log(folder, config.method, seeds, writes=jax.process_index() == 0)
+    try:
+        return _fit(trainer, seeds, checkpoints, log, on_step, on_records, stopped)
+    finally:
+        log.close()
+        checkpoints.close()
+
+
+def _fit(
+    trainer: Trainer,
+    seeds: Sequence[int],
+    checkpoints: Checkpoints,
+    log: Log,
+    on_step: Callable[[int], None],
+    on_records: Callable[[Sequence[Record]], None],
+    stopped: Callable[[int], int | None],
+) -> tuple[list[list[Record]], PyTree]:
+    config, program = trainer.config, trainer.program
+    interval, saving = config.evaluation_interval, config.checkpoint_interval
+    start = time.perf_counter()
+    step, saved = 0, checkpoints.latest
+    losses = Losses(program.lanes)
+    if saved is None:
+        state = program.create(seeds)
+        log.resume(-1)
+    else:
+        snapshot, progress = checkpoints.restore(saved, program.abstract())
+        state = program.restore(snapshot)
+        del snapshot
+        step, start = saved, start - progress.seconds
+        losses.values = progress.losses
+        log.resume(step)
+        on_step(step)
+    data = _data(trainer, seeds[0], step)
+    ahead = _AHEAD if _may_run_ahead(program) else 0
     while True:
-        if step % interval == 0 or step == config.steps:
-            # This waits for the device: the queue of steps stays within one interval.
-            train_loss = _mean_loss(jax.device_get(losses), step)
-            correct = trainer.evaluate(state.params)
-            report(
-                Record(
-                    step=step,
-                    train_loss=train_loss,
-                    test_correct=correct,
-                    test_accuracy=correct / len(trainer.dataset.test.labels),
-                    sparsity=granet_jax.sparsity(masks_of(state)),
-                    learning_rate=float(np.asarray(trainer.schedule(step))),
-                    seconds=time.perf_counter() - start,
-                )
+        # A checkpoint is written after the evaluation of its step: what is gone on from
+        # has been evaluated.
+        if step != saved and (step % interval == 0 or step == config.steps):
+            on_step(losses.wait(0))
+            losses.check(step, checkpoints.latest)
+            log.add(
+                _evaluate(trainer, state, step, losses, time.perf_counter() - start)
             )
-            losses = []
+            losses.clear()
+            on_records([records[-1] for records in log.records])
+        wish = stopped(step)
+        stopping = wish is not None and step < config.steps
+        due = step % saving == 0 and step > 0
+        if step != saved and (due or stopping or step == config.steps):
+            on_step(losses.wait(0))
+            losses.check(step, checkpoints.latest)
+            _check(trainer, state, step, checkpoints.latest)
+            progress = Progress(losses.values, time.perf_counter() - start)
+            checkpoints.save(step, program.snapshot(state), progress)
+            saved = step
+        if wish is not None and stopping:
+            checkpoints.wait()
+            raise StoppedError(step, wish)
         if step == config.steps:
             break
         # What is left of an interval after whole blocks goes step by step, so that at
         # most two programs are compiled.
-        left = min(interval - step % interval, config.steps - step)
-        block = min(config.scan_block, interval)
-        number = block if left >= block else 1
-        state, loss = trainer.steps(state, number)
-        losses.append(loss)
+        left = min(interval - step % interval, saving - step % saving)
+        left = min(left, config.steps - step)
+        number = config.scan_block if left >= config.scan_block else 1
+        state, loss = program.steps(state, next(data), number)
         step += number
-    check_exact(config, state)
-    return state
+        losses.add(loss)
+        on_step(losses.wait(ahead))
+        if losses.diverged:
+            losses.check(step, checkpoints.latest)
+    checkpoints.wait()
+    return log.records, state
 
 
-def check_exact(config: Config, state: TrainState) -> None:
-    """Raises RuntimeError unless the network is as sparse as configured, exactly."""
-    masks = masks_of(state)
-    found = granet_jax.sparsity(masks)
-    target = 0.0 if config.method == "dense" else config.sparsity
-    expected = distributions.total_count(found.total, target)
-    if found.active != expected:
-        raise RuntimeError(
-            f"{found.active} weights are active, {expected} of {found.total} should be."
-        )
-    weights = masking.maskable_leaves(state.params, masks)
-    for name, p, m in zip(found.leaves, weights, jax.tree.leaves(masks), strict=True):
-        if np.any(np.asarray(p)[~np.asarray(m)]):
-            raise RuntimeError(f"{name} has weights that are pruned but not zero.")
+class Losses:
+    """The losses since the last evaluation, some of them still being computed."""
+
+    def __init__(self, lanes: int):
+        """No losses, of so many lanes."""
+        self.values: list[list[float]] = [[] for _ in range(lanes)]
+        self.diverged = False
+        self._pending: collections.deque[Array] = collections.deque()
+
+    def add(self, losses: Array) -> None:
+        """Adds those of the latest steps, (lanes, steps), without waiting for them."""
+        self._pending.append(losses)
+
+    def wait(self, pending: int) -> int:
+        """Waits until at most so many calls are not done; how many steps came in."""
+        steps = 0
+        while len(self._pending) > pending:
+            losses = np.asarray(self._pending.popleft())
+            self.diverged |= not np.isfinite(losses).all()
+            for values, lane in zip(self.values, losses, strict=True):
+                values.extend(lane.tolist())
+            steps += losses.shape[1]
+        return steps
+
+    def mean(self) -> list[float | None]:
+        """Of every lane; None if there are none."""
+        return [math.fsum(v) / len(v) if v else None for v in self.values]
+
+    def clear(self) -> None:
+        """Forgets them."""
+        self.values = [[] for _ in self.values]
+
+    def check(self, step: int, saved: int | None) -> None:
+        """Raises DivergedError if one of those up to `step` is not finite."""
+        if not self.diverged:
+            return
+        self.wait(0)
+        for values in self.values:
+            for i, loss in enumerate(values):
+                if not math.isfinite(loss):
+                    where = step - len(values) + i + 1
+                    raise _diverged(f"the loss of step {where} is {loss}", saved)
 
 
-def _steps(
-    step: Callable[..., tuple[TrainState, Array]],
-    state: TrainState,
-    train: Split,
-    number: int,
-) -> tuple[TrainState, Array]:
-    if number == 1:
-        state, loss = step(state, train)
-        return state, loss[None]
-    return lax.scan(lambda carry, _: step(carry, train), state, length=number)
+def padded(split: Split, largest: int, multiple: int) -> list[Split]:
+    """The split in batches of one size, filled up with a label that nothing has.
 
-
-def _padded(split: Split) -> list[Split]:
-    """The split in batches of one size, filled up with a label that nothing has."""
+    Args:
+      split: on the host.
+      largest: number of examples in a batch, exceeded only for `multiple`'s sake.
+      multiple: that the number of examples in a batch is to be.
+    """
     size = len(split.labels)
-    number = math.ceil(size / EVALUATION_BATCH)
-    batch = math.ceil(size / number)
+    number = math.ceil(size / largest)
+    batch = math.ceil(math.ceil(size / number) / multiple) * multiple
     extra = number * batch - size
-    images = np.pad(split.images, ((0, extra), (0, 0), (0, 0), (0, 0)))
-    labels = np.pad(split.labels, (0, extra), constant_values=-1)
+
+    def cut(x: Any, fill: int) -> list[np.ndarray]:
+        pads = [(0, extra)] + [(0, 0)] * (x.ndim - 1)
+        return np.split(np.pad(x, pads, constant_values=fill), number)
+
+    inputs, labels = cut(split.inputs, 0), cut(split.labels, -1)
+    return [Split(*pair) for pair in zip(inputs, labels, strict=True)]
+
+
+def _data(trainer: Trainer, seed: int, start: int) -> Iterator[PyTree]:
+    """What every step is given, from step `start` on."""
+    dataset = trainer.dataset
+    if not isinstance(dataset, Stream):
+        while True:
+            yield trainer.train
+    batches = dataset.train_batches(
+        seed=seed,
+        start=start,
+        batch_size=trainer.config.data.batch_size,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+        workers=trainer.config.data.workers,
+    )
+    for batch in batches:
+        yield trainer.program.place(batch)
+
+
+def _test_batches(trainer: Trainer) -> Iterator[PyTree]:
+    dataset, program = trainer.dataset, trainer.program
+    if not isinstance(dataset, Stream):
+        assert trainer.test is not None
+        yield from trainer.test
+        return
+    devices = program.devices
+    batches = dataset.test_batches(
+        batch_size=math.ceil(trainer.config.data.batch_size / devices) * devices,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+        workers=trainer.config.data.workers,
+    )
+    for batch in batches:
+        yield program.place_test(batch)
+
+
+def _evaluate(
+    trainer: Trainer, state: PyTree, step: int, losses: Losses, seconds: float
+) -> list[Record]:
+    """The record of every lane."""
+    program = trainer.program
+    correct = np.zeros(program.lanes, np.int64)
+    loss = np.zeros(program.lanes, np.float64)
+    scores: collections.deque[Score] = collections.deque()
+    ahead = 2 if _may_run_ahead(program) else 0
+
+    def add(pending: int) -> None:
+        while len(scores) > pending:
+            score = jax.device_get(scores.popleft())
+            correct[:] += score.correct
+            loss[:] += score.loss
+
+    for batch in _test_batches(trainer):
+        scores.append(program.evaluate(state, batch))
+        add(ahead)
+    add(0)
+    dataset = trainer.dataset
+    total = (
+        dataset.test_size if isinstance(dataset, Stream) else dataset.test.labels.size
+    )
+    active = np.asarray(program.inspect(state).active)
+    rate = float(np.asarray(program.functions.schedule(step)))
     return [
-        Split(*part)
-        for part in zip(np.split(images, number), np.split(labels, number), strict=True)
+        Record(
+            step=step,
+            train_loss=train_loss,
+            test_correct=int(correct[lane]),
+            test_accuracy=int(correct[lane]) / total,
+            test_loss=float(loss[lane]) / total,
+            sparsity=_sparsity(trainer, active[lane].tolist()),
+            learning_rate=rate,
+            seconds=seconds,
+        )
+        for lane, train_loss in enumerate(losses.mean())
     ]
 
 
-def _mean_loss(losses: list[np.ndarray], step: int) -> float | None:
-    """Mean of the losses of the steps up to `step`; None if there are none."""
-    if not losses:
-        return None
-    values = np.concatenate(losses)
-    finite = np.isfinite(values)
-    if not finite.all():
-        first = int(np.argmin(finite))
-        raise DivergedError(
-            f"the loss of step {step - len(values) + first + 1} is {values[first]}: "
-            "lower optimizer.learning_rate."
-        )
-    return float(values.mean(dtype=np.float64))
+def _sparsity(trainer: Trainer, active: Sequence[int]) -> granet_jax.Sparsity:
+    total = sum(trainer.sizes.values())
+    return granet_jax.Sparsity(
+        overall=1.0 - sum(active) / total,
+        leaves={
+            name: 1.0 - n / size
+            for (name, size), n in zip(trainer.sizes.items(), active, strict=True)
+        },
+        active=sum(active),
+        total=total,
+    )
+
+
+def _mask_sizes(program: Program) -> dict[str, int]:
+    functions = program.functions
+    one = jax.eval_shape(
+        lambda seed: functions.masks(functions.create(seed)), np.uint32(0)
+    )
+    return {
+        masking.leaf_name(path): math.prod(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(one)
+    }
+
+
+def _check(trainer: Trainer, state: PyTree, step: int, saved: int | None) -> None:
+    """Raises unless the state is worth keeping: finite, and exactly sparse."""
+    seen = trainer.program.inspect(state)
+    if not np.asarray(seen.finite).all():
+        raise _diverged(f"a parameter is not finite after step {step}", saved)
+    for lane in np.asarray(seen.broken):
+        for name, number in zip(trainer.sizes, lane, strict=True):
+            if number:
+                raise RuntimeError(f"{name} has weights that are pruned but not zero.")
+    if step < trainer.config.steps:
+        return
+    total = sum(trainer.sizes.values())
+    dense = trainer.config.method == "dense"
+    sparsity = 0.0 if dense else trainer.config.sparsity
+    expected = distributions.total_count(total, sparsity)
+    for lane in np.asarray(seen.active):
+        if lane.sum() != expected:
+            raise RuntimeError(
+                f"{lane.sum()} weights are active, {expected} of {total} should be."
+            )
+
+
+def _diverged(what: str, saved: int | None) -> DivergedError:
+    kept = "there is none" if saved is None else f"it is of step {saved}"
+    return DivergedError(
+        f"{what}: lower optimizer.learning_rate. The last good checkpoint is kept "
+        f"({kept})."
+    )
+
+
+def _may_run_ahead(program: Program) -> bool:
+    """Whether steps may queue up on the device.
+
+    Not where several devices are one CPU: programs that wait for one another there, and
+    for the few threads, can wait for ever.
+    """
+    return program.devices == 1 or jax.default_backend() != "cpu"

@@ -64,7 +64,7 @@ def transform(
     *,
     where: Where = None,
     masks: PyTree | None = None,
-    seed: int = 0,
+    seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes training sparse: prune-and-regrow as an optax transformation.
 
@@ -106,7 +106,9 @@ def transform(
         the structure of params. Evaluated at init.
       masks: start from these masks (boolean or 0/1 arrays in the structure of params,
         None at dense leaves) instead of the method's own.
-      seed: of random initial masks and random growth.
+      seed: of random initial masks and random growth: an integer, or an integer scalar
+        array. An array may be traced, so that one compiled step (or one `vmap`) serves
+        many seeds: call `transform` inside the traced function then.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `SparseState`.
@@ -294,7 +296,7 @@ def transform(
 
 
 def init_masks(
-    method: Method, params: PyTree, *, where: Where = None, seed: int = 0
+    method: Method, params: PyTree, *, where: Where = None, seed: int | Array = 0
 ) -> PyTree:
     """The masks that `transform(method, where=where, seed=seed)` starts from.
 
@@ -306,7 +308,7 @@ def init_masks(
       params: pytree of arrays or `jax.ShapeDtypeStruct`s; only shapes, dtypes and
         shardings are read.
       where: which leaves carry a mask, as in `transform`.
-      seed: of the random masks.
+      seed: of the random masks, as in `transform`.
 
     Returns:
       Pytree of the structure of `params`: boolean arrays, placed like the parameters,
@@ -407,7 +409,10 @@ def _check_arguments(
             "where and masks cannot both be given: masks already say which leaves "
             "carry one (None at the others)."
         )
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    scalar = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jnp.integer)
+    if isinstance(seed, bool) or not (
+        isinstance(seed, int) or (scalar and seed.ndim == 0)
+    ):
         raise TypeError(f"seed must be an integer, got {seed!r}.")
 
 
@@ -592,7 +597,7 @@ def _draw(
 
 
 def _random_masks(
-    shapes: tuple[tuple[int, ...], ...], counts: Sequence[int], seed: int
+    shapes: tuple[tuple[int, ...], ...], counts: Sequence[int], seed: int | Array
 ) -> list[Array]:
     if all(n == math.prod(s) for n, s in zip(counts, shapes, strict=True)):
         return [jnp.ones(shape, bool) for shape in shapes]
@@ -600,7 +605,7 @@ def _random_masks(
     return _draw(shapes, jnp.asarray(counts, counter), _key(seed, 0))
 
 
-def _key(seed: int, count: Array | int) -> Array:
+def _key(seed: int | Array, count: Array | int) -> Array:
     return jax.random.fold_in(jax.random.key(seed), count)
 
 

@@ -1,0 +1,262 @@
+"""Making data sets ready, once: TFDS folders of array_record files."""
+
+import contextlib
+import difflib
+import fcntl
+import hashlib
+import importlib.util
+import io
+import os
+import pathlib
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import constants
+
+from experiments.data import builders, files
+
+NAMES = (*builders.BUILDERS, "imagenet2012")
+
+# What the two archives of imagenet2012 hold.
+IMAGENET_ARCHIVES = {
+    "ILSVRC2012_img_train.tar": "training",
+    "ILSVRC2012_img_val.tar": "validation",
+}
+
+
+def check_name(name: str) -> None:
+    """Checks that there is a data set `name`.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if name not in NAMES:
+        nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(
+            f"there is no data set {name!r}.{hint} There are {', '.join(NAMES)}."
+        )
+
+
+def builder_of(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
+    """The builder of tensorflow-datasets for `name`; touches no network.
+
+    Raises:
+      ValueError: there is no such data set.
+      OSError: there is a folder of it that cannot be read.
+    """
+    check_name(name)
+    given = None if data_dir is None else pathlib.Path(data_dir).expanduser().absolute()
+    builder: Any = (
+        tfds.builder_cls(name) if name == "imagenet2012" else builders.BUILDERS[name]
+    )
+    try:
+        return builder(data_dir=given)
+    except Exception as error:  # of damaged metadata
+        folder = (given or _default_dir()) / name
+        raise OSError(
+            f"{folder} cannot be read ({type(error).__name__}: {error}). Remove the "
+            f"folder, then run `{command(name, given)}`."
+        ) from error
+
+
+def prepare(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    manual_dir: str | os.PathLike[str] | None = None,
+    *,
+    checksums: Mapping[str, str] | None = None,
+) -> tuple[pathlib.Path, bool]:
+    """Makes the data set `name` ready; nothing is done where it is.
+
+    Several processes may do so at once: one works and the others wait for it. What an
+    interrupted one leaves behind does not look complete, and is removed by the next.
+
+    Args:
+      name: one of `NAMES`.
+      data_dir: where prepared data sets are; None: the folder in TFDS_DATA_DIR, else
+        ~/tensorflow_datasets.
+      manual_dir: where files put there by hand are; None: downloads/manual within
+        `data_dir`.
+      checksums: sha256 by file name, in place of the known ones.
+
+    Returns:
+      The folder of the data set, and whether it had to be prepared.
+
+    Raises:
+      ValueError: there is no such data set.
+      ModuleNotFoundError: preparing it needs TensorFlow, which is not installed.
+      OSError: a file is missing or has the wrong checksum, the network or the disk
+        fails, or there is a folder that is not a prepared data set.
+    """
+    builder = builder_of(name, data_dir)
+    folder = pathlib.Path(builder.data_dir)
+    if is_prepared(builder):
+        return folder, False
+    with _lock(builder):
+        # Another process may have done it meanwhile.
+        builder = builder_of(name, data_dir)
+        if is_prepared(builder):
+            return folder, False
+        for leftover in folder.parent.glob("incomplete.*"):
+            shutil.rmtree(leftover)
+        manual = _manual_dir(builder, manual_dir)
+        if name == "imagenet2012":
+            _check_imagenet(builder, manual, checksums)
+        else:
+            builder.manual_dir = manual
+            builder.checksums = checksums or {}
+        # What it prints is for a catalogue whose sizes are known.
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                builder.download_and_prepare(
+                    download_config=tfds.download.DownloadConfig(
+                        manual_dir=manual,
+                        try_download_gcs=False,
+                        force_checksums_validation=True,
+                    ),
+                    file_format="array_record",
+                )
+        except RuntimeError as error:  # of the writer, of a full disk for one
+            raise OSError(
+                f"{name} could not be prepared in {folder}: {error}"
+            ) from error
+    return folder, True
+
+
+def is_prepared(builder: Any) -> bool:
+    """Whether the data set of `builder` is ready.
+
+    Raises:
+      OSError: there is a folder of it, but not a whole one, or one in another format.
+    """
+    folder = pathlib.Path(builder.data_dir)
+    if not folder.exists():
+        return False
+    if not builder.is_prepared():
+        raise OSError(f"{folder} is not a prepared data set. {remedy(builder)}")
+    file_format = builder.info.file_format
+    if file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+        raise OSError(
+            f"{folder} holds files in the format {file_format.value}, which cannot be "
+            "read at random. Keep it, and choose another folder by --data-dir; or: "
+            f"{remedy(builder)}"
+        )
+    return True
+
+
+def remedy(builder: Any) -> str:
+    """What to do about a folder that cannot be read."""
+    return (
+        f"Remove the folder, then run `{command(builder.name, builder.data_dir_root)}`."
+    )
+
+
+def command(name: str, data_dir: str | os.PathLike[str] | None) -> str:
+    """The command that prepares `name`."""
+    words = ["python", "-m", "experiments.prepare", name]
+    if data_dir is not None and pathlib.Path(data_dir) != _default_dir():
+        words += ["--data-dir", os.fspath(data_dir)]
+    return shlex.join(words)
+
+
+def is_at_hand(name: str) -> bool:
+    """Whether all files of `name` are on this machine, without any download."""
+    if name == "imagenet2012":
+        return False
+    archives = builders.BUILDERS[name].archives()
+    return not archives or (
+        name == "fashion_mnist"
+        and all((files.DEBIAN_FASHION_MNIST / each.name).is_file() for each in archives)
+    )
+
+
+def missing_message(name: str, data_dir: str | os.PathLike[str] | None) -> str:
+    """Says how to get a data set that is not prepared."""
+    builder = builder_of(name, data_dir)
+    manual = _manual_dir(builder, None)
+    run = f"`{command(name, data_dir)}`"
+    start = f"{name} is not in {builder.data_dir_root}. "
+    if name == "imagenet2012":
+        return (
+            f"{start}Put {' and '.join(IMAGENET_ARCHIVES)} into {manual}, run "
+            f"`pip install '.[imagenet]'`, then {run}."
+        )
+    archives = builders.BUILDERS[name].archives()
+    names = ", ".join(archive.name for archive in archives)
+    if any(archive.url is None for archive in archives):
+        return f"{start}Put {names} into {manual}, then run {run}."
+    package = (
+        f" Debian's package {files.DEBIAN_PACKAGE} has the files, too: where it is "
+        "installed, nothing needs to be run."
+        if name == "fashion_mnist"
+        else ""
+    )
+    return (
+        f"{start}Run {run}, which downloads it; where there is no network, put {names} "
+        f"into {manual} first.{package}"
+    )
+
+
+def _default_dir() -> pathlib.Path:
+    return pathlib.Path(constants.DATA_DIR).expanduser()
+
+
+def _manual_dir(
+    builder: Any, manual_dir: str | os.PathLike[str] | None
+) -> pathlib.Path:
+    if manual_dir is None:
+        return pathlib.Path(builder.data_dir_root) / "downloads" / "manual"
+    return pathlib.Path(manual_dir).expanduser().absolute()
+
+
+@contextlib.contextmanager
+def _lock(builder: Any) -> Iterator[None]:
+    """Lets one process at a time prepare a data set; ends with the process."""
+    root = pathlib.Path(builder.data_dir_root)
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / f".{builder.name}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(
+                f"waiting for another process that prepares {builder.name}",
+                file=sys.stderr,
+            )
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _check_imagenet(
+    builder: Any, manual: pathlib.Path, checksums: Mapping[str, str] | None
+) -> None:
+    """Checks that what the catalogue's builder of imagenet2012 needs is there."""
+    for name, part in IMAGENET_ARCHIVES.items():
+        if not (manual / name).is_file():
+            raise FileNotFoundError(
+                f"the {part} images of imagenet2012 are missing: put {name} into "
+                f"{manual}, or give its folder by --manual-dir. The archives come "
+                "from the site of ImageNet, after registration."
+            )
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ModuleNotFoundError(
+            "preparing imagenet2012 needs TensorFlow (training does not): run "
+            "`pip install '.[imagenet]'`, then prepare again."
+        )
+    known = {
+        url.rsplit("/", 1)[-1]: info.checksum for url, info in builder.url_infos.items()
+    } | dict(checksums or {})
+    for name in IMAGENET_ARCHIVES:
+        print(f"checking {manual / name}", file=sys.stderr)
+        with open(manual / name, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != known[name]:
+            raise OSError(
+                f"{manual / name} has the wrong checksum: sha256 must be "
+                f"{known[name]}, got {digest}. The file is damaged or another one: "
+                "get it again."
+            )

@@ -1,0 +1,43 @@
+"""Several processes as one run."""
+
+import jax
+
+from experiments.config import DistributedConfig
+
+
+def initialize(config: DistributedConfig) -> None:
+    """Connects this process to the others; before anything else uses JAX.
+
+    Raises:
+      ValueError: an address without numbers, or numbers without an address.
+    """
+    given = (config.coordinator, config.processes, config.process)
+    if config.auto:
+        if any(x is not None for x in given):
+            raise ValueError(
+                "distributed.auto finds coordinator, processes and process by itself: "
+                "give it or them, not both."
+            )
+        jax.distributed.initialize()
+        return
+    if all(x is None for x in given):
+        return
+    if config.coordinator is None or config.processes is None or config.process is None:
+        raise ValueError(
+            "distributed.coordinator, distributed.processes and distributed.process go "
+            f"together, got {config.coordinator}, {config.processes} and "
+            f"{config.process}."
+        )
+    if not 0 <= config.process < config.processes:
+        raise ValueError(
+            f"distributed.process must lie in [0, {config.processes}), got "
+            f"{config.process}."
+        )
+    jax.distributed.initialize(
+        config.coordinator, num_processes=config.processes, process_id=config.process
+    )
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return jax.process_index() == 0

@@ -1,0 +1,63 @@
+"""LeNets.
+
+References:
+  LeCun et al., Gradient-Based Learning Applied to Document Recognition, 1998.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from experiments.models import layers
+
+
+class LeNet300(nn.Module):
+    """LeNet-300-100: three fully connected layers, LeCun-normal kernels.
+
+    Attributes:
+      classes: number of logits.
+      dtype: of the hidden layers.
+    """
+
+    classes: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Logits (n, classes) of images (n, height, width, channels)."""
+        layers.check_images("lenet-300-100", x)
+        x = x.reshape(x.shape[0], -1)
+        for i, features in enumerate((300, 100)):
+            x = nn.relu(nn.Dense(features, dtype=self.dtype, name=f"hidden_{i}")(x))
+        return layers.output(self.classes, init=nn.initializers.lecun_normal())(x)
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 as Caffe has it: ReLU after the third layer only, Caffe's "xavier".
+
+    Attributes:
+      classes: number of logits.
+      dtype: of the hidden layers.
+    """
+
+    classes: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Logits (n, classes) of images (n, height, width, channels)."""
+        layers.check_images("lenet-5", x, smallest=16)
+        xavier = nn.initializers.lecun_uniform()
+        for i, features in enumerate((20, 50)):
+            x = nn.Conv(
+                features,
+                (5, 5),
+                padding="VALID",
+                kernel_init=xavier,
+                dtype=self.dtype,
+                name=f"conv_{i}",
+            )(x)
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = x.reshape(x.shape[0], -1)
+        hidden = nn.Dense(500, kernel_init=xavier, dtype=self.dtype, name="hidden")
+        return layers.output(self.classes, init=xavier)(nn.relu(hidden(x)))
