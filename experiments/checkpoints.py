@@ -27,6 +27,18 @@ class Progress(NamedTuple):
     seconds: float
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves it to the trainer to ask whether to stop.
+
+    Orbax would ask JAX's service too, with numbers of its own, which would confuse the
+    count by which the processes agree on where.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """No."""
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run, in `folder`, each named by its step.
 
@@ -37,7 +49,7 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path, keep: int):
         """Opens the folder, without making it; all processes of a run together."""
         self.folder = folder
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
@@ -50,6 +62,7 @@ class Checkpoints:
 
     def save(self, step: int, state: PyTree, progress: Progress) -> None:
         """Starts to write a checkpoint; `state` must not be donated until `wait`."""
+        self.wait()
         with self._clear("written", step):
             self._manager.save(
                 step,
@@ -84,7 +97,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, and gives the background threads back."""
-        self._manager.close()
+        with self._clear("written", None):
+            self._manager.close()
 
     @contextlib.contextmanager
     def _clear(self, done: str, step: int | None) -> Iterator[None]:

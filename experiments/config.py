@@ -52,7 +52,8 @@ _FLIPPED = frozenset({"fashion_mnist", "cifar10", "cifar100", "tiny_imagenet"})
 _FREE = (
     "out",
     "progress",
-    "parallel.",
+    "parallel",
+    "fsdp",
     "distributed.",
     "data.data_dir",
     "data.workers",
@@ -71,7 +72,7 @@ _LEAST = {
     "optimizer.warmup_steps": 0,
     "optimizer.accumulate": 1,
     "masks.interval": 1,
-    "parallel.fsdp": 1,
+    "fsdp": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
 }
@@ -206,21 +207,6 @@ class MaskConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ParallelConfig:
-    """How a step is spread over the devices. Of no effect on one device."""
-
-    mode: Literal["jit", "pmap"] = "jit"
-    """`jit`: one program over a mesh of all devices; `pmap`: one program
-    a device, gradients averaged. Both split each batch, and take batch
-    statistics over the whole of it."""
-
-    fsdp: int = 1
-    """Devices that share one copy of parameters, optimizer state and
-    masks (fully-sharded data parallel); must divide their number. 1: each
-    has its own copy. jit only."""
-
-
-@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When to write checkpoints. Each run has one at its end, whatever this says."""
 
@@ -253,9 +239,9 @@ class DistributedConfig:
 class Config:
     """Trains a network sparsely, beside a dense one of the same budget.
 
-    Each run has a folder in `out`, with metrics.jsonl, checkpoints and TensorBoard
-    events. At the end come curves.png and summary.json. The same command with the same
-    `out` goes on where it stopped.
+    Each run has a folder in `out`, with metrics.jsonl, checkpoints and
+    TensorBoard events. At the end come curves.png and summary.json. The
+    same command with the same `out` goes on where it stopped.
     """
 
     method: MethodName = "granet"
@@ -300,6 +286,16 @@ class Config:
     eval_every: int | None = None
     """Steps between evaluations; by default a fortieth of the steps."""
 
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How a step is spread over several devices. `jit`: one program over
+    a mesh of them; `pmap`: one program a device, gradients averaged.
+    Both split each batch, and take batch statistics over the whole."""
+
+    fsdp: int = 1
+    """Devices that share one copy of parameters, optimizer state and
+    masks (fully-sharded data parallel); must divide their number. With
+    1, each has its own copy. jit only."""
+
     scan_block: int = 1
     """Steps in one call to the device, as one `lax.scan`; a block ends
     early at an evaluation. Worth its while on a GPU or TPU. Leave it at
@@ -316,7 +312,6 @@ class Config:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     masks: MaskConfig = MaskConfig()
-    parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     distributed: DistributedConfig = DistributedConfig()
 
@@ -349,10 +344,10 @@ class Config:
                 "optimizer.accumulate must divide data.batch_size, "
                 f"{self.data.batch_size}, got {self.optimizer.accumulate}."
             )
-        if self.parallel.mode == "pmap" and self.parallel.fsdp > 1:
+        if self.parallel == "pmap" and self.fsdp > 1:
             raise ValueError(
-                f"parallel.fsdp must be 1 with pmap, got {self.parallel.fsdp}: to "
-                "shard parameters, use --parallel.mode jit."
+                f"fsdp must be 1 with pmap, got {self.fsdp}: to shard parameters, use "
+                "--parallel jit."
             )
         if self.vmap_seeds and self.optimizer.accumulate > 1:
             raise ValueError("optimizer.accumulate must be 1 with vmap_seeds.")

@@ -99,7 +99,7 @@ class Log:
             records.append(record)
         if not self._writes:
             return
-        with self._path.open("a") as file:
+        with _writing(self._path), self._path.open("a") as file:
             for seed, record in zip(self._seeds, new, strict=True):
                 file.write(_line(self._method, seed, record))
             file.flush()
@@ -122,10 +122,25 @@ def complete(path: pathlib.Path) -> Iterator[pathlib.Path]:
     Yields:
       The path to write to, `path` with ".partial" added. An exception leaves it there,
       as does the end of the process.
+
+    Raises:
+      OSError: it cannot be written.
     """
     partial = path.with_name(path.name + ".partial")
-    yield partial
-    os.replace(partial, path)
+    with _writing(path):
+        yield partial
+        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written ({error.strerror}): make room (or give "
+            "another folder as --out) and run the same command again."
+        ) from error
 
 
 def _line(method: str, seed: int, record: Record) -> str:

@@ -89,7 +89,7 @@ def compiled(
     """The program of a configuration; nothing is compiled before it is needed.
 
     Args:
-      config: see `ParallelConfig`.
+      config: see `parallel`, `fsdp`, `vmap_seeds` and `data.batch_size`.
       dataset: what it trains on.
       devices: JAX devices to use; by default all, of all processes.
 
@@ -111,7 +111,7 @@ def compiled(
             f"data.batch_size / optimizer.accumulate must be a multiple of the "
             f"{len(devices)} devices, got {part}."
         )
-    if config.parallel.mode == "pmap":
+    if config.parallel == "pmap":
         return _pmapped(config, dataset, devices)
     return _jitted(config, dataset, devices)
 
@@ -119,11 +119,10 @@ def compiled(
 def _jitted(
     config: Config, dataset: Dataset | Stream, devices: Sequence[Any]
 ) -> Program:
-    fsdp = config.parallel.fsdp
+    fsdp = config.fsdp
     if len(devices) % fsdp:
         raise ValueError(
-            f"parallel.fsdp must divide the number of devices, {len(devices)}, got "
-            f"{fsdp}."
+            f"fsdp must divide the number of devices, {len(devices)}, got {fsdp}."
         )
     mesh = jax.make_mesh(
         (len(devices) // fsdp, fsdp),

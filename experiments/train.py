@@ -1,8 +1,11 @@
 """Trains a network sparsely, beside a dense one: `python -m experiments.train`."""
 
+import argparse
 import dataclasses
 import datetime
+import inspect
 import json
+import logging
 import pathlib
 import signal
 import sys
@@ -17,7 +20,7 @@ import tyro
 from jax.experimental import multihost_utils
 
 import granet_jax
-from experiments import distributed, report, trainer
+from experiments import distributed, dry_run, recipes, report, trainer
 from experiments.config import Config, MaskConfig, differences
 from experiments.data import load
 from experiments.metrics import Record, complete
@@ -125,6 +128,7 @@ class StopSignal:
     def __init__(self) -> None:
         """No signal so far."""
         self.received: int | None = None
+        self._asked = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -140,8 +144,12 @@ class StopSignal:
     def reached(self, step: int) -> int | None:
         """The signal, if it is one to stop before this step; alike in all processes."""
         if jax.process_count() > 1:
-            reached = multihost_utils.reached_preemption_sync_point(step)
-            return signal.SIGTERM if reached else None
+            # JAX has all stop where they ask with one more than the highest number that
+            # any has asked with. Steps will not do: they start anew with each seed, and
+            # a scan goes past some.
+            self._asked += 1
+            if multihost_utils.reached_preemption_sync_point(self._asked):
+                self.received = signal.SIGTERM
         return self.received
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -177,13 +185,18 @@ def open_folder(config: Config) -> pathlib.Path:
                 "another folder."
             )
         return config.out
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+    if config.out.exists() and (not config.out.is_dir() or _others(config.out)):
         raise FileExistsError(
             f"out: {config.out} exists already and is neither empty nor of a run. "
             "Results are never overwritten: choose another folder."
         )
     _write_config(config, config.out)
     return config.out
+
+
+def _others(folder: pathlib.Path) -> bool:
+    """Whether it has files beside a config.json that a killed run did not finish."""
+    return any(path.name != "config.json.partial" for path in folder.iterdir())
 
 
 def _write_config(config: Config, folder: pathlib.Path) -> None:
@@ -235,11 +248,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
 
     def command() -> None:
-        config = tyro.cli(Config, args=arguments, prog="python -m experiments.train")
+        chosen, others = _chooser().parse_known_args(arguments)
+        if chosen.list_recipes is not None:
+            print(recipes.listing(chosen.list_recipes))
+            return
+        recipe = None if chosen.recipe is None else recipes.find(chosen.recipe)
+        config = tyro.cli(
+            Config,
+            args=others,
+            default=Config() if recipe is None else recipe.config,
+            prog="python -m experiments.train",
+            description=f"{inspect.getdoc(Config)}\n\n{_chooser().format_help()}",
+        )
+        if chosen.dry_run:
+            dry_run.run(config, recipe)
+            return
         distributed.initialize(config.distributed)
         run(config)
 
     return exit_status(command)
+
+
+def _silence_libraries() -> None:
+    """Keeps off standard error the tracebacks of errors that are raised here anyway."""
+    # Orbax logs them.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+    # Where one write of a checkpoint fails, orbax stops, and TensorStore prints that it
+    # cannot report on the other writes.
+    def print_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = print_others
+
+
+def _chooser() -> argparse.ArgumentParser:
+    """The options that say where the others start from, or that nothing is trained."""
+    parser = argparse.ArgumentParser(
+        "python -m experiments.train",
+        usage=argparse.SUPPRESS,
+        add_help=False,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=78),
+    )
+    group = parser.add_argument_group("before all others")
+    group.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="start from the values of a row of the papers' tables, or of its small "
+        "twin NAME-mini, in place of the defaults; other options change it",
+    )
+    group.add_argument(
+        "--list-recipes",
+        nargs="?",
+        const="",
+        metavar="TEXT",
+        help="print the recipes (that have TEXT in their name)",
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print parameters, FLOPs, memory and steps, and draw the schedules, with "
+        "no data and no training",
+    )
+    return parser
 
 
 def exit_status(command: Callable[[], object]) -> int:
@@ -249,6 +322,7 @@ def exit_status(command: Callable[[], object]) -> int:
       0: trained; 1: diverged; 2: bad input; 130 and 143: told to stop, by SIGINT and
       SIGTERM (or a pod's pre-emption), with a checkpoint to go on from.
     """
+    _silence_libraries()
     try:
         command()
     except (ValueError, OSError) as error:

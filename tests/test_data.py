@@ -1,13 +1,18 @@
 """Data sets: what is read is what the original files hold, or a clear error."""
 
 import collections
+import dataclasses
 import fcntl
+import functools
+import gc
 import gzip
 import hashlib
+import http.server
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import pathlib
 import re
 import shutil
@@ -16,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from typing import Any
 
@@ -36,15 +42,24 @@ PREPARE = [sys.executable, "-m", "experiments.prepare"]
 
 @pytest.fixture(autouse=True)
 def network(monkeypatch) -> list[Any]:
-    """Cuts the network off; holds what was tried."""
+    """Cuts off all but this machine; holds what was tried."""
     attempts: list[Any] = []
+    look_up, connect = socket.getaddrinfo, socket.socket.connect
 
-    def refuse(*args: Any, **_: Any) -> Any:
-        attempts.append(args)
+    def only_local_look_up(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if host == "127.0.0.1":
+            return look_up(host, *args, **kwargs)
+        attempts.append(host)
         raise socket.gaierror("no network")
 
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    def only_local_connect(self: socket.socket, address: Any) -> Any:
+        if address[0] == "127.0.0.1":
+            return connect(self, address)
+        attempts.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", only_local_look_up)
+    monkeypatch.setattr(socket.socket, "connect", only_local_connect)
     return attempts
 
 
@@ -594,6 +609,36 @@ def test_a_download_without_network_fails_at_once_and_says_what_to_do(
     assert network
 
 
+def test_what_is_downloaded_is_verified(tmp_path, monkeypatch, network):
+    served = tmp_path / "served"
+    checksum = put(served, {"input.txt": SHAKESPEARE.encode()})["input.txt"]
+    handler = functools.partial(QuietHandler, directory=str(served))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/input.txt"
+        builder = preparation.builders.BUILDERS["tiny_shakespeare"]
+        (known,) = builder.url_infos.values()
+        size = type(known.size)(len(SHAKESPEARE.encode()))
+        info = dataclasses.replace(known, size=size, checksum=checksum)
+        monkeypatch.setattr(builder, "url_infos", {url: info})
+        # The first answer is another text, of the same length.
+        put(served, {"input.txt": SHAKESPEARE.swapcase().encode()})
+        with pytest.raises(OSError, match="could not be downloaded") as caught:
+            preparation.prepare("tiny_shakespeare", tmp_path / "data")
+        assert "wrong checksum" in str(caught.value)
+        put(served, {"input.txt": SHAKESPEARE.encode()})
+        preparation.prepare("tiny_shakespeare", tmp_path / "data")
+        server.shutdown()
+    dataset = data.load("tiny_shakespeare", tmp_path / "data")
+    check_text(dataset.train, SHAKESPEARE[: int(len(SHAKESPEARE) * 0.9)].encode())
+    assert not network
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
 @pytest.fixture
 def digits_copy(data_dir, tmp_path) -> pathlib.Path:
     """The folder of a prepared data set, to damage."""
@@ -847,6 +892,30 @@ def test_workers_change_nothing(imagenet):
         (lambda **k: imagenet.test_batches(batch_size=4, **k), 3),
     ):
         assert same_batches(take(make(workers=2), n), take(make(), n))
+    gc.collect()
+    assert not multiprocessing.active_children()
+
+
+def test_a_program_with_workers_ends_quietly(imagenet):
+    folder = pathlib.Path(imagenet.train_source.dataset_info.data_dir).parent.parent
+    script = f"""
+from experiments import data
+if __name__ == "__main__":
+    stream = data.load("imagenet2012", {str(folder)!r})
+    batches = stream.train_batches(seed=0, start=0, batch_size=2, workers=1)
+    batch = next(batches)
+    print(batch.inputs.shape)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.stdout.strip() == "(2, 224, 224, 3)"
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(("batch_size", "processes"), [(4, 1), (4, 2), (5, 1), (16, 4)])

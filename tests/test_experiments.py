@@ -40,7 +40,6 @@ from experiments.config import (
     DistributedConfig,
     MaskConfig,
     OptimizerConfig,
-    ParallelConfig,
     build_method,
 )
 
@@ -722,7 +721,6 @@ def test_help_explains_every_option(capsys, monkeypatch):
         ("data.", DataConfig),
         ("optimizer.", OptimizerConfig),
         ("masks.", MaskConfig),
-        ("parallel.", ParallelConfig),
         ("checkpoint.", CheckpointConfig),
         ("distributed.", DistributedConfig),
     ):

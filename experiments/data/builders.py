@@ -37,11 +37,15 @@ _NETWORK_TIMEOUT = 20.0
 
 
 class _Unregistered:
-    """Keeps the names of the classes free for the catalogue's."""
+    """Leaves the names of the classes to the catalogue's, and takes their checksums."""
+
+    catalogue: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         parent: Any = super()
         parent.__init_subclass__(**({"skip_registration": True} | kwargs))
+        if cls.catalogue is not None:
+            cls.url_infos = cls.catalogue.url_infos
 
 
 class FromFiles(_Unregistered, _BUILDER):
@@ -55,7 +59,6 @@ class FromFiles(_Unregistered, _BUILDER):
     """
 
     name: str
-    catalogue: Any = None
     manual_dir: pathlib.Path
     checksums: Mapping[str, str] = {}
 
@@ -66,7 +69,7 @@ class FromFiles(_Unregistered, _BUILDER):
             return ()
         return tuple(
             files.Archive(url.rsplit("/", 1)[-1], info.checksum, url)
-            for url, info in cls.catalogue.url_infos.items()
+            for url, info in cls.url_infos.items()
         )
 
     def contents(self, dl_manager: Any) -> dict[str, bytes]:
@@ -93,8 +96,7 @@ def _png(pixels: np.ndarray) -> bytes:
     """uint8 pixels of shape (h, w, 1) or (h, w, 3) as a PNG file."""
     buffer = io.BytesIO()
     squeezed = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-    # Higher levels take three times as long and save a tenth.
-    PIL.Image.fromarray(squeezed).save(buffer, "png", compress_level=1)
+    PIL.Image.fromarray(squeezed).save(buffer, "png")
     return buffer.getvalue()
 
 

@@ -333,8 +333,25 @@ def _iterate(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    batches = iter(dataset)
-    found = (batch for batch in batches)
+    running = [iter(dataset)]
+    found = _batches(running)
     # Ends threads and workers with the last use, and before the interpreter shuts down.
-    weakref.finalize(found, batches.close)
+    weakref.finalize(found, _end, running)
     return found
+
+
+def _batches(running: list[Any]) -> Iterator[Split]:
+    """The batches of the only iterator in the list.
+
+    They are copied out of the memory that is shared with workers, which ends with them.
+    """
+    while True:
+        try:
+            batch = Split(*map(np.array, next(running[0])))
+        except StopIteration:
+            return
+        yield batch
+
+
+def _end(running: list[Any]) -> None:
+    running.pop().close()

@@ -6,30 +6,57 @@ alphabetical order of the kernels, in which jax walks a dictionary, is the order
 which the network applies them; reports list them in it.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from experiments.models import resnet
 from experiments.models.cnn import CNN
 from experiments.models.lenet import LeNet5, LeNet300
+from experiments.models.mobilenet import MobileNetV1, MobileNetV2
+from experiments.models.transformer import GPT, ViT
+from experiments.models.vgg import VGG
+from experiments.models.wide_resnet import WideResNet
 
-_MODELS: dict[str, Callable[..., nn.Module]] = {
+_PLAIN: dict[str, Callable[..., nn.Module]] = {
     "lenet-300-100": LeNet300,
     "lenet-5": LeNet5,
     "cnn": CNN,
+    "vit-s-16": ViT,
+    "gpt": GPT,
+}
+_WITH_BATCH_NORM: dict[str, Callable[..., nn.Module]] = {
+    "resnet-20": resnet.thin(20),
+    "resnet-32": resnet.thin(32),
+    "resnet-56": resnet.thin(56),
+    "resnet-104": resnet.thin(104),
+    "resnet-110": resnet.thin(110),
+    "resnet-18-cifar": resnet.wide((2, 2, 2, 2), bottleneck=False, large=False),
+    "resnet-34-cifar": resnet.wide((3, 4, 6, 3), bottleneck=False, large=False),
+    "resnet-50-cifar": resnet.wide((3, 4, 6, 3), bottleneck=True, large=False),
+    "resnet-50": resnet.wide((3, 4, 6, 3), bottleneck=True, large=True),
+    "vgg-16": functools.partial(VGG, groups=(2, 2, 3, 3, 3)),
+    "vgg-19": functools.partial(VGG, groups=(2, 2, 4, 4, 4)),
+    "wrn-22-2": functools.partial(WideResNet, depth=22, factor=2),
+    "mobilenet-v1": MobileNetV1,
+    "mobilenet-v2": MobileNetV2,
 }
 
-NAMES: tuple[str, ...] = tuple(_MODELS)
+NAMES: tuple[str, ...] = (*_PLAIN, *_WITH_BATCH_NORM)
 """The models there are."""
+
+_DTYPES = ("float32", "bfloat16")
 
 
 def create(
     name: str,
     *,
     classes: int,
-    dtype: jnp.dtype = jnp.dtype("float32"),
+    dtype: DTypeLike = jnp.float32,
     axis_name: str | None = None,
 ) -> nn.Module:
     """A network.
@@ -45,14 +72,17 @@ def create(
       A module whose `apply(variables, x, train)` gives logits.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: an unknown name, or another dtype.
     """
-    if name not in _MODELS:
+    if name not in NAMES:
         raise ValueError(f"model must be one of {', '.join(NAMES)}, got {name!r}.")
-    model = _MODELS[name]
-    if "axis_name" in model.__dataclass_fields__:
-        return model(classes=classes, dtype=jnp.dtype(dtype), axis_name=axis_name)
-    return model(classes=classes, dtype=jnp.dtype(dtype))
+    dtype = jnp.dtype(dtype)
+    if dtype.name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype}.")
+    if name in _PLAIN:
+        return _PLAIN[name](classes=classes, dtype=dtype)
+    model = _WITH_BATCH_NORM[name]
+    return model(classes=classes, dtype=dtype, axis_name=axis_name)
 
 
 def maskable(path: str, leaf: jax.Array) -> bool:

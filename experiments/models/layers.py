@@ -4,8 +4,6 @@ Padding is that of PyTorch, kernel // 2 on every side, which differs from "SAME"
 the stride is 2: there "SAME" pads one side only.
 """
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -101,4 +99,15 @@ def check_images(model: str, x: jax.Array, smallest: int = 1) -> None:
         )
 
 
-Activation = Callable[[jax.Array], jax.Array]
+def check_text(model: str, x: jax.Array, longest: int) -> None:
+    """Raises ValueError unless x is (n, length) and not longer than `longest`."""
+    if x.ndim != 2:
+        raise ValueError(
+            f"model {model} takes text (n, length), got an input of shape {x.shape}; "
+            "choose a data set of text, or another model."
+        )
+    if x.shape[1] > longest:
+        raise ValueError(
+            f"model {model} takes texts of at most {longest} bytes, got "
+            f"{x.shape[1]}; cut them into shorter ones."
+        )

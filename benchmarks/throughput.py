@@ -1,0 +1,247 @@
+r"""Images a second: the trainer beside a minimal loop, and sparse beside dense training.
+
+    python -m benchmarks.throughput                     # cnn, 28 x 28; a few minutes
+    python -m benchmarks.throughput --model resnet18-cifar --size 32 --channels 3 \
+        --precision bfloat16 --steps 400                # on a GPU
+    python -m benchmarks.throughput --quick             # checks the results only
+
+Three contenders train the same network on the same random images, with the same
+augmentation and optimizer: "minimal", a loop written out below as one would by hand;
+"dense" and "sparse" (GraNet from half of the weights, mask updates included), the
+trainer of `experiments` as `experiments.train` calls it. Timed are the steps, from the
+first to the last, without compilation, evaluation and checkpoints; the contenders take
+turns, round by round. Timings are printed and never asserted; that "minimal" and
+"dense" compute the same losses is.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import timing
+from experiments import augment, data, models, trainer
+from experiments.config import CheckpointConfig, Config, DataConfig, MaskConfig
+
+PyTree = Any
+# Steps that are not timed at the start of each run: of filling the queue.
+WARM = 10
+
+
+def random_images(size: int, channels: int, number: int) -> data.Dataset:
+    """Noise with ten classes."""
+    rng = np.random.default_rng(0)
+
+    def split(n: int) -> data.Split:
+        images = rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8)
+        return data.Split(images, rng.integers(0, 10, n).astype(np.int32))
+
+    return data.from_arrays("random", split(number), split(1024), classes=10)
+
+
+def minimal(config: Config, dataset: data.Dataset) -> Callable[[], tuple[float, Any]]:
+    """A training loop as short as it can be; (seconds, losses) of a run."""
+    model = models.create(
+        config.model, classes=dataset.classes, dtype=jnp.dtype(config.precision)
+    )
+    tx = optax.chain(
+        optax.add_decayed_weights(
+            config.optimizer.weight_decay,
+            mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
+        ),
+        optax.sgd(config.optimizer.learning_rate, momentum=0.9, nesterov=True),
+    )
+    images, labels = map(jnp.asarray, dataset.train)
+    n, batch, shift = len(labels), config.data.batch_size, config.shift
+
+    def stream(purpose: int, number: jax.Array | int) -> jax.Array:
+        return jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(0), purpose), number
+        )
+
+    @jax.jit
+    def shuffled(epoch: int) -> jax.Array:
+        return jax.random.permutation(stream(1, epoch), n)
+
+    def step(carry: PyTree, order: jax.Array, i: int, t: int) -> PyTree:
+        params, stats, opt_state = carry
+        rows = jax.lax.dynamic_slice_in_dim(order, i * batch, batch)
+        corners = augment.shifts(stream(2, t), batch, shift)
+        x = augment.shifted(images[rows], corners, shift)
+        x = augment.normalised(x, dataset.mean, dataset.std)
+
+        def loss_of(params: PyTree) -> Any:
+            variables = {"params": params, "batch_stats": stats}
+            out, new = model.apply(variables, x, train=True, mutable=["batch_stats"])
+            entropy = optax.softmax_cross_entropy_with_integer_labels
+            return entropy(jnp.asarray(out), labels[rows]).mean(), new
+
+        (loss, new), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, new.get("batch_stats", stats), opt_state), loss
+
+    step = jax.jit(step, donate_argnums=0)
+
+    @jax.jit
+    def start() -> PyTree:
+        x = jnp.zeros((1, *dataset.train.inputs.shape[1:]))
+        variables = model.init(stream(0, 0), x, train=False)
+        params = variables["params"]
+        return params, variables.get("batch_stats", {}), tx.init(params)
+
+    def run() -> tuple[float, Any]:
+        carry, order, losses, begin = start(), None, [], 0.0
+        for t in range(config.steps):
+            if t == WARM:
+                jax.block_until_ready(losses)
+                begin = time.perf_counter()
+            epoch, i = divmod(t, n // batch)
+            if i == 0:
+                order = shuffled(epoch)
+            assert order is not None
+            carry, loss = step(carry, order, i, t)
+            losses.append(loss)
+        jax.block_until_ready(carry)
+        return time.perf_counter() - begin, [float(x) for x in losses]
+
+    return run
+
+
+def with_trainer(
+    config: Config, dataset: data.Dataset
+) -> Callable[[], tuple[float, Any]]:
+    """`experiments.trainer` on one device; (seconds, mean loss) of a run."""
+    each = trainer.create(config, dataset, jax.devices()[:1])
+
+    def run() -> tuple[float, Any]:
+        done, begin, end = 0, 0.0, 0.0
+
+        def on_step(steps: int) -> None:
+            nonlocal done, begin, end
+            done += steps
+            end = time.perf_counter() if steps else end
+            if done <= WARM:
+                begin = end
+
+        with tempfile.TemporaryDirectory() as folder:
+            (records,), _ = trainer.fit(each, [0], Path(folder), on_step=on_step)
+        return end - begin, records[-1].train_loss
+
+    return run
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Checks that the loops agree, then times them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="check only")
+    parser.add_argument("--model", default="cnn", choices=models.NAMES)
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--size", type=int, default=28, help="pixels, square")
+    parser.add_argument("--channels", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=200, help="of one run")
+    parser.add_argument("--interval", type=int, default=100, help="of mask updates")
+    parser.add_argument("--rounds", type=int, default=11, help="runs of each")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.model, options.steps, options.interval = "lenet-300-100", 30, 5
+    if options.steps <= 2 * WARM:
+        parser.error(f"--steps must be over {2 * WARM}, got {options.steps}")
+
+    dataset = random_images(
+        options.size, options.channels, max(2048, 10 * options.batch_size)
+    )
+    dense = Config(
+        method="dense",
+        model=options.model,
+        precision=options.precision,
+        steps=options.steps,
+        eval_every=options.steps,
+        checkpoint=CheckpointConfig(every=options.steps),
+        data=DataConfig(batch_size=options.batch_size, shift=2, flip=False),
+        seeds=1,
+    )
+    sparse = Config(
+        **{
+            **vars(dense),
+            "method": "granet-st",
+            "masks": MaskConfig(interval=options.interval),
+        }
+    )
+    contenders = {
+        "minimal": minimal(dense, dataset),
+        "dense": with_trainer(dense, dataset),
+        "sparse": with_trainer(sparse, dataset),
+    }
+    seconds: timing.Rounds = {name: [] for name in contenders}
+    # This compiles all three.
+    losses = {name: run()[1] for name, run in contenders.items()}
+    # The learning rate drops at half of the steps in the trainer, never in the minimal
+    # loop, which is as much work: losses are compared over a run's first steps.
+    check(losses["minimal"], dense, dataset)
+    print(f"{options.model}: the minimal loop and the trainer agree")
+    if options.quick:
+        return
+    names = list(contenders)
+    for i in range(options.rounds):
+        turn = i % len(names)
+        for name in names[turn:] + names[:turn]:
+            seconds[name].append(contenders[name]()[0])
+    report(seconds, options)
+
+
+def check(losses: Sequence[float], config: Config, dataset: data.Dataset) -> None:
+    """Asserts that the trainer's first losses are those of the minimal loop."""
+    each = trainer.create(config, dataset, jax.devices()[:1])
+    state = each.program.create([0])
+    for step in range(4):
+        state, loss = each.program.steps(state, each.train, 1)
+        np.testing.assert_allclose(loss[0, 0], losses[step], rtol=2e-2)
+
+
+def report(seconds: timing.Rounds, options: argparse.Namespace) -> None:
+    """Prints images a second and the two ratios."""
+    images = (options.steps - WARM) * options.batch_size
+    pairs = {"minimal": None, "dense": "minimal", "sparse": "dense"}
+    rows = []
+    ratios = {}
+    for name, baseline in pairs.items():
+        rate = images / statistics.median(seconds[name])
+        cells = [name, f"{rate:,.0f}", "-", "-"]
+        if baseline is not None:
+            # Of rates: the inverse of that of times.
+            ratios[f"{name} / {baseline}"] = (
+                1 / timing.ratio_of_medians(seconds, name, baseline),
+                1 / timing.median_ratio(seconds, name, baseline),
+            )
+            of_medians, of_rounds = ratios[f"{name} / {baseline}"]
+            cells[2:] = [
+                f"{of_medians:.3f} of {baseline}",
+                f"{of_rounds:.3f} of {baseline}",
+            ]
+        rows.append(cells)
+    header = ["loop", "images / s", "ratio of medians", "median of ratios"]
+    print(timing.table(header, rows))
+    print(timing.environment())
+    timing.write_json(
+        options.json,
+        {
+            "options": {k: str(v) for k, v in vars(options).items()},
+            "seconds": seconds,
+            "ratios": ratios,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

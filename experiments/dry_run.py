@@ -1,0 +1,578 @@
+"""What a configuration comes to, without data and without training.
+
+`python -m experiments.train --recipe NAME --dry-run`: every parameter, what a pass and
+the whole training cost, the memory of the state, and a plot of the schedules. All of it
+follows from shapes; nothing is computed on a device.
+"""
+
+import dataclasses
+import itertools
+import math
+import pathlib
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+import granet_jax
+from experiments import macs, models
+from experiments.config import Config
+from experiments.data import Dataset, Split, Stream
+from experiments.metrics import complete
+from experiments.recipes import Recipe, columns
+from experiments.step import Functions
+from granet_jax import distributions, masking
+
+PyTree = Any
+
+
+class Facts(NamedTuple):
+    """What is known of a data set without having it.
+
+    Attributes:
+      shape: of one example: (height, width, channels), or (length,) of text.
+      classes: number of classes.
+      train_size: number of training examples; None where it depends on the machine.
+    """
+
+    shape: tuple[int, ...]
+    classes: int
+    train_size: int | None
+
+
+FACTS = {
+    "digits": Facts((8, 8, 1), 10, 1_201),
+    "mnist": Facts((28, 28, 1), 10, 60_000),
+    "fashion_mnist": Facts((28, 28, 1), 10, 60_000),
+    "cifar10": Facts((32, 32, 3), 10, 50_000),
+    "cifar100": Facts((32, 32, 3), 100, 50_000),
+    "tiny_imagenet": Facts((64, 64, 3), 200, 100_000),
+    "imagenet2012": Facts((224, 224, 3), 1000, 1_281_167),
+    "tiny_shakespeare": Facts((128,), 256, 7_842),
+    # The text is that of the Python that runs.
+    "python_docs": Facts((128,), 256, None),
+}
+
+# Methods that keep the number of active weights of every layer.
+_FIXED = frozenset({"rigl", "set", "static", "dense"})
+
+
+class Leaf(NamedTuple):
+    """One array of parameters.
+
+    Attributes:
+      name: as in the reports, "layer/kernel".
+      shape: of the array.
+      maskable: whether weights of it are pruned.
+      macs: multiply-accumulates of an example's forward pass through it, dense.
+      start: weights active at step 0, exactly.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    maskable: bool
+    macs: int
+    start: int
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class DryRun:
+    """What a configuration comes to.
+
+    Attributes:
+      config: the configuration.
+      facts: of its data set.
+      functions: the configuration as functions.
+      leaves: all parameters, from input to output.
+      memory: bytes of every part of the state, and of the data kept beside it.
+    """
+
+    config: Config
+    facts: Facts
+    functions: Functions
+    leaves: tuple[Leaf, ...]
+    memory: dict[str, int]
+
+    @property
+    def method(self) -> granet_jax.Method | None:
+        """The library's record of the method; None for dense training."""
+        return self.functions.method
+
+    @property
+    def masked(self) -> list[Leaf]:
+        """The parameters that are pruned."""
+        return [leaf for leaf in self.leaves if leaf.maskable]
+
+    @property
+    def maskable(self) -> int:
+        """Number of weights that masks cover."""
+        return sum(leaf.size for leaf in self.masked)
+
+    @property
+    def active(self) -> int:
+        """Number of those active at the end, exactly."""
+        sparsity = 0.0 if self.method is None else self.config.sparsity
+        return distributions.total_count(self.maskable, sparsity)
+
+    @property
+    def updates(self) -> list[int]:
+        """The steps that update the masks."""
+        if self.method is None:
+            return []
+        return [s for s in self.method.updates.steps() if s <= self.config.steps]
+
+    @property
+    def prunings(self) -> list[int]:
+        """Those of them that prune: the sparsity rises."""
+        if self.method is None:
+            return []
+        rising, before = [], self.method.sparsity(0)
+        for step in self.updates:
+            now = self.method.sparsity(step)
+            if now > before:
+                rising.append(step)
+            before = now
+        return rising
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """Steps of a pass through the data; None if its size is not known."""
+        size, batch = self.facts.train_size, self.config.data.batch_size
+        if size is None:
+            return None
+        # Streamed batches run on from one pass into the next.
+        streamed = isinstance(self.functions.dataset, Stream)
+        return size / batch if streamed else size // batch
+
+    def densities(self, sparsity: float, distribution: str) -> dict[str, float]:
+        """Density of every maskable leaf, split by a rule of the library's."""
+        shapes = [leaf.shape for leaf in self.masked]
+        values = distributions.densities(shapes, sparsity, distribution)
+        return {leaf.name: d for leaf, d in zip(self.masked, values, strict=True)}
+
+
+def analyse(config: Config) -> DryRun:
+    """What `config` comes to.
+
+    Raises:
+      ValueError: a batch larger than the data, or a network that does not take it.
+    """
+    facts = FACTS[config.data.dataset]
+    if facts.train_size is not None and config.data.batch_size > facts.train_size:
+        raise ValueError(
+            f"data.batch_size must be at most the {facts.train_size} training examples "
+            f"of {config.data.dataset}, got {config.data.batch_size}."
+        )
+    functions = Functions(config, _stand_in(config, facts))
+    state = jax.eval_shape(functions.create, jnp.uint32(0))
+    costs = macs.multiply_accumulates(functions.model, facts.shape)
+    flags = jax.tree.leaves(masking.maskable(state.params, models.maskable))
+    named = [
+        (masking.leaf_name(path), tuple(leaf.shape), flag)
+        for (path, leaf), flag in zip(
+            jax.tree_util.tree_leaves_with_path(state.params), flags, strict=True
+        )
+    ]
+    start = _active(functions, [shape for _, shape, flag in named if flag])
+    leaves, drawn = [], iter(start)
+    for name, shape, flag in named:
+        active = next(drawn) if flag else math.prod(shape)
+        leaves.append(Leaf(name, shape, flag, costs.get(name, 0), active))
+    memory = {
+        "parameters": _bytes(state.params),
+        "batch statistics": _bytes(state.statistics),
+        **_optimizer_memory(functions, state.opt_state),
+        "moving average": _bytes(state.average),
+        "order of the data": _bytes(state.order),
+    }
+    return DryRun(config, facts, functions, tuple(leaves), memory)
+
+
+def path_of(config: Config, name: str) -> pathlib.Path:
+    """Where the plot goes: `out` itself if that is a PNG file, else beside it."""
+    if config.out is None:
+        return pathlib.Path(f"dry-run-{name}.png")
+    if config.out.suffix == ".png":
+        return config.out
+    # Not in it: a folder with other files in it is not taken for results.
+    return config.out.with_name(f"{config.out.name}-dry-run.png")
+
+
+def run(config: Config, recipe: Recipe | None = None) -> pathlib.Path:
+    """Prints what `config` comes to, and draws its schedules.
+
+    Args:
+      config: the configuration.
+      recipe: that it is of, if it is of one; a published accuracy is shown only where
+        nothing that bears on it was changed.
+
+    Returns:
+      The path of the plot.
+    """
+    name = (
+        f"{config.method}-{config.data.dataset}-{config.model}"
+        if recipe is None
+        else recipe.name
+    )
+    result = analyse(config)
+    path = path_of(config, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with complete(path) as partial:
+        plot(result, name, partial)
+    print(text(result, name, recipe))
+    print(f"\nSchedules: {path}")
+    return path
+
+
+def training_cost(result: DryRun, distribution: str) -> float:
+    """Training FLOPs relative to dense training, of layers split by `distribution`.
+
+    Exact, by the rules of `macs.training_flops`, where the layers keep their number of
+    weights and `distribution` is the configured one; else an estimate.
+    """
+    method, steps, updates = result.method, result.config.steps, result.updates
+    if method is None:
+        return 1.0
+    costs = _costs(result)
+    bounds = [0, *updates, steps]
+    periods = [
+        (after - before, result.densities(method.sparsity(before), distribution))
+        for before, after in itertools.pairwise(bounds)
+    ]
+    if method.accumulator_decay is not None:
+        return macs.training_flops(costs, periods, dense_gradients="always")
+    if not (method.needs_gradient and updates):
+        return macs.training_flops(costs, periods, dense_gradients="never")
+    interval = method.updates.interval
+    # After the last update no dense gradient is needed any more.
+    last = min(updates[-1], steps)
+    growing = macs.training_flops(
+        costs, periods[:-1], dense_gradients="updates", interval=interval
+    )
+    if last == steps:
+        return growing
+    rest = macs.training_flops(costs, periods[-1:], dense_gradients="never")
+    return (growing * last + rest * (steps - last)) / steps
+
+
+def forward_cost(result: DryRun, distribution: str) -> float:
+    """Multiply-accumulates of an example's forward pass at the end of training."""
+    sparsity = 0.0 if result.method is None else result.config.sparsity
+    return macs.sparse_forward(_costs(result), result.densities(sparsity, distribution))
+
+
+def text(result: DryRun, name: str, recipe: Recipe | None = None) -> str:
+    """All of it as text that fits 80 to 100 columns."""
+    config = result.config
+    lines = [name]
+    if recipe is not None:
+        lines += _wrapped([_published(recipe, config)])
+    lines += ["", *_settings(result), "", *_table(result), "", *_exact(result)]
+    return "\n".join([*lines, "", *_estimates(result)])
+
+
+def plot(result: DryRun, name: str, path: pathlib.Path) -> None:
+    """Sparsity, prune fraction and learning rate over the steps, as a PNG image."""
+    config, method = result.config, result.method
+    steps, updates = config.steps, result.updates
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    figure.suptitle(f"{name}: {steps:,} steps of {config.data.batch_size}")
+    sparsity, fraction, rate = figure.subplots(3, 1, sharex=True)
+    blue = "#0072B2"
+
+    times = [0, *updates, steps]
+    values = [0.0 if method is None else 100 * method.sparsity(t) for t in times]
+    sparsity.step(times, values, where="post", color=blue, linewidth=1.8)
+    sparsity.set(
+        title="Sparsity of all weights that masks cover",
+        ylabel="sparsity / %",
+        ylim=(-4, 104),
+    )
+
+    exchanging = method is not None and method.grow is not None
+    if exchanging and updates:
+        assert method is not None
+        shares = [100 * method.fraction(t) for t in updates]
+        look: Any = {"color": blue, "linestyle": "none", "marker": ".", "markersize": 5}
+        fraction.plot(updates, shares, **look)
+        title = f"Exchanged at each of {len(updates):,} mask updates"
+    else:
+        title = "No exchange of weights"
+        fraction.text(0.5, 0.5, "none", ha="center", transform=fraction.transAxes)
+        shares = []
+    fraction.set(
+        title=title,
+        ylabel="share of a layer's\nactive weights / %",
+        ylim=(-0.04 * max(shares, default=100), 1.08 * max(shares, default=100)),
+    )
+
+    grid = np.unique(np.linspace(0, steps - 1, min(steps, 4000)).astype(np.int32))
+    rates = np.asarray(jax.vmap(result.functions.schedule)(grid))
+    rate.plot(grid, rates, color=blue, linewidth=1.8)
+    if rates.min() > 0:
+        rate.set_yscale("log")
+    rate.set(title="Learning rate", xlabel="optimizer steps", ylabel="learning rate")
+    rate.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    for axes in (sparsity, fraction, rate):
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.01)
+    if (epoch := result.steps_per_epoch) is not None:
+        _epochs(sparsity, epoch)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _epochs(axes: Axes, steps: float) -> None:
+    def forward(x: ArrayLike) -> Any:
+        return np.asarray(x) / steps
+
+    def back(x: ArrayLike) -> Any:
+        return np.asarray(x) * steps
+
+    axes.secondary_xaxis("top", functions=(forward, back)).set_xlabel("epochs")
+
+
+def _stand_in(config: Config, facts: Facts) -> Dataset | Stream:
+    """A data set of the right shapes with nothing in it."""
+    channels = facts.shape[-1] if len(facts.shape) == 3 else 0
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    if config.data.dataset == "imagenet2012":
+        assert facts.train_size is not None
+        height, width, depth = facts.shape
+        return Stream(
+            name=config.data.dataset,
+            classes=facts.classes,
+            mean=mean,
+            std=std,
+            image_shape=(height, width, depth),
+            train_size=facts.train_size,
+            test_size=0,
+            train_source=None,
+            test_source=None,
+        )
+    size = facts.train_size or config.data.batch_size
+    labels = facts.shape if len(facts.shape) == 1 else ()
+    # Views of a single number: they take no memory.
+    split = Split(
+        np.broadcast_to(np.uint8(0), (size, *facts.shape)),
+        np.broadcast_to(np.int32(0), (size, *labels)),
+    )
+    return Dataset(config.data.dataset, split, split, facts.classes, mean, std)
+
+
+def _active(functions: Functions, shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    method = functions.method
+    if method is None:
+        return [math.prod(shape) for shape in shapes]
+    return distributions.counts(shapes, method.sparsity(0), method.distribution)
+
+
+def _optimizer_memory(functions: Functions, opt_state: PyTree) -> dict[str, int]:
+    if functions.method is None:
+        return {"optimizer": _bytes(opt_state)}
+    masks = _bytes(granet_jax.get_masks(opt_state))
+    masks += _bytes(granet_jax.get_state(opt_state).continuing)
+    return {"masks": masks, "optimizer": _bytes(opt_state) - masks}
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _costs(result: DryRun) -> dict[str, int]:
+    return {leaf.name: leaf.macs for leaf in result.leaves if leaf.macs}
+
+
+def _published(recipe: Recipe, config: Config) -> str:
+    if changed := recipe.changes(config):
+        return f"The recipe, but for {', '.join(changed)}: no published accuracy."
+    if recipe.published is None:
+        return "No published accuracy is known for it."
+    return f"Published accuracy: {recipe.published:.2f} % ({recipe.provenance})."
+
+
+def _settings(result: DryRun) -> list[str]:
+    config, facts = result.config, result.facts
+    batch = config.data.batch_size
+    epoch = result.steps_per_epoch
+    size = "?" if facts.train_size is None else f"{facts.train_size:,}"
+    kind = "images" if len(facts.shape) == 3 else "rows of text"
+    shape = " x ".join(map(str, facts.shape))
+    sparsity = "" if config.method == "dense" else f", sparsity {config.sparsity:.4g}"
+    rows = [
+        ("method", f"{config.method}{sparsity}"),
+        ("model", f"{config.model}, {config.precision}"),
+        (
+            "data",
+            f"{config.data.dataset}: {size} {kind} of {shape}, {facts.classes} classes",
+        ),
+        ("steps", f"{config.steps:,} of {batch} examples"),
+    ]
+    if epoch is not None:
+        rows.append(
+            ("epochs", f"{config.steps / epoch:.4g}, of {epoch:,.6g} steps each")
+        )
+    updates, prunings = result.updates, result.prunings
+    if updates:
+        method = result.method
+        assert method is not None
+        told = f"{len(updates):,}, every {method.updates.interval:,} steps"
+        told += f", from step {updates[0]:,} to {updates[-1]:,}"
+        rows.append(("mask updates", told))
+    else:
+        rows.append(("mask updates", "none"))
+    if prunings:
+        rows.append(
+            ("of these prune", f"{len(prunings):,}, the last one at {prunings[-1]:,}")
+        )
+    optimizer = config.optimizer
+    told = f"{optimizer.name}, learning rate {optimizer.learning_rate:g}"
+    told += f" ({optimizer.schedule}"
+    if optimizer.schedule == "drops":
+        drops = ", ".join(f"{int(config.steps * x):,}" for x in optimizer.drops)
+        told += f" at {drops}"
+    rows.append(("optimizer", told + ")"))
+    if optimizer.warmup_steps:
+        rows.append(("warm-up", f"{optimizer.warmup_steps:,} steps"))
+    evaluations = math.ceil(config.steps / config.evaluation_interval) + 1
+    rows.append(("evaluations", f"{evaluations:,}"))
+    rows.append(
+        (
+            "checkpoints",
+            f"every {config.checkpoint_interval:,} steps, the last "
+            f"{config.checkpoint.keep} kept",
+        )
+    )
+    seeds = f"{config.seeds}"
+    if config.baseline and config.method != "dense":
+        seeds += ", and as many runs of the dense network"
+    rows.append(("seeds", seeds))
+    return [f"{key:15}{value}" for key, value in rows]
+
+
+def _table(result: DryRun) -> list[str]:
+    """A row for each masked array; those of a layer that are not share one."""
+    fixed = result.config.method in _FIXED
+    active = "active" if fixed else "at start"
+    rows = [("parameter", "shape", "number", "masked", "MACs", active)]
+    layers = itertools.groupby(
+        result.leaves, lambda leaf: (leaf.name.rpartition("/")[0], leaf.maskable)
+    )
+    for (layer, maskable), group in layers:
+        leaves = list(group)
+        if maskable:
+            for leaf in leaves:
+                cost = f"{leaf.macs:,}" if leaf.macs else "-"
+                shape = "x".join(map(str, leaf.shape))
+                number = f"{leaf.size:,}"
+                rows.append((leaf.name, shape, number, "yes", cost, f"{leaf.start:,}"))
+            continue
+        kinds = ",".join(leaf.name.rpartition("/")[2] for leaf in leaves)
+        shapes = ", ".join("x".join(map(str, leaf.shape)) for leaf in leaves)
+        number = f"{sum(leaf.size for leaf in leaves):,}"
+        kinds = kinds if len(leaves) == 1 else "*"
+        name = f"{layer}/{kinds}" if layer else kinds
+        rows.append((name, shapes, number, "no", "-", "-"))
+    total = (
+        "all",
+        "",
+        f"{sum(leaf.size for leaf in result.leaves):,}",
+        f"{result.maskable:,}",
+        f"{sum(leaf.macs for leaf in result.leaves):,}",
+        f"{sum(leaf.start for leaf in result.masked):,}",
+    )
+    meaning = (
+        "Active: weights that are not zero, the whole time in every layer."
+        if fixed
+        else "At start: active weights. Which layer keeps how many, training decides."
+    )
+    return [
+        *columns([*rows, total], "<<>>>>"),
+        "",
+        "MACs: multiply-accumulates of one example's forward pass, dense, by kernels.",
+        meaning,
+    ]
+
+
+def _exact(result: DryRun) -> list[str]:
+    memory = {name: number for name, number in result.memory.items() if number}
+    total = sum(memory.values())
+    parts = "; ".join(f"{name} {_mebibytes(n)}" for name, n in memory.items())
+    data = 0
+    if isinstance(result.functions.dataset, Dataset) and result.facts.train_size:
+        train = result.functions.dataset.train
+        data = sum(x.size * x.dtype.itemsize for x in train)
+    dense = sum(leaf.macs for leaf in result.leaves)
+    lines = [
+        "Exact, since it follows from shapes and configuration:",
+        f"- {sum(leaf.size for leaf in result.leaves):,} parameters; masks cover "
+        f"{result.maskable:,}, of which {result.active:,} are active at the end",
+        f"- {dense:,} multiply-accumulates in a dense forward pass",
+        f"- state: {_mebibytes(total)} ({parts})",
+    ]
+    if data:
+        lines.append(f"- training data, on every device: {_mebibytes(data)}")
+    if result.config.method in _FIXED:
+        lines += _sparse_costs(result, [_distribution(result)])
+    return _wrapped(lines)
+
+
+def _estimates(result: DryRun) -> list[str]:
+    lines = ["Not known ahead:"]
+    if result.config.method not in _FIXED:
+        lines = [
+            "Estimates, since training decides which layer keeps how many weights:"
+        ]
+        lines += _sparse_costs(result, ["uniform", "erk"])
+    lines.append(
+        "- memory in all: activations, the gradient and what the compiler sets aside "
+        "come on top of the state"
+    )
+    lines.append(
+        "- time: masked weights are stored and multiplied as zeros, so a step takes as "
+        "long as a dense one; sparse counts are what sparse kernels would need"
+    )
+    return _wrapped(lines)
+
+
+def _sparse_costs(result: DryRun, rules: Sequence[str]) -> list[str]:
+    dense = sum(leaf.macs for leaf in result.leaves)
+    lines = []
+    for rule in rules:
+        forward = forward_cost(result, rule)
+        told = "" if result.config.method in _FIXED else f", layers split by {rule!r}"
+        lines.append(
+            f"- at the final sparsity{told}: {forward:,.0f} multiply-accumulates in a "
+            f"forward pass ({forward / dense:.4f} of dense); training FLOPs "
+            f"{training_cost(result, rule):.4f} of dense"
+        )
+    return lines
+
+
+def _distribution(result: DryRun) -> str:
+    method = result.method
+    if method is None:
+        return "uniform"
+    assert isinstance(method.distribution, str)
+    return method.distribution
+
+
+def _mebibytes(number: int) -> str:
+    return f"{number / 2**20:,.2f} MiB"
+
+
+def _wrapped(lines: Sequence[str]) -> list[str]:
+    wrapped: list[str] = []
+    for line in lines:
+        wrapped += textwrap.wrap(line, 80, subsequent_indent="  ")
+    return wrapped

@@ -1,0 +1,58 @@
+"""VGG with batch norm, for CIFAR.
+
+Convolutions without bias and one linear classifier, as in the code of GraNet and GraSP.
+The last pooling there, 2 x 2 on what 32 x 32 images leave, is a mean over all positions
+here, which is the same for those and takes other sizes too.
+
+References:
+  Simonyan & Zisserman, Very Deep Convolutional Networks for Large-Scale Image
+  Recognition, ICLR 2015.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from experiments.models import layers
+
+
+class VGG(nn.Module):
+    """3 x 3 convolutions with norm and ReLU, a max-pool between groups.
+
+    He-normal (fan-out) kernels, norm scales of 0.5, a classifier of standard deviation
+    0.01.
+
+    Attributes:
+      classes: number of logits.
+      dtype: of the convolutions.
+      axis_name: mapped axis of the batch.
+      groups: number of convolutions in each of the five groups.
+    """
+
+    classes: int
+    dtype: jnp.dtype
+    axis_name: str | None
+    groups: tuple[int, int, int, int, int]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Logits (n, classes) of images (n, height, width, channels)."""
+        layers.check_images(f"vgg-{sum(self.groups) + 3}", x, smallest=16)
+        i = 0
+        for group, number in enumerate(self.groups):
+            if group:
+                x = nn.max_pool(x, (2, 2), (2, 2))
+            for _ in range(number):
+                features = min(512, 64 * 2**group)
+                x = layers.conv(features, 3, dtype=self.dtype, name=f"conv_{i:02}")(x)
+                x = layers.batch_norm(
+                    train,
+                    scale=0.5,
+                    dtype=self.dtype,
+                    axis_name=self.axis_name,
+                    name=f"norm_{i:02}",
+                )(x)
+                x = nn.relu(x)
+                i += 1
+        init = nn.initializers.normal(0.01)
+        return layers.output(self.classes, init=init)(layers.average_pool(x))

@@ -1,0 +1,380 @@
+"""Named configurations: the rows of the papers' tables, and small twins of them.
+
+`python -m experiments.train --recipe NAME`; `--list-recipes` prints them all. A name is
+METHOD-DATA-MODEL-SPARSITY, such as granet-st-cifar10-vgg19-95 (dense has no sparsity),
+and NAME-mini is the same on Fashion-MNIST with a small network, minutes on two cores.
+
+The hyperparameters are those of the GraNet authors' code and scripts. Where these leave
+it open:
+
+- An epoch is train size // batch size steps.
+- All methods of a setting update their masks at the same interval and have the same
+  steps, so that they differ in the method alone.
+- `rigl` is RigL-ITOP (Liu et al., 2021): that interval, a fraction of 0.5, and updates
+  to the end of training. As of the paper (Evci et al., 2020) it is the same recipe with
+  `--masks.interval 100 --masks.fraction 0.3 --masks.stop 0.75`.
+- `set` exchanges a constant 0.3, as in its paper, until 0.75 of the steps, as RigL.
+- `gmp` prunes over the same steps as GraNet.
+- Norms and biases do not decay; in the authors' code they do.
+
+The published accuracies are recalled, not looked up: leads, shown with that mark.
+"""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Iterator
+
+from experiments.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    MaskConfig,
+    MethodName,
+    OptimizerConfig,
+    differences,
+)
+
+METHODS: tuple[MethodName, ...] = (
+    "granet",
+    "granet-st",
+    "gmp",
+    "rigl",
+    "set",
+    "static",
+)
+UNVERIFIED = "recalled, unverified"
+MINI = "-mini"
+MINI_EPOCHS = 10
+
+# Train sizes, by which epochs become steps.
+_TRAIN_SIZES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet2012": 1_281_167}
+_FASHION_MNIST_SIZE = 60_000
+
+# What stands in for each network in a twin, and its learning rate: without batch norm
+# networks diverge at that of the full ones.
+_SMALL = {
+    "vgg-19": ("cnn", 0.05),
+    "resnet-50-cifar": ("lenet-5", 0.01),
+    "resnet-50": ("lenet-5", 0.01),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A configuration with a name.
+
+    Attributes:
+      name: as given to `--recipe`.
+      config: what it stands for.
+      published: best test accuracy in percent that a paper gives for it, if known.
+      provenance: where `published` is from, and how sure that is; "" without one.
+    """
+
+    name: str
+    config: Config
+    published: float | None = None
+    provenance: str = ""
+
+    def changes(self, config: Config) -> list[str]:
+        """The options in which `config` differs, save those that bear on no result."""
+        return list(differences(self.config.to_dict(), config.to_dict()))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    """What the recipes of a data set have in common."""
+
+    sparsities: tuple[float, ...]
+    epochs: int
+    pruning_epochs: int
+    interval: int
+    warmup_epochs: int
+    checkpoint_epochs: int
+    seeds: int
+    optimizer: OptimizerConfig
+
+
+_BATCH = 128
+
+# SGD with Nesterov momentum, drops at 1/2 and 3/4: the GraNet code's CIFAR runs.
+_CIFAR = _Setting(
+    sparsities=(0.9, 0.95, 0.98),
+    epochs=160,
+    pruning_epochs=80,
+    interval=1000,
+    warmup_epochs=0,
+    checkpoint_epochs=10,
+    seeds=3,
+    optimizer=OptimizerConfig(
+        learning_rate=0.1,
+        schedule="drops",
+        drops=(1 / 2, 3 / 4),
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=5e-4,
+    ),
+)
+
+# Drops at epochs 30, 60 and 90 of 100 are recalled; the rest is the GraNet code's.
+_IMAGENET = _Setting(
+    sparsities=(0.8, 0.9, 0.95),
+    epochs=100,
+    pruning_epochs=30,
+    interval=4000,
+    warmup_epochs=5,
+    checkpoint_epochs=1,
+    seeds=1,
+    optimizer=OptimizerConfig(
+        learning_rate=0.1,
+        schedule="drops",
+        drops=(0.3, 0.6, 0.9),
+        momentum=0.9,
+        nesterov=False,
+        weight_decay=1e-4,
+        label_smoothing=0.1,
+    ),
+)
+
+# By data set: its name in recipes, its setting, its models by their names in recipes.
+_DATA: dict[str, tuple[str, _Setting, dict[str, str]]] = {
+    "cifar10": ("cifar10", _CIFAR, {"vgg19": "vgg-19", "resnet50": "resnet-50-cifar"}),
+    "cifar100": (
+        "cifar100",
+        _CIFAR,
+        {"vgg19": "vgg-19", "resnet50": "resnet-50-cifar"},
+    ),
+    "imagenet2012": ("imagenet", _IMAGENET, {"resnet50": "resnet-50"}),
+}
+
+# Percent, in the order of the setting's sparsities; dense has one. All are recalled.
+_PUBLISHED: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
+    ("cifar10", "vgg19"): {
+        "dense": (93.85,),
+        "set": (92.46, 91.73, 89.18),
+        "rigl": (93.38, 93.06, 91.98),
+        "gmp": (93.59, 93.58, 93.52),
+        "granet-st": (93.73, 93.66, 93.38),
+        "granet": (93.80, 93.72, 93.63),
+    },
+    ("cifar10", "resnet50"): {
+        "dense": (94.75,),
+        "rigl": (94.45, 93.86, 93.26),
+        "gmp": (94.34, 94.52, 94.19),
+        "granet-st": (94.64, 94.38, 94.01),
+        "granet": (94.49, 94.44, 94.34),
+    },
+    ("cifar100", "vgg19"): {"dense": (73.43,), "set": (72.36, 69.81, 65.94)},
+    ("cifar100", "resnet50"): {"dense": (78.23,)},
+    ("imagenet2012", "resnet50"): {
+        "dense": (76.8,),
+        "set": (72.9, 69.6),
+        "rigl": (75.1, 73.0),
+        "gmp": (75.6, 73.9),
+        "granet-st": (76.0, 74.5),
+        "granet": (75.8, 74.2),
+    },
+}
+_GRANET_TABLE = f"GraNet paper (Liu et al., 2021), its table; {UNVERIFIED}"
+# Numbers that other papers made, under other conditions than these recipes'.
+_OTHER_TABLES = {
+    ("cifar10", "vgg19", "set"): (
+        "GraSP paper (Wang et al., 2020), quoted by GraNet's; " + UNVERIFIED
+    ),
+    ("cifar100", "vgg19", "set"): f"GraSP paper (Wang et al., 2020); {UNVERIFIED}",
+    ("imagenet2012", "resnet50", "set"): (
+        "RigL paper (Evci et al., 2020), quoted by GraNet's; " + UNVERIFIED
+    ),
+    ("imagenet2012", "resnet50", "rigl"): (
+        "RigL paper (Evci et al., 2020; its own schedule), quoted by GraNet's; "
+        + UNVERIFIED
+    ),
+}
+
+
+@functools.cache
+def recipes() -> dict[str, Recipe]:
+    """All recipes by name, the twins after the others."""
+    full = list(_full())
+    return {recipe.name: recipe for recipe in [*full, *map(_twin, full)]}
+
+
+def find(name: str) -> Recipe:
+    """The recipe `name`.
+
+    Raises:
+      ValueError: there is none; the message has the names nearest to it.
+    """
+    known = recipes()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, 3, cutoff=0.5)
+    hint = f" Did you mean {', '.join(near)}?" if near else ""
+    raise ValueError(
+        f"there is no recipe {name!r}.{hint} --list-recipes [TEXT] shows all (that "
+        "have the text in their name)."
+    )
+
+
+def listing(text: str = "") -> str:
+    """A table of the recipes with `text` in their name; twins where that says "mini".
+
+    Raises:
+      ValueError: there is none.
+    """
+    twins = "mini" in text
+    chosen = [
+        recipe
+        for recipe in recipes().values()
+        if text in recipe.name and recipe.name.endswith(MINI) == twins
+    ]
+    if not chosen:
+        raise ValueError(f"no recipe has {text!r} in its name.")
+    rows = [("recipe", "model", "data set", "method", "sparse", "steps", "paper/%")]
+    for recipe in chosen:
+        config = recipe.config
+        rows.append(
+            (
+                recipe.name,
+                config.model,
+                config.data.dataset,
+                config.method,
+                "-" if config.method == "dense" else f"{config.sparsity:.0%}",
+                f"{config.steps:,}",
+                "-" if recipe.published is None else f"{recipe.published:.2f} *",
+            )
+        )
+    lines = columns(rows, "<<<<>>>")
+    number = f"{len(chosen)} recipe" + ("s" if len(chosen) > 1 else "")
+    if twins:
+        lines += [
+            "",
+            f"{number}: {MINI_EPOCHS} epochs, with the shares of the steps of the same",
+            f"name without {MINI}. No paper has numbers for them.",
+        ]
+    else:
+        lines += [
+            "",
+            f"{number}. Each has a small twin, NAME{MINI} (--list-recipes mini).",
+            f"* Published best test accuracy, {UNVERIFIED}: a lead, nothing more;",
+            "  --recipe NAME --dry-run says which paper it should be in.",
+        ]
+    return "\n".join(lines)
+
+
+def columns(rows: list[tuple[str, ...]], alignment: str) -> list[str]:
+    """Lines of text, every column as wide as its widest cell.
+
+    Args:
+      rows: the first one is the heading, which a line is drawn under.
+      alignment: "<" or ">" for every column.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            f"{cell:{align}{width}}"
+            for cell, align, width in zip(row, alignment, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def _full() -> Iterator[Recipe]:
+    for dataset, (data, setting, networks) in _DATA.items():
+        for label, model in networks.items():
+            yield Recipe(
+                f"dense-{data}-{label}",
+                _config(setting, dataset, model, "dense", 0.0),
+                *_published(dataset, label, "dense", 0),
+            )
+            for method in METHODS:
+                for i, sparsity in enumerate(setting.sparsities):
+                    yield Recipe(
+                        f"{method}-{data}-{label}-{sparsity * 100:.0f}",
+                        _config(setting, dataset, model, method, sparsity),
+                        *_published(dataset, label, method, i),
+                    )
+
+
+def _published(
+    dataset: str, label: str, method: str, index: int
+) -> tuple[float | None, str]:
+    values = _PUBLISHED[dataset, label].get(method, ())
+    if index >= len(values):
+        return None, ""
+    return values[index], _OTHER_TABLES.get((dataset, label, method), _GRANET_TABLE)
+
+
+def _config(
+    setting: _Setting, dataset: str, model: str, method: MethodName, sparsity: float
+) -> Config:
+    epoch = _TRAIN_SIZES[dataset] // _BATCH
+    return Config(
+        method=method,
+        sparsity=sparsity,
+        model=model,
+        steps=setting.epochs * epoch,
+        seeds=setting.seeds,
+        baseline=False,
+        eval_every=epoch,
+        data=DataConfig(dataset=dataset, batch_size=_BATCH),
+        optimizer=dataclasses.replace(
+            setting.optimizer, warmup_steps=setting.warmup_epochs * epoch
+        ),
+        masks=_masks(method, setting),
+        checkpoint=CheckpointConfig(every=setting.checkpoint_epochs * epoch),
+    )
+
+
+def _masks(method: MethodName, setting: _Setting) -> MaskConfig:
+    interval = setting.interval
+    pruning_end = setting.pruning_epochs / setting.epochs
+    match method:
+        case "granet":
+            return MaskConfig(interval, 0.5, 0.0, pruning_end)
+        case "granet-st":
+            return MaskConfig(interval, 0.5, 0.5, pruning_end, distribution="erk")
+        case "gmp":
+            return MaskConfig(interval, None, 0.0, pruning_end)
+        case "rigl":
+            return MaskConfig(interval, 0.5, stop=1.0, distribution="erk")
+        case "set":
+            return MaskConfig(interval, 0.3, stop=0.75, distribution="erk")
+        case "static":
+            return MaskConfig(distribution="erk")
+        case _:
+            return MaskConfig()
+
+
+def _twin(recipe: Recipe) -> Recipe:
+    """The same method and shares of the steps, on Fashion-MNIST."""
+    config = recipe.config
+    epoch = _FASHION_MNIST_SIZE // _BATCH
+    steps = MINI_EPOCHS * epoch
+
+    def scaled(number: int) -> int:
+        return round(number * steps / config.steps)
+
+    model, learning_rate = _SMALL[config.model]
+    interval = config.masks.interval
+    return Recipe(
+        recipe.name + MINI,
+        dataclasses.replace(
+            config,
+            model=model,
+            steps=steps,
+            seeds=1,
+            eval_every=epoch,
+            data=DataConfig(dataset="fashion_mnist", batch_size=_BATCH),
+            optimizer=dataclasses.replace(
+                config.optimizer,
+                learning_rate=learning_rate,
+                warmup_steps=scaled(config.optimizer.warmup_steps),
+            ),
+            masks=dataclasses.replace(
+                config.masks, interval=None if interval is None else scaled(interval)
+            ),
+            checkpoint=CheckpointConfig(every=epoch),
+        ),
+    )

@@ -1,0 +1,231 @@
+"""The file that describes a sweep, read and checked: TOML to configurations."""
+
+import dataclasses
+import difflib
+import pathlib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from experiments.config import _OPTIONS, Config, MethodName
+
+METHODS: tuple[str, ...] = typing.get_args(MethodName)
+
+# What the sweep itself decides.
+_DECIDED = ("method", "sparsity", "seeds", "seed", "vmap_seeds", "baseline")
+_DECIDED += ("out", "progress", "distributed")
+# What a single method may have of its own: the budget is the same for all.
+_OWN = ("masks", "optimizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What a sweep file says, checked.
+
+    Attributes:
+      methods: in the order of the file.
+      sparsities: in rising order.
+      seeds: number of seeds, from 0.
+      vmap_seeds: whether all seeds of a cell train as one program; None: what is
+        faster.
+      cells: the configuration of every cell by its name, which its folder has too.
+    """
+
+    methods: tuple[str, ...]
+    sparsities: tuple[float, ...]
+    seeds: int
+    vmap_seeds: bool | None
+    cells: dict[str, Config]
+
+    @property
+    def first(self) -> Config:
+        """One of the cells: what all have in common can be read off it."""
+        return next(iter(self.cells.values()))
+
+
+def read(path: pathlib.Path) -> Sweep:
+    """The sweep that a file describes.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is not TOML, or an option in it is unknown or cannot be used; the
+        message names it.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a TOML file: {error}.") from error
+    try:
+        return _sweep(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def cell_name(method: str, sparsity: float) -> str:
+    """Name of a cell and of its folder; dense training has one, of no sparsity."""
+    return method if method == "dense" else f"{method}-{sparsity}"
+
+
+def _sweep(values: dict[str, Any]) -> Sweep:
+    known = ("methods", "sparsities", "seeds", "vmap_seeds", "train", "method")
+    _check_keys("", values, known)
+    for name in known[:3]:
+        if name not in values:
+            raise ValueError(f"{name} is missing: a sweep needs it.")
+    methods = _distinct("methods", values["methods"], tuple[MethodName, ...])
+    sparsities = _distinct("sparsities", values["sparsities"], tuple[float, ...])
+    seeds = _converted("seeds", values["seeds"], int)
+    vmap = _converted(
+        "vmap_seeds", values.get("vmap_seeds", "auto"), bool | Literal["auto"]
+    )
+    common = _table("train", values.get("train", {}))
+    own = _table("method", values.get("method", {}))
+    _check_keys("method.", own, METHODS)
+    for method in own:
+        if method not in methods:
+            raise ValueError(f"method.{method}: {method} is not one of methods.")
+    options = _options("train", common, Config)
+    for name in options:
+        if name in _DECIDED:
+            raise ValueError(
+                f"train.{name} is not for a sweep, which sets it by itself or by "
+                "methods, sparsities, seeds and vmap_seeds."
+            )
+    _check_used(options.get("masks", {}), methods)
+    cells = {}
+    for method in methods:
+        extra = _options(f"method.{method}", own.get(method, {}), Config)
+        for name in extra:
+            if name not in _OWN:
+                raise ValueError(
+                    f"method.{method}.{name} must be the same for all methods: set "
+                    f"it in [train]. A method has its own {' and '.join(_OWN)} only."
+                )
+        for sparsity in (0.0,) if method == "dense" else sparsities:
+            name = cell_name(method, sparsity)
+            given = {"method": method, "sparsity": sparsity, "seeds": seeds}
+            try:
+                cells[name] = _config(given, options, extra, bool(vmap is True))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    return Sweep(methods, sparsities, seeds, None if vmap == "auto" else vmap, cells)
+
+
+def _config(
+    given: dict[str, Any],
+    common: dict[str, Any],
+    own: dict[str, Any],
+    vmap_seeds: bool,
+) -> Config:
+    """The configuration of a cell, from the options that all have and its method's."""
+    values: dict[str, Any] = dict(common)
+    having = _OPTIONS[given["method"]]
+    if "masks" in common:
+        values["masks"] = {k: v for k, v in common["masks"].items() if k in having}
+    for name, options in own.items():
+        values[name] = values.get(name, {}) | options
+    hints = typing.get_type_hints(Config)
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = hints[name](**value)
+    return Config(**given, **values, vmap_seeds=vmap_seeds, baseline=False)
+
+
+def _check_used(masks: Mapping[str, Any], methods: Sequence[str]) -> None:
+    for name in masks:
+        if not any(name in _OPTIONS[method] for method in methods):
+            raise ValueError(
+                f"train.masks.{name} is not an option of any of the methods "
+                f"{', '.join(methods)}."
+            )
+
+
+def _options(prefix: str, table: Mapping[str, Any], record: Any) -> dict[str, Any]:
+    """The values of a table as the fields of `record`, nested ones as dictionaries."""
+    hints = typing.get_type_hints(record)
+    # On the command line, words are joined by hyphens.
+    renamed = {name.replace("-", "_"): name for name in table}
+    if len(renamed) < len(table):
+        twice = next(name for name in table if renamed[name.replace("-", "_")] != name)
+        raise ValueError(f"{prefix}.{twice} is there twice, with - and with _.")
+    _check_keys(f"{prefix}.", renamed, tuple(hints))
+    result = {}
+    for name, hint in hints.items():
+        if name not in renamed:
+            continue
+        full, value = f"{prefix}.{name}", table[renamed[name]]
+        if dataclasses.is_dataclass(hint):
+            result[name] = _options(full, _table(full, value), hint)
+        else:
+            result[name] = _converted(full, value, hint)
+    return result
+
+
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    """A value of a file as the type that an option has."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for choice in arguments:
+            try:
+                return _converted(name, value, choice)
+            except ValueError:
+                continue
+    elif origin is Literal:
+        if value in arguments:
+            return value
+        near = difflib.get_close_matches(str(value), arguments, 1)
+        hinted = f" Did you mean {near[0]!r}?" if near else ""
+        choices = ", ".join(map(str, arguments))
+        raise ValueError(f"{name} must be one of {choices}; got {value!r}.{hinted}")
+    elif origin is tuple:
+        if isinstance(value, list):
+            return tuple(_converted(name, item, arguments[0]) for item in value)
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif type(value) is hint:
+        return value
+    raise ValueError(f"{name} must be {_called(hint)}, got {value!r}.")
+
+
+def _called(hint: Any) -> str:
+    """A type in words."""
+    words = {int: "an integer", float: "a number", str: "a string"}
+    words |= {bool: "true or false"}
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_called(a) for a in arguments if a is not types.NoneType)
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(repr, arguments))
+    if typing.get_origin(hint) is tuple:
+        return f"a list, of each {_called(arguments[0])}"
+    return words.get(hint, str(hint))
+
+
+def _distinct(name: str, value: Any, hint: Any) -> tuple[Any, ...]:
+    values = _converted(name, value, hint)
+    if not values:
+        raise ValueError(f"{name} must not be empty.")
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name} has a value twice: {value}.")
+    return tuple(sorted(values)) if hint == tuple[float, ...] else values
+
+
+def _table(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a table, [{name}], got {value!r}.")
+    return value
+
+
+def _check_keys(prefix: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = (
+                f"Did you mean {prefix}{near[0]}?"
+                if near
+                else f"There are {', '.join(known)}."
+            )
+            raise ValueError(f"{prefix}{name} is unknown. {hint}")

@@ -1,0 +1,238 @@
+"""What a sweep leaves behind: tables, all numbers as JSON, and a plot."""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.metrics import complete
+from experiments.report import Runs
+from experiments.sweep_file import Sweep, cell_name
+
+# Okabe and Ito's colours, which the colour-blind tell apart, with grey for the yellow
+# that white paper swallows; dense is black.
+_LOOKS = {
+    "granet": ("#D55E00", "o"),
+    "granet-st": ("#E69F00", "s"),
+    "gmp": ("#0072B2", "^"),
+    "rigl": ("#009E73", "D"),
+    "set": ("#CC79A7", "v"),
+    "snfs": ("#777777", "P"),
+    "static": ("#56B4E9", "X"),
+}
+
+
+def write(
+    sweep: Sweep,
+    runs: Mapping[str, Runs],
+    diverged: Mapping[str, str],
+    environment: Mapping[str, Any],
+    out: pathlib.Path,
+) -> None:
+    """Writes results.md, results.json and accuracy.png.
+
+    Args:
+      sweep: the sweep.
+      runs: the records of the finished seeds of every cell that has some, by its name.
+      diverged: what diverged in which cell.
+      environment: what the numbers depend on beside the configuration.
+      out: folder.
+    """
+    with complete(out / "results.md") as path:
+        path.write_text(_markdown(sweep, runs, diverged))
+    results = _results(sweep, runs, diverged) | {"environment": environment}
+    with complete(out / "results.json") as path:
+        path.write_text(json.dumps(results, indent=2) + "\n")
+    if runs:
+        with complete(out / "accuracy.png") as path:
+            plot(sweep, runs, path)
+
+
+def _results(
+    sweep: Sweep, runs: Mapping[str, Runs], diverged: Mapping[str, str]
+) -> dict[str, Any]:
+    cells = []
+    for name, config in sweep.cells.items():
+        cell: dict[str, Any] = {"name": name, "method": config.method}
+        cell["sparsity"] = config.sparsity
+        if name in diverged:
+            cell["diverged"] = diverged[name]
+        if name in runs:
+            last = runs[name].last
+            accuracies = [record.test_accuracy for record in last]
+            best = runs[name].best
+            cell |= {
+                "seeds": runs[name].seeds,
+                "test_accuracy": accuracies,
+                "mean": statistics.mean(accuracies),
+                "std": _std(accuracies),
+                "best_test_accuracy": best,
+                "best_mean": statistics.mean(best),
+                "best_std": _std(best),
+                "test_loss": [record.test_loss for record in last],
+                "active_weights": [record.sparsity.active for record in last],
+                "total_weights": last[0].sparsity.total,
+                "seconds": [record.seconds for record in last],
+            }
+        cells.append(cell | {"config": config.to_dict()})
+    return {
+        "methods": sweep.methods,
+        "sparsities": sweep.sparsities,
+        "seeds": sweep.seeds,
+        "cells": cells,
+    }
+
+
+def _markdown(
+    sweep: Sweep, runs: Mapping[str, Runs], diverged: Mapping[str, str]
+) -> str:
+    first, optimizer = sweep.first, sweep.first.optimizer
+    seeds = "1 seed" if sweep.seeds == 1 else f"mean ± std over {sweep.seeds} seeds"
+    paragraphs = [
+        f"# {_title(sweep)}",
+        f"Every run has the same budget: {first.steps:,} steps of "
+        f"{first.data.batch_size} examples, with {optimizer.name}, learning rate "
+        f"{optimizer.learning_rate:g}, schedule {optimizer.schedule}.{_own(sweep)} "
+        "Test accuracy in %, by the sparsity of all weights at the end."
+        f"{_weights(sweep, runs)}",
+        f"After the last step ({seeds}):",
+        _table_of(
+            sweep,
+            runs,
+            diverged,
+            lambda run: [record.test_accuracy for record in run.last],
+        ),
+        f"The best of all evaluations at the final sparsity ({seeds}; chosen on the "
+        "test data, as papers often do, and so optimistic):",
+        _table_of(sweep, runs, diverged, lambda run: run.best),
+    ]
+    if "dense" in sweep.methods:
+        paragraphs.append(
+            "The dense network has no sparsity: its numbers are repeated in each "
+            "column."
+        )
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _title(sweep: Sweep) -> str:
+    return f"{sweep.first.model} on {sweep.first.data.dataset}"
+
+
+def _own(sweep: Sweep) -> str:
+    """What a method has of its own beside its mask options, if any has."""
+    common = dataclasses.asdict(sweep.first.optimizer)
+    for method in sweep.methods:
+        cell = next(c for c in sweep.cells.values() if c.method == method)
+        found = dataclasses.asdict(cell.optimizer)
+        changed = [f"{k}={v}" for k, v in found.items() if common[k] != v]
+        if changed:
+            return f" {method} has {', '.join(changed)}."
+    return ""
+
+
+def _weights(sweep: Sweep, runs: Mapping[str, Runs]) -> str:
+    active = {}
+    total = 0
+    for name, run in runs.items():
+        total = run.last[0].sparsity.total
+        if run.method != "dense":
+            active[sweep.cells[name].sparsity] = run.last[0].sparsity.active
+    if not active:
+        return ""
+    counts = ", ".join(f"{active[s]:,} at {_percent(s)}" for s in sorted(active))
+    return f" Active weights: {counts}, of {total:,}."
+
+
+def _table_of(
+    sweep: Sweep,
+    runs: Mapping[str, Runs],
+    diverged: Mapping[str, str],
+    accuracies: Callable[[Runs], Sequence[float]],
+) -> str:
+    def entry(name: str) -> str:
+        parts = []
+        if name in runs:
+            values = accuracies(runs[name])
+            parts.append(cell(values))
+            if len(values) < sweep.seeds:
+                parts.append(f"({len(values)} of {sweep.seeds} seeds)")
+        if name in diverged:
+            parts.append("diverged")
+        return " ".join(parts) or "-"
+
+    lines = [
+        ["method", *map(_percent, sweep.sparsities)],
+        ["---", *["---:"] * len(sweep.sparsities)],
+    ]
+    for method in sweep.methods:
+        names = [cell_name(method, sparsity) for sparsity in sweep.sparsities]
+        lines.append([method, *map(entry, names)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plot(sweep: Sweep, runs: Mapping[str, Runs], path: pathlib.Path) -> None:
+    """Accuracy against sparsity, a line a method, as a PNG image."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    sparse = [method for method in sweep.methods if method != "dense"]
+    for i, method in enumerate(sparse):
+        points = []
+        for x, sparsity in enumerate(sweep.sparsities):
+            run = runs.get(cell_name(method, sparsity))
+            if run is not None:
+                values = [100 * record.test_accuracy for record in run.last]
+                # Side by side, so that error bars do not hide one another.
+                shift = 0.02 * (i - (len(sparse) - 1) / 2)
+                points.append((x + shift, statistics.mean(values), _std(values) or 0))
+        if points:
+            xs, means, errors = zip(*points, strict=True)
+            colour, marker = _LOOKS[method]
+            axes.errorbar(
+                xs,
+                means,
+                yerr=errors if any(errors) else None,
+                color=colour,
+                marker=marker,
+                markersize=6,
+                linewidth=1.6,
+                elinewidth=1.2,
+                capsize=2.5,
+                label=method,
+            )
+    if "dense" in runs:
+        values = [100 * record.test_accuracy for record in runs["dense"].last]
+        mean, std = statistics.mean(values), _std(values) or 0
+        axes.axhline(mean, color="black", linestyle="--", linewidth=1.2, label="dense")
+        axes.axhspan(mean - std, mean + std, color="black", alpha=0.12, linewidth=0)
+    spread = ", mean ± std" if sweep.seeds > 1 else ""
+    number = "1 seed" if sweep.seeds == 1 else f"{sweep.seeds} seeds"
+    axes.set(
+        title=f"{_title(sweep)}, {sweep.first.steps:,} steps ({number})",
+        xlabel="sparsity at the end (share of all weights that are zero)",
+        ylabel=f"test accuracy after the last step / %{spread}",
+        xlim=(-0.4, len(sweep.sparsities) - 0.6),
+    )
+    axes.set_xticks(range(len(sweep.sparsities)), map(_percent, sweep.sparsities))
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def cell(accuracies: Sequence[float]) -> str:
+    """Mean and standard deviation, in percent."""
+    std = _std(accuracies)
+    spread = "" if std is None else f" ± {100 * std:.2f}"
+    return f"{100 * statistics.mean(accuracies):.2f}{spread}"
+
+
+def _std(values: Sequence[float]) -> float | None:
+    """Sample standard deviation, which one value has none of."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.10g}%"
