@@ -1,7 +1,7 @@
-r"""Images a second: the trainer beside a minimal loop, and sparse beside dense training.
+r"""Images a second: the trainer and a minimal loop, sparse and dense training.
 
     python -m benchmarks.throughput                     # cnn, 28 x 28; a few minutes
-    python -m benchmarks.throughput --model resnet18-cifar --size 32 --channels 3 \
+    python -m benchmarks.throughput --model resnet-18-cifar --size 32 --channels 3 \
         --precision bfloat16 --steps 400                # on a GPU
     python -m benchmarks.throughput --quick             # checks the results only
 

@@ -258,8 +258,8 @@ class Config:
     on `dense`."""
 
     model: str = "cnn"
-    """Network: cnn, lenet-300-100, lenet-5, resnet-20, resnet18-cifar,
-    vgg19, ...; an unknown name lists all."""
+    """Network: cnn, lenet-300-100, lenet-5, resnet-20, resnet-50-cifar,
+    vgg-19, ...; an unknown name lists all."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of activations and their gradients. Parameters are float32."""

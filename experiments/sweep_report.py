@@ -15,7 +15,7 @@ from experiments.sweep_file import Sweep, cell_name
 
 # Okabe and Ito's colours, which the colour-blind tell apart, with grey for the yellow
 # that white paper swallows; dense is black.
-_LOOKS = {
+LOOKS = {
     "granet": ("#D55E00", "o"),
     "granet-st": ("#E69F00", "s"),
     "gmp": ("#0072B2", "^"),
@@ -123,15 +123,16 @@ def _title(sweep: Sweep) -> str:
 
 
 def _own(sweep: Sweep) -> str:
-    """What a method has of its own beside its mask options, if any has."""
+    """In a sentence each, what methods have of their own in the optimizer."""
     common = dataclasses.asdict(sweep.first.optimizer)
+    sentences = ""
     for method in sweep.methods:
         cell = next(c for c in sweep.cells.values() if c.method == method)
         found = dataclasses.asdict(cell.optimizer)
-        changed = [f"{k}={v}" for k, v in found.items() if common[k] != v]
+        changed = [f"{k} {v}" for k, v in found.items() if common[k] != v]
         if changed:
-            return f" {method} has {', '.join(changed)}."
-    return ""
+            sentences += f" {method} has {', '.join(changed)}."
+    return sentences
 
 
 def _weights(sweep: Sweep, runs: Mapping[str, Runs]) -> str:
@@ -186,18 +187,20 @@ def plot(sweep: Sweep, runs: Mapping[str, Runs], path: pathlib.Path) -> None:
             if run is not None:
                 values = [100 * record.test_accuracy for record in run.last]
                 # Side by side, so that error bars do not hide one another.
-                shift = 0.02 * (i - (len(sparse) - 1) / 2)
+                shift = 0.035 * (i - (len(sparse) - 1) / 2)
                 points.append((x + shift, statistics.mean(values), _std(values) or 0))
         if points:
             xs, means, errors = zip(*points, strict=True)
-            colour, marker = _LOOKS[method]
+            colour, marker = LOOKS[method]
             axes.errorbar(
                 xs,
                 means,
                 yerr=errors if any(errors) else None,
                 color=colour,
                 marker=marker,
-                markersize=6,
+                markersize=7,
+                markeredgecolor="white",
+                markeredgewidth=0.6,
                 linewidth=1.6,
                 elinewidth=1.2,
                 capsize=2.5,

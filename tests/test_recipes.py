@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -296,7 +298,7 @@ def test_streamed_data_has_no_remainder():
 
 
 def test_memory_is_that_of_a_state(tmp_path):
-    config = dataclasses.replace(LENET, data=DataConfig("digits"), method="rigl")
+    config = dataclasses.replace(LENET, data=DataConfig("digits"))
     functions = Functions(config, data.load("digits", tmp_path))
     state = jax.jit(functions.create)(jnp.uint32(0))
     result = dry_run.analyse(config)
@@ -422,3 +424,16 @@ def test_a_twin_trains(capsys, tmp_path):
     assert [record["step"] for record in records] == [0, 20, 40]
     # 10% of 64 x 300 + 300 x 100 + 100 x 10 weights.
     assert [record["active_weights"] for record in records] == [50_200, 5_020, 5_020]
+    # What the page says about reading a checkpoint holds for this one.
+    page = pathlib.Path(recipes.__file__).with_name("README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert "runs/c10/granet-seed0" in code
+    found = {}
+    exec(code.replace("runs/c10", str(out)), found)
+    assert found["step"] == 40
+    for layer, mask in found["masks"].items():
+        assert mask["bias"] is None
+        assert not found["weights"][layer]["kernel"][~mask["kernel"]].any()
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3
+    assert all(line.startswith("['") and "active" in line for line in printed)

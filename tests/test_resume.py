@@ -42,12 +42,9 @@ CONFIG = Config(
 )
 VARIANTS: dict[str, dict[str, Any]] = {
     "granet": {},
-    "set": {"method": "set"},
-    "snfs": {"method": "snfs"},
-    "dense": {"method": "dense", "masks": MaskConfig()},
-    "scan": {"scan_block": 3},
-    "batch norm": {"method": "static", "masks": MaskConfig()},
-    "adamw": {
+    "set": {"method": "set", "scan_block": 3},
+    "snfs": {
+        "method": "snfs",
         "optimizer": OptimizerConfig(
             name="adamw",
             learning_rate=1e-3,
@@ -58,19 +55,31 @@ VARIANTS: dict[str, dict[str, Any]] = {
             ema=0.9,
         ),
     },
+    "dense": {"method": "dense", "masks": MaskConfig()},
 }
 
 
-class Normed(nn.Module):
+class Small(nn.Module):
     """A network with batch statistics that compiles quickly."""
 
     classes: int
+    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = nn.Dense(20, use_bias=False, name="hidden")(x.reshape(x.shape[0], -1))
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
+        x = nn.Dense(40, use_bias=False, name="hidden")(x.reshape(x.shape[0], -1))
+        x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name)(x)
         return nn.Dense(self.classes, name="output")(nn.relu(x))
+
+
+@pytest.fixture
+def _small(monkeypatch):
+    """Networks of any name are small ones."""
+
+    def create(name: str, *, classes: int, dtype: Any, axis_name: str | None) -> Small:
+        return Small(classes, axis_name)
+
+    monkeypatch.setattr(models, "create", create)
 
 
 def fit_until(
@@ -89,21 +98,18 @@ def fit_until(
 # --- in one process
 
 
+@pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_is_not(
-    variant, tmp_path, monkeypatch
+    variant, tmp_path
 ):
-    if variant == "batch norm":
-        monkeypatch.setattr(
-            models, "create", lambda name, *, classes, **_: Normed(classes)
-        )
     maker = runs.make(dataclasses.replace(CONFIG, **VARIANTS[variant]))
     records, state = trainer.fit(maker, [3], tmp_path / "straight")
     assert [record.step for record in records[0]] == [0, 7, 14, 21, 24]
     run = tmp_path / "stopped"
     # After every step; else before, at and after evaluations, checkpoints, updates and
     # the end of the epoch.
-    stops = range(24) if variant == "granet" else (0, 1, 5, 6, 7, 9, 17, 18, 19, 23)
+    stops = range(24) if variant == "granet" else (0, 1, 5, 7, 9, 17, 18, 19)
     for stop in stops:
         error = fit_until(maker, run, stop)
         assert "with a checkpoint" in str(error)
@@ -121,23 +127,10 @@ def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_is_not(
     assert runs.same(*final)
     assert runs.same(final[0], maker.program.snapshot(state))
     # What the run was compared by is what training changes.
-    assert state.average != () or variant != "adamw"
-    assert state.statistics != {} or variant != "batch norm"
-    begun = maker.program.create([3])
-    assert not runs.same(begun.params, state.params)
-    assert not runs.same(begun.order, state.order)
-
-
-def test_losses_since_the_last_evaluation_are_in_the_checkpoint(tmp_path):
-    maker = runs.make(dataclasses.replace(CONFIG, **VARIANTS["dense"]))
-    trainer.fit(maker, [3], tmp_path / "straight")
-    fit_until(maker, tmp_path / "stopped", 9)
-    # Trains from step 9 on: those of steps 8 and 9 are only in the checkpoint.
-    trainer.fit(maker, [3], tmp_path / "stopped")
-    found, expected = (
-        runs.lines(tmp_path / name)[2]["train_loss"] for name in ("stopped", "straight")
-    )
-    assert found == expected
+    begun = jax.device_get(maker.program.create([3]))
+    for name in ("step", "order", "params", "statistics", "opt_state", "average"):
+        if name != "average" or variant == "snfs":
+            assert not runs.same(getattr(begun, name), getattr(state, name))
 
 
 # --- on other devices
@@ -161,6 +154,7 @@ def form(name: str) -> trainer.Trainer:
     return runs.make(config, devices)
 
 
+@pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize("source", ["jit, 8", "pmap, 8", "fsdp, 8"])
 def test_a_checkpoint_of_8_devices_is_gone_on_from_on_1_and_on_4(source, tmp_path):
     maker = form(source)
