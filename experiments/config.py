@@ -6,6 +6,7 @@ import json
 import math
 import operator
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -351,6 +352,11 @@ class Config:
             )
         if self.vmap_seeds and self.optimizer.accumulate > 1:
             raise ValueError("optimizer.accumulate must be 1 with vmap_seeds.")
+        if self.out is not None and re.match(r"\w{2,}:/", str(self.out)):
+            raise ValueError(
+                f"out must be a folder of the file system, got {self.out}: mount the "
+                "bucket (gcsfuse) and give the folder it is mounted at."
+            )
         build_method(self)
 
     @property

@@ -132,6 +132,35 @@ def test_no_callback_in_the_step(name: str) -> None:
     assert "infeed" not in text
 
 
+@pytest.mark.parametrize("name", ["set", "static", "granet_layer"])
+def test_a_traced_seed_is_the_same_seed(name: str) -> None:
+    """One compiled program serves all seeds, with the masks of each."""
+
+    def make(seed: Any) -> Any:
+        return granet_jax.transform(METHODS[name], INNER, seed=seed)
+
+    @jax.jit
+    def start(seed: Any, params: Any) -> Any:
+        return make(seed).init(params)
+
+    @jax.jit
+    def step(seed: Any, params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        return make_step(make(seed))(params, state, grads)
+
+    final = []
+    for seed in (0, 7):
+        params, grads = make_params(), make_grads()
+        expected, masks = loop(make(seed), params, make(seed).init(params), grads)
+        state = start(jnp.uint32(seed), params)
+        for index in range(STEPS):
+            params, state = step(jnp.uint32(seed), params, state, at(grads, index))
+            assert_same(granet_jax.get_masks(state), masks[index])
+        assert_same((params, state), expected)
+        final.append(np.asarray(state.masks["first"]["kernel"]))
+    assert (start._cache_size(), step._cache_size()) == (1, 1)
+    assert not np.array_equal(*final)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_scan_equals_loop(name: str) -> None:
     tx = granet_jax.transform(METHODS[name], INNER)
