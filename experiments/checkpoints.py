@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import orbax.checkpoint as ocp
 
 PyTree = Any
@@ -104,7 +103,8 @@ class Checkpoints:
     def _clear(self, done: str, step: int | None) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, KeyError, jax.errors.JaxRuntimeError) as error:
+        # Orbax raises what it meets, and a bare Exception for an array it cannot read.
+        except Exception as error:
             which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
             remedy = (
                 "the checkpoints before it are complete. Make room (or give another "
@@ -112,7 +112,10 @@ class Checkpoints:
                 if done == "written"
                 else f"remove {self.folder / str(step)} to go on from the one before."
             )
-            reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            reason = str(cause).strip().partition("\n")[0] or repr(cause)
             raise CheckpointError(
                 f"{which} in {self.folder} could not be {done}: {remedy} ({reason})"
             ) from error

@@ -18,7 +18,7 @@ MethodName = Literal[
 ]
 
 # Which of the options in MaskConfig each method has.
-_OPTIONS: dict[str, frozenset[str]] = {
+OPTIONS: dict[str, frozenset[str]] = {
     "granet": frozenset(
         {"interval", "fraction", "initial_sparsity", "pruning_end", "distribution"}
     ),
@@ -29,7 +29,7 @@ _OPTIONS: dict[str, frozenset[str]] = {
     "static": frozenset({"distribution"}),
     "dense": frozenset(),
 }
-_OPTIONS["granet-st"] = _OPTIONS["granet"]
+OPTIONS["granet-st"] = OPTIONS["granet"]
 
 # Mask updates in a training run where no interval is given. The GraNet code makes 80 on
 # CIFAR: every 1,000 of 80,000 steps.
@@ -394,7 +394,7 @@ class Config:
         values["eval_every"] = self.evaluation_interval
         values["checkpoint"]["every"] = self.checkpoint_interval
         values["data"] |= {"shift": self.shift, "flip": self.flip}
-        if "interval" in _OPTIONS[self.method]:
+        if "interval" in OPTIONS[self.method]:
             values["masks"]["interval"] = self.mask_interval
         return values
 
@@ -436,8 +436,8 @@ def build_method(config: Config) -> granet_jax.Method | None:
         if value is not None
     }
     for name in options:
-        if name not in _OPTIONS[config.method]:
-            having = [m for m, has in _OPTIONS.items() if name in has]
+        if name not in OPTIONS[config.method]:
+            having = [m for m, has in OPTIONS.items() if name in has]
             raise ValueError(
                 f"masks.{name} is not an option of method {config.method!r}, only of "
                 f"{', '.join(having)}."

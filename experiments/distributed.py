@@ -1,8 +1,15 @@
 """Several processes as one run."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from experiments.config import DistributedConfig
+
+T = TypeVar("T")
 
 
 def initialize(config: DistributedConfig) -> None:
@@ -36,6 +43,30 @@ def initialize(config: DistributedConfig) -> None:
     jax.distributed.initialize(
         config.coordinator, num_processes=config.processes, process_id=config.process
     )
+
+
+def in_all(prepare: Callable[[], T]) -> T:
+    """The result of `prepare`, once it is there in all processes.
+
+    Raises:
+      ValueError, OSError: `prepare` did so here, or in another process, which says why;
+        without this the others would wait for that one in vain.
+    """
+    if jax.process_count() == 1:
+        return prepare()
+    try:
+        result = prepare()
+    except (ValueError, OSError):
+        _failed(True)
+        raise
+    if failed := _failed(False):
+        raise ValueError(f"process {failed[0]} cannot start: see its message.")
+    return result
+
+
+def _failed(here: bool) -> list[int]:
+    """Numbers of the processes that say they failed; asked in all of them."""
+    return np.flatnonzero(multihost_utils.process_allgather(np.asarray(here))).tolist()
 
 
 def is_first() -> bool:

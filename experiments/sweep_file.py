@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from experiments.config import _OPTIONS, Config, MethodName
+from experiments.config import OPTIONS, Config, MethodName
 
 METHODS: tuple[str, ...] = typing.get_args(MethodName)
 
@@ -121,7 +121,7 @@ def _config(
 ) -> Config:
     """The configuration of a cell, from the options that all have and its method's."""
     values: dict[str, Any] = dict(common)
-    having = _OPTIONS[given["method"]]
+    having = OPTIONS[given["method"]]
     if "masks" in common:
         values["masks"] = {k: v for k, v in common["masks"].items() if k in having}
     for name, options in own.items():
@@ -135,7 +135,7 @@ def _config(
 
 def _check_used(masks: Mapping[str, Any], methods: Sequence[str]) -> None:
     for name in masks:
-        if not any(name in _OPTIONS[method] for method in methods):
+        if not any(name in OPTIONS[method] for method in methods):
             raise ValueError(
                 f"train.masks.{name} is not an option of any of the methods "
                 f"{', '.join(methods)}."

@@ -44,13 +44,17 @@ def run(config: Config) -> list[report.Runs]:
     configs = [config]
     if config.baseline and config.method != "dense":
         configs.append(dataclasses.replace(config, method="dense", masks=MaskConfig()))
-    dataset = load(config.data.dataset, config.data.data_dir)
-    trainers = [trainer.create(each, dataset) for each in configs]
+
+    def prepare() -> tuple[list[trainer.Trainer], pathlib.Path]:
+        dataset = load(config.data.dataset, config.data.data_dir)
+        trainers = [trainer.create(each, dataset) for each in configs]
+        return trainers, open_folder(config)
+
+    trainers, folder = distributed.in_all(prepare)
     title = (
         f"{config.data.dataset}, {config.model}, {config.steps:,} steps of "
         f"{config.data.batch_size}"
     )
-    folder = open_folder(config)
     try:
         with StopSignal() as stop:
             runs = [train_all(each, folder, stop.reached) for each in trainers]
@@ -274,11 +278,14 @@ def _silence_libraries() -> None:
     # Orbax logs them.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
-    # Where one write of a checkpoint fails, orbax stops, and TensorStore prints that it
-    # cannot report on the other writes.
+    # Where one array of a checkpoint cannot be written or read, orbax stops at once, and
+    # what becomes of the others is printed through this hook.
+    echoes = ("Event loop is closed", "Encountered error while reading array index")
+    before = sys.unraisablehook
+
     def print_others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            sys.__unraisablehook__(unraisable)
+        if not str(unraisable.exc_value).startswith(echoes):
+            before(unraisable)
 
     sys.unraisablehook = print_others
 

