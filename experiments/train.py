@@ -9,6 +9,7 @@ import logging
 import pathlib
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -278,7 +279,7 @@ def _silence_libraries() -> None:
     # Orbax logs them.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
-    # Where one array of a checkpoint cannot be written or read, orbax stops at once, and
+    # Where one array of a checkpoint cannot be written or read, orbax stops at once;
     # what becomes of the others is printed through this hook.
     echoes = ("Event loop is closed", "Encountered error while reading array index")
     before = sys.unraisablehook
@@ -288,6 +289,7 @@ def _silence_libraries() -> None:
             before(unraisable)
 
     sys.unraisablehook = print_others
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def _chooser() -> argparse.ArgumentParser:

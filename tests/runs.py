@@ -17,6 +17,12 @@ from experiments.config import Config
 
 PyTree = Any
 ROOT = pathlib.Path(__file__).parents[1]
+_LIMITED = """
+import resource, runpy, sys
+size = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
+"""
 
 
 def same(a: PyTree, b: PyTree) -> bool:
@@ -65,7 +71,7 @@ def start(
     *,
     cache: pathlib.Path | None = None,
     devices: int = 1,
-    limits: Any = None,
+    largest: int | None = None,
 ) -> subprocess.Popen[str]:
     """Starts `python -m experiments.train` in a process of its own.
 
@@ -73,7 +79,7 @@ def start(
       arguments: of the command line.
       cache: folder for compiled programs, which later processes then need not compile.
       devices: number of CPU devices it has.
-      limits: called in the new process before it starts.
+      largest: number of bytes that a file it writes may have: a disk that is full.
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -85,14 +91,16 @@ def start(
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
+    command = [sys.executable, "-m", "experiments.train", *arguments]
+    if largest is not None:
+        command[1:3] = ["-c", _LIMITED, str(largest)]
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.train", *arguments],
+        command,
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=limits,
     )
 
 

@@ -6,8 +6,8 @@ other than 0, and no traceback; what was there before is there after.
 
 import dataclasses
 import functools
+import gc
 import pathlib
-import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from experiments import train, trainer
-from experiments.checkpoints import CheckpointError
 from experiments.config import CheckpointConfig, Config, DataConfig, OptimizerConfig
 from tests import runs
 
@@ -100,6 +99,8 @@ def status_of(capfd, command: Callable[[], object]) -> tuple[int, str]:
     """Exit status and error of a command, which runs in this process."""
     capfd.readouterr()
     status = train.exit_status(command)
+    # What orbax has left unfinished is complained of here, or nowhere.
+    gc.collect()
     return status, capfd.readouterr().err
 
 
@@ -118,11 +119,11 @@ def assert_goes_on(out: pathlib.Path, finished: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "messages"),
     [
-        ("model", "resnet-21", ["model must be one of", "Did you mean 'resnet-20'?"]),
+        ("model", "vgg19", ["model must be one of", "Did you mean 'vgg-19'?"]),
         ("model", "lenet300", ["got 'lenet300'", "Did you mean 'lenet-300-100'?"]),
         ("data.dataset", "cifar-10", ["digits, fashion_mnist", "mean 'cifar10'?"]),
         ("data.dataset", "?", ["data.dataset must be one of digits, ", "got '?'."]),
-        ("method", "grannet", ["invalid choice 'grannet'", "granet,granet-st,gmp,"]),
+        ("method", "grannet", ["invalid choice 'grannet'", "granet-st"]),
     ],
 )
 def test_an_unknown_name_comes_with_those_there_are(
@@ -132,10 +133,10 @@ def test_an_unknown_name_comes_with_those_there_are(
     with pytest.raises(SystemExit) as caught:
         train.main([*ARGUMENTS, f"--{name}", value, "--out", str(out)])
     assert caught.value.code == 2
-    # tyro's box, without its frame and line breaks.
-    error = " ".join(capfd.readouterr().err.replace("│", " ").split())
+    # tyro's box breaks lines, in names too.
+    error = "".join(capfd.readouterr().err.replace("│", " ").split())
     for message in messages:
-        assert message in error
+        assert "".join(message.split()) in error
     assert "Traceback" not in error
     assert not out.exists()
 
@@ -262,7 +263,7 @@ def test_a_damaged_checkpoint_is_an_error_or_of_no_consequence(
     how, finished, tmp_path, capfd
 ):
     expected = runs.restored(maker(), finished / RUN, 12)
-    errors = 0
+    errors = []
     for number, name in enumerate(files_of_a_checkpoint()):
         run = tmp_path / str(number)
         shutil.copytree(finished / RUN, run)
@@ -274,13 +275,18 @@ def test_a_damaged_checkpoint_is_an_error_or_of_no_consequence(
             else:
                 size = 0 if how == "empty" else path.stat().st_size // 2
                 path.write_bytes(path.read_bytes()[:size])
-        try:
-            assert runs.same(runs.restored(maker(), run, 12), expected)
-        except CheckpointError as error:
-            errors += 1
-            assert f"remove {run / 'checkpoints' / '12'} to go on" in str(error)
-    assert errors >= 4
-    assert capfd.readouterr().err == ""
+        states = []
+        status, error = status_of(
+            capfd, lambda r=run, s=states: s.append(runs.restored(maker(), r, 12))
+        )
+        if status == 0:
+            assert error == ""
+            assert runs.same(states[0], expected), name
+        else:
+            errors.append(name)
+            remedy = f"remove {run / 'checkpoints' / '12'} to go on from the one before"
+            assert f"{remedy}. (" in one_line(error)
+    assert len(errors) >= 4, errors
 
 
 def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
@@ -290,7 +296,7 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
     shutil.copytree(finished, out)
     last = out / RUN / "checkpoints" / "12"
     for path in last.glob("state/ocdbt.process_0/d/*"):
-        path.write_bytes(path.read_bytes()[:-1])
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     before = contents(out)
     status, error = status_of(capfd, lambda: trainer.fit(maker(), [0], out / RUN))
     assert status == 2
@@ -319,14 +325,10 @@ def test_an_old_checkpoint_that_was_half_deleted_is_no_hindrance(
 # --- a full disk, as a limit on the size of files
 
 
-def limited(size: int) -> Callable[[], None]:
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
 def test_no_room_for_a_checkpoint(begun, finished):
     before = runs.restored(maker(), begun / RUN, 5)
     # The largest file of a checkpoint has about 60 kB.
-    process = runs.start([*ARGUMENTS, "--out", str(begun)], limits=limited(20_000))
+    process = runs.start([*ARGUMENTS, "--out", str(begun)], largest=20_000)
     status, error = runs.end(process)
     assert status == 2
     for part in ("could not be written", "Make room", "the same command again"):
@@ -339,9 +341,7 @@ def test_no_room_for_a_checkpoint(begun, finished):
 def test_no_room_for_metrics(begun, finished):
     metrics = begun / RUN / "metrics.jsonl"
     before = metrics.read_bytes()
-    process = runs.start(
-        [*ARGUMENTS, "--out", str(begun)], limits=limited(len(before) + 100)
-    )
+    process = runs.start([*ARGUMENTS, "--out", str(begun)], largest=len(before) + 100)
     status, error = runs.end(process)
     assert status == 2
     assert f"{metrics} could not be written (File too large)" in one_line(error)

@@ -105,7 +105,9 @@ def assert_trained_alike(out: pathlib.Path, tmp_path: pathlib.Path, **form: Any)
 
 def test_a_pre_emption_stops_both_at_one_step_and_they_go_on_exactly(cache, tmp_path):
     out = tmp_path / "out"
-    processes = start_pair(cache, out)
+    # Calls of several steps: not every step is one to stop at.
+    options = ("--scan-block", "5")
+    processes = start_pair(cache, out, *options)
     first = out / RUN / "checkpoints" / "10"
     limit = time.monotonic() + 120
     while not first.exists() and time.monotonic() < limit:
@@ -125,7 +127,7 @@ def test_a_pre_emption_stops_both_at_one_step_and_they_go_on_exactly(cache, tmp_
         )
         assert "Traceback" not in errors
     assert not (out / "summary.json").exists()
-    ended = end_pair(start_pair(cache, out))
+    ended = end_pair(start_pair(cache, out, *options))
     assert [(status, errors) for status, _, errors in ended] == [(0, ""), (0, "")]
     # Only the first prints and writes: a line of metrics once, one file of events a
     # start.
@@ -133,7 +135,20 @@ def test_a_pre_emption_stops_both_at_one_step_and_they_go_on_exactly(cache, tmp_
     assert ended[1][1] == ""
     assert len(list((out / RUN).glob("events.*"))) == 2
     assert (out / "summary.json").exists()
-    assert_trained_alike(out, tmp_path)
+    assert_trained_alike(out, tmp_path, scan_block=5)
+
+
+def test_one_that_cannot_start_stops_the_other(cache, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("words")
+    (status, _, error), (other_status, _, other_error) = end_pair(
+        start_pair(cache, out), seconds=60
+    )
+    assert (status, other_status) == (2, 2)
+    assert error.startswith(f"error: out: {out} exists already")
+    assert other_error == "error: process 0 cannot start: see its message.\n"
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 
 def test_pmap_over_two_processes(cache, tmp_path):

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from experiments import models, trainer
+from experiments.checkpoints import Checkpoints, Progress
 from experiments.config import CheckpointConfig, Config, MaskConfig, OptimizerConfig
 from tests import runs
 
@@ -131,6 +132,26 @@ def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_is_not(
     for name in ("step", "order", "params", "statistics", "opt_state", "average"):
         if name != "average" or variant == "snfs":
             assert not runs.same(getattr(begun, name), getattr(state, name))
+
+
+@pytest.mark.usefixtures("_small")
+def test_a_checkpoint_holds_the_losses_since_the_last_evaluation(tmp_path, monkeypatch):
+    """And not those of later steps, though it is written while they come in."""
+    maker = runs.make(dataclasses.replace(CONFIG, **VARIANTS["dense"]))
+    given = {}
+    save = Checkpoints.save
+
+    def noting(self: Any, step: int, state: Any, progress: Progress) -> None:
+        given[step] = progress
+        save(self, step, state, progress)
+
+    monkeypatch.setattr(Checkpoints, "save", noting)
+    records, _ = trainer.fit(maker, [3], tmp_path)
+    assert list(given) == [5, 10, 15, 20, 24]
+    for step, progress in given.items():
+        (losses,) = progress.losses
+        assert len(losses) == (0 if step == 24 else step % 7)
+    assert records[0][-1].step == 24
 
 
 # --- on other devices
