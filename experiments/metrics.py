@@ -56,11 +56,15 @@ class Log:
         self._writes = writes
         self._boards: list[SummaryWriter] = []
 
-    def resume(self, step: int) -> None:
+    def resume(self, step: int, expected: Sequence[int] | None = None) -> None:
         """Reads the records up to `step`, and removes those after it from the file.
 
+        Args:
+          step: of the checkpoint that is gone on from; -1 without one.
+          expected: steps that there must be records of; None for whichever there are.
+
         Raises:
-          ValueError: the file is not one of these seeds.
+          ValueError: the file is not one of these seeds, or lacks records.
         """
         if self._path.exists():
             for line in self._path.read_text().splitlines():
@@ -74,6 +78,13 @@ class Log:
                 if seed not in self._seeds:
                     raise ValueError(f"{self._path} has records of seed {seed}.")
                 self.records[self._seeds.index(seed)].append(record)
+        for records in self.records:
+            if expected is not None and [r.step for r in records] != [*expected]:
+                raise ValueError(
+                    f"{self._path} has not the records up to step {step}, which the "
+                    "checkpoint beside it is of: put the file back, or remove "
+                    f"{self._path.parent} to train anew."
+                )
         if not self._writes:
             return
         with complete(self._path) as path, path.open("w") as file:

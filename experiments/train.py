@@ -127,7 +127,8 @@ class StopSignal:
     """SIGTERM and SIGINT, taken as a wish to stop at the next step.
 
     A second one has its usual effect. Where several processes train as one, JAX's own
-    service takes SIGTERM, and sees to it that all stop at the same step.
+    service takes SIGTERM, and sees to it that all stop at the same step; SIGINT ends
+    them at once.
     """
 
     def __init__(self) -> None:

@@ -168,7 +168,10 @@ def _fit(
         del snapshot
         step, start = saved, start - progress.seconds
         losses.values = progress.losses
-        log.resume(step)
+        evaluated = [*range(0, step + 1, interval)]
+        if step == config.steps and step % interval:
+            evaluated.append(step)
+        log.resume(step, evaluated)
         on_step(step)
     data = _data(trainer, seeds[0], step)
     ahead = _AHEAD if _may_run_ahead(program) else 0

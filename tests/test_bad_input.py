@@ -306,6 +306,26 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
     assert_goes_on(out, finished)
 
 
+@pytest.mark.parametrize("change", ["gone", "shorter"])
+def test_metrics_that_do_not_go_with_the_checkpoint(change, finished, tmp_path, capfd):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    path = out / RUN / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    if change == "gone":
+        path.unlink()
+    else:
+        path.write_text("".join(lines[:-2] + lines[-1:]))
+    before = contents(out)
+    status, error = status_of(capfd, lambda: trainer.fit(maker(), [0], out / RUN))
+    assert status == 2
+    assert f"{path} has not the records up to step 12" in one_line(error)
+    assert f"put the file back, or remove {out / RUN} to train anew" in one_line(error)
+    assert contents(out) == before
+    path.write_text("".join(lines))
+    assert_goes_on(out, finished)
+
+
 def test_an_old_checkpoint_that_was_half_deleted_is_no_hindrance(
     finished, tmp_path, capfd
 ):
