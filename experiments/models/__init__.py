@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from experiments.models import resnet
-from experiments.models.cnn import CNN
+from experiments.models.cnn import CNN, NormedCNN
 from experiments.models.lenet import LeNet5, LeNet300
 from experiments.models.mobilenet import MobileNetV1, MobileNetV2
 from experiments.models.transformer import GPT, ViT
@@ -30,6 +30,7 @@ _PLAIN: dict[str, Callable[..., nn.Module]] = {
     "gpt": GPT,
 }
 _WITH_BATCH_NORM: dict[str, Callable[..., nn.Module]] = {
+    "cnn-bn": NormedCNN,
     "resnet-20": resnet.thin(20),
     "resnet-32": resnet.thin(32),
     "resnet-56": resnet.thin(56),
