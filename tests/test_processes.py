@@ -95,8 +95,9 @@ def assert_trained_alike(out: pathlib.Path, tmp_path: pathlib.Path, **form: Any)
     maker = runs.make(Config(**(CONFIG.__dict__ | form)), devices=2)
     _, state = trainer.fit(maker, [0], tmp_path / RUN)
     expected = maker.program.snapshot(state)
-    found = runs.restored(maker, out / RUN, STEPS)
-    assert int(found.step) == STEPS
+    steps = maker.config.steps
+    found = runs.restored(maker, out / RUN, steps)
+    assert int(found.step) == steps
     assert runs.same(found.opt_state.masks, expected.opt_state.masks)
     assert runs.same(found, expected)
     assert runs.lines(out / RUN) == runs.lines(tmp_path / RUN)
@@ -105,10 +106,21 @@ def assert_trained_alike(out: pathlib.Path, tmp_path: pathlib.Path, **form: Any)
 
 def test_a_pre_emption_stops_both_at_one_step_and_they_go_on_exactly(cache, tmp_path):
     out = tmp_path / "out"
-    # Calls of several steps: not every step is one to stop at.
-    options = ("--scan-block", "5")
+    # Calls of several steps: not every step is one to stop at. So many that the signal
+    # has long got around before the last one.
+    longer: dict[str, Any] = {
+        "steps": 2400,
+        "eval_every": 900,
+        "scan_block": 5,
+        "masks": MaskConfig(interval=240),
+        "checkpoint": CheckpointConfig(every=600),
+    }
+    options = (
+        *("--steps", "2400", "--eval-every", "900", "--scan-block", "5"),
+        *("--masks.interval", "240", "--checkpoint.every", "600"),
+    )
     processes = start_pair(cache, out, *options)
-    first = out / RUN / "checkpoints" / "10"
+    first = out / RUN / "checkpoints" / "600"
     limit = time.monotonic() + 120
     while not first.exists() and time.monotonic() < limit:
         assert {process.poll() for process in processes} == {None}
@@ -116,7 +128,7 @@ def test_a_pre_emption_stops_both_at_one_step_and_they_go_on_exactly(cache, tmp_
     processes[0].send_signal(signal.SIGTERM)
     ended = end_pair(processes)
     last = runs.steps_saved(out / RUN)[-1]
-    assert 10 <= last < STEPS
+    assert 600 <= last < 2400
     for status, printed, errors in ended:
         assert status == 143
         assert printed == ""
@@ -135,7 +147,7 @@ def test_a_pre_emption_stops_both_at_one_step_and_they_go_on_exactly(cache, tmp_
     assert ended[1][1] == ""
     assert len(list((out / RUN).glob("events.*"))) == 2
     assert (out / "summary.json").exists()
-    assert_trained_alike(out, tmp_path, scan_block=5)
+    assert_trained_alike(out, tmp_path, **longer)
 
 
 def test_one_that_cannot_start_stops_the_other(cache, tmp_path):
