@@ -308,9 +308,8 @@ def _test_batches(trainer: Trainer) -> Iterator[PyTree]:
         assert trainer.test is not None
         yield from trainer.test
         return
-    devices = program.devices
     batches = dataset.test_batches(
-        batch_size=math.ceil(trainer.config.data.batch_size / devices) * devices,
+        batch_size=trainer.config.data.batch_size,
         process=jax.process_index(),
         processes=jax.process_count(),
         workers=trainer.config.data.workers,

@@ -439,12 +439,16 @@ def test_a_moving_average_is_evaluated_masked(tmp_path):
         mask = np.asarray(masks[name]["kernel"])
         assert not np.any(np.asarray(evaluated[name]["kernel"])[~mask])
         assert np.any(np.asarray(state.average[name]["kernel"])[~mask])
-    # Evaluating the average as it is, or the weights, counts otherwise.
+    # Neither the average as it is nor the weights give the recorded loss.
     (batch,) = trainer.padded(maker.dataset.test, 1024, 1)
-    plain = state._replace(params=evaluated, average=evaluated)
-    assert int(maker.program.evaluate(plain, batch).correct[0]) == (
-        records[-1].test_correct
-    )
+    dense = make(method="dense").program
+    losses = [
+        float(dense.evaluate(state._replace(params=params), batch).loss[0]) / 596
+        for params in (evaluated, state.average, state.params)
+    ]
+    assert losses[0] == pytest.approx(records[-1].test_loss, rel=1e-5)
+    for other in losses[1:]:
+        assert other != pytest.approx(losses[0], rel=1e-4)
 
 
 def test_bfloat16_computes_in_it_and_keeps_float32_parameters():
