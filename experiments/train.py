@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 import granet_jax
 from experiments import distributed, dry_run, recipes, report, trainer
 from experiments.config import Config, MaskConfig, differences
-from experiments.data import load
+from experiments.data import Dataset, Stream, load
 from experiments.metrics import Record, complete
 
 DEFAULT_FOLDER = pathlib.Path("runs")
@@ -46,19 +46,23 @@ def run(config: Config) -> list[report.Runs]:
     if config.baseline and config.method != "dense":
         configs.append(dataclasses.replace(config, method="dense", masks=MaskConfig()))
 
-    def prepare() -> tuple[list[trainer.Trainer], pathlib.Path]:
+    def prepare() -> tuple[Dataset | Stream, trainer.Trainer, pathlib.Path]:
         dataset = load(config.data.dataset, config.data.data_dir)
-        trainers = [trainer.create(each, dataset) for each in configs]
-        return trainers, open_folder(config)
+        first = trainer.create(configs[0], dataset)
+        return dataset, first, open_folder(config)
 
-    trainers, folder = distributed.in_all(prepare)
+    dataset, each, folder = distributed.in_all(prepare)
     title = (
         f"{config.data.dataset}, {config.model}, {config.steps:,} steps of "
         f"{config.data.batch_size}"
     )
     try:
         with StopSignal() as stop:
-            runs = [train_all(each, folder, stop.reached) for each in trainers]
+            runs = [train_all(each, folder, stop.reached)]
+            # Made when it is its turn, so that the devices hold the data once.
+            for other in configs[1:]:
+                each = trainer.create(other, dataset)
+                runs.append(train_all(each, folder, stop.reached))
     except trainer.StoppedError as stopped:
         stopped.add_note(f"Go on with the same command and --out {folder}")
         raise
