@@ -414,6 +414,29 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, An
     }
 
 
+def check_same(
+    before: dict[str, Any], now: dict[str, Any], *, holder: str, this: str
+) -> None:
+    """Refuses to go on with what was configured otherwise, see `differences`.
+
+    Args:
+      before: as of `Config.to_dict`.
+      now: the same of what is to go on.
+      holder: what has `before`, for the message.
+      this: what has `now`.
+
+    Raises:
+      ValueError: they differ.
+    """
+    if found := differences(before, now):
+        name, (old, new) = next(iter(found.items()))
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise ValueError(
+            f"out: {holder} with {name}={old}, and {this} has {name}={new}{more}. Give "
+            "the same options to go on with it, or another folder."
+        )
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in values.items():

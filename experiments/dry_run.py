@@ -24,7 +24,7 @@ import granet_jax
 from experiments import macs, models
 from experiments.config import Config
 from experiments.data import Dataset, Split, Stream
-from experiments.metrics import complete
+from experiments.files import complete
 from experiments.recipes import Recipe, columns
 from experiments.step import Functions
 from granet_jax import distributions, masking

@@ -1,15 +1,15 @@
 """What is measured in a training run, kept as lines of JSON and for TensorBoard."""
 
-import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tensorboardX import SummaryWriter
 
 import granet_jax
+from experiments.files import complete, writing
 
 FILE = "metrics.jsonl"
 
@@ -110,7 +110,7 @@ class Log:
             records.append(record)
         if not self._writes:
             return
-        with _writing(self._path), self._path.open("a") as file:
+        with writing(self._path), self._path.open("a") as file:
             for seed, record in zip(self._seeds, new, strict=True):
                 file.write(_line(self._method, seed, record))
             file.flush()
@@ -124,34 +124,6 @@ class Log:
         """Ends TensorBoard's files."""
         for board in self._boards:
             board.close()
-
-
-@contextlib.contextmanager
-def complete(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a file its name only when it is complete.
-
-    Yields:
-      The path to write to, `path` with ".partial" added. An exception leaves it there,
-      as does the end of the process.
-
-    Raises:
-      OSError: it cannot be written.
-    """
-    partial = path.with_name(path.name + ".partial")
-    with _writing(path):
-        yield partial
-        os.replace(partial, path)
-
-
-@contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"{path} could not be written ({error.strerror}): make room (or give "
-            "another folder as --out) and run the same command again."
-        ) from error
 
 
 def _line(method: str, seed: int, record: Record) -> str:

@@ -1,7 +1,6 @@
 """What a run leaves behind: metrics as JSON lines, a table, a summary and a plot."""
 
 import dataclasses
-import json
 import pathlib
 import statistics
 from collections.abc import Sequence
@@ -54,8 +53,8 @@ class Runs:
         ]
 
 
-def summary(runs: Sequence[Runs], environment: dict[str, Any]) -> str:
-    """The final numbers of every run, as JSON."""
+def summary(runs: Sequence[Runs], environment: dict[str, Any]) -> dict[str, Any]:
+    """The final numbers of every run, ready for JSON."""
     rows = [
         {
             "method": run.method,
@@ -69,7 +68,7 @@ def summary(runs: Sequence[Runs], environment: dict[str, Any]) -> str:
         }
         for run in runs
     ]
-    return json.dumps({"runs": rows, "environment": environment}, indent=2) + "\n"
+    return {"runs": rows, "environment": environment}
 
 
 def table(title: str, runs: Sequence[Runs]) -> rich.table.Table:

@@ -1,7 +1,6 @@
 """Trains methods x sparsities x seeds: `python -m experiments.sweep FILE.toml`."""
 
 import dataclasses
-import json
 import pathlib
 import re
 import sys
@@ -14,9 +13,10 @@ import tqdm
 import tyro
 
 from experiments import parallel, report, sweep_report, train, trainer
-from experiments.config import Config, differences
+from experiments.config import Config, check_same
 from experiments.data import Dataset, Stream, load
-from experiments.metrics import Log, complete
+from experiments.files import read_json, write_json
+from experiments.metrics import Log
 from experiments.sweep_file import Sweep, read
 
 
@@ -92,8 +92,7 @@ def _train(
         for name, config in left.items():
             (out / name).mkdir(parents=True, exist_ok=True)
             config = dataclasses.replace(config, vmap_seeds=vmap_seeds)
-            with complete(out / name / "config.json") as path:
-                path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+            write_json(out / name / "config.json", config.to_dict())
             trainers: dict[int, trainer.Trainer] = {}
             for seeds in plan[name]:
                 lanes = len(seeds)
@@ -143,8 +142,8 @@ def open_folder(sweep: Sweep, out: pathlib.Path) -> dict[str, Any]:
         settings = {}
         if sweep.vmap_seeds is not None:
             settings["vmap_seeds"] = sweep.vmap_seeds
-        _write_json(path, settings)
-    settings = _read_json(path)
+        write_json(path, settings)
+    settings = read_json(path)
     for name, config in sweep.cells.items():
         path = out / name / "config.json"
         if not path.exists():
@@ -152,14 +151,12 @@ def open_folder(sweep: Sweep, out: pathlib.Path) -> dict[str, Any]:
         expected = config.to_dict()
         if sweep.vmap_seeds is None:
             expected["vmap_seeds"] = settings.get("vmap_seeds", False)
-        if found := differences(_read_json(path), expected):
-            option, (old, new) = next(iter(found.items()))
-            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            raise ValueError(
-                f"out: {out} holds {name} with {option}={old}, and this sweep has "
-                f"{option}={new}{more}. Give the same options to go on with it, or "
-                "another folder. Methods, sparsities and seeds may be added."
-            )
+        check_same(
+            read_json(path),
+            expected,
+            holder=f"{out} holds {name}",
+            this="this sweep (to which methods, sparsities and seeds may be added)",
+        )
     return settings
 
 
@@ -198,7 +195,7 @@ def _choose(
             f"{1000 * mapped:.2f} ms a seed: {chosen}.",
             flush=True,
         )
-    _write_json(out / "sweep.json", settings)
+    write_json(out / "sweep.json", settings)
     return settings["vmap_seeds"]
 
 
@@ -334,18 +331,6 @@ def write_results(
             )
     sweep_report.write(sweep, runs, diverged, train.environment(), out)
     return runs
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise FileExistsError(f"out: {path} cannot be read ({error}).") from error
-
-
-def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    with complete(path) as partial:
-        partial.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _command(

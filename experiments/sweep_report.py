@@ -1,7 +1,6 @@
 """What a sweep leaves behind: tables, all numbers as JSON, and a plot."""
 
 import dataclasses
-import json
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.metrics import complete
+from experiments.files import complete, write_json
 from experiments.report import Runs
 from experiments.sweep_file import Sweep, cell_name
 
@@ -45,8 +44,7 @@ def write(
     with complete(out / "results.md") as path:
         path.write_text(_markdown(sweep, runs, diverged))
     results = _results(sweep, runs, diverged) | {"environment": environment}
-    with complete(out / "results.json") as path:
-        path.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(out / "results.json", results)
     if runs:
         with complete(out / "accuracy.png") as path:
             plot(sweep, runs, path)

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import datetime
 import inspect
-import json
 import logging
 import pathlib
 import signal
@@ -22,9 +21,10 @@ from jax.experimental import multihost_utils
 
 import granet_jax
 from experiments import distributed, dry_run, recipes, report, trainer
-from experiments.config import Config, MaskConfig, differences
+from experiments.config import Config, MaskConfig, check_same
 from experiments.data import Dataset, Stream, load
-from experiments.metrics import Record, complete
+from experiments.files import complete, read_json, write_json
+from experiments.metrics import Record
 
 DEFAULT_FOLDER = pathlib.Path("runs")
 
@@ -69,8 +69,7 @@ def run(config: Config) -> list[report.Runs]:
     if distributed.is_first():
         with complete(folder / "curves.png") as path:
             report.plot(title, runs, path)
-        with complete(folder / "summary.json") as path:
-            path.write_text(report.summary(runs, environment()))
+        write_json(folder / "summary.json", report.summary(runs, environment()))
         console = rich.console.Console()
         console.print(report.table(title, runs))
         console.print(f"Results in {folder}", soft_wrap=True, highlight=False)
@@ -182,18 +181,12 @@ def open_folder(config: Config) -> pathlib.Path:
         return config.out
     path = config.out / "config.json"
     if path.exists():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            raise FileExistsError(f"out: {path} cannot be read ({error}).") from error
-        if found := differences(before, config.to_dict()):
-            name, (old, new) = next(iter(found.items()))
-            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            raise ValueError(
-                f"out: {config.out} holds a run with {name}={old}, and this one has "
-                f"{name}={new}{more}. Give the same options to go on with it, or "
-                "another folder."
-            )
+        check_same(
+            read_json(path),
+            config.to_dict(),
+            holder=f"{config.out} holds a run",
+            this="this one",
+        )
         return config.out
     if config.out.exists() and (not config.out.is_dir() or _others(config.out)):
         raise FileExistsError(
@@ -211,8 +204,7 @@ def _others(folder: pathlib.Path) -> bool:
 
 def _write_config(config: Config, folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with complete(folder / "config.json") as path:
-        path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    write_json(folder / "config.json", config.to_dict())
 
 
 def _new_folder(config: Config) -> pathlib.Path:
