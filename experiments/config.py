@@ -17,16 +17,27 @@ MethodName = Literal[
     "granet", "granet-st", "gmp", "rigl", "set", "snfs", "static", "dense"
 ]
 
+SourceName = Literal["magnitude", "snip", "iterative-snip", "grasp", "force", "synflow"]
+# Which of `rounds` and `images` each source has.
+_SOURCES: dict[str | None, frozenset[str]] = {
+    None: frozenset(),
+    "magnitude": frozenset(),
+    "snip": frozenset({"images"}),
+    "grasp": frozenset({"images"}),
+    "iterative-snip": frozenset({"rounds", "images"}),
+    "force": frozenset({"rounds", "images"}),
+    "synflow": frozenset({"rounds"}),
+}
+
 # Which of the options in MaskConfig each method has.
+_START = frozenset({"distribution", "source", "rounds", "images"})
 OPTIONS: dict[str, frozenset[str]] = {
-    "granet": frozenset(
-        {"interval", "fraction", "initial_sparsity", "pruning_end", "distribution"}
-    ),
-    "gmp": frozenset({"interval", "initial_sparsity", "pruning_end", "distribution"}),
-    "rigl": frozenset({"interval", "fraction", "stop", "distribution"}),
-    "set": frozenset({"interval", "fraction", "stop", "distribution"}),
-    "snfs": frozenset({"interval", "fraction", "distribution"}),
-    "static": frozenset({"distribution"}),
+    "granet": _START | {"interval", "fraction", "initial_sparsity", "pruning_end"},
+    "gmp": _START | {"interval", "initial_sparsity", "pruning_end"},
+    "rigl": _START | {"interval", "fraction", "stop"},
+    "set": _START | {"interval", "fraction", "stop"},
+    "snfs": _START | {"interval", "fraction"},
+    "static": _START,
     "dense": frozenset(),
 }
 OPTIONS["granet-st"] = OPTIONS["granet"]
@@ -73,6 +84,8 @@ _LEAST = {
     "optimizer.warmup_steps": 0,
     "optimizer.accumulate": 1,
     "masks.interval": 1,
+    "masks.rounds": 1,
+    "masks.images": 1,
     "fsdp": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
@@ -205,6 +218,20 @@ class MaskConfig:
     distribution: Literal["uniform", "er", "erk"] | None = None
     """How the sparsity of the initial masks is split over the layers; by
     default erk, and uniform for gmp and snfs. All methods but dense."""
+
+    source: SourceName | None = None
+    """Where the initial masks come from, instead of being drawn: scores
+    of the initial weights by magnitude, snip, iterative-snip, grasp,
+    force or synflow, ranked over all layers. All methods that start
+    sparse."""
+
+    rounds: int | None = None
+    """Rounds in which the source prunes; by default 100 for synflow, and
+    60 for iterative-snip and force, which have several."""
+
+    images: int | None = None
+    """Training examples that the source sees, not augmented; by default
+    ten a class. snip, iterative-snip, grasp, force."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -465,6 +492,16 @@ def build_method(config: Config) -> granet_jax.Method | None:
                 f"masks.{name} is not an option of method {config.method!r}, only of "
                 f"{', '.join(having)}."
             )
+    for name in ("source", "rounds", "images"):
+        options.pop(name, None)
+    method = _method(config, options)
+    if method is not None:
+        _check_source(config.masks, method)
+    return method
+
+
+def _method(config: Config, options: dict[str, Any]) -> granet_jax.Method | None:
+    """The record, from those of `MaskConfig` that are given and meant for it."""
     pruning_end = math.floor(options.pop("pruning_end", 0.5) * config.steps)
     stop = options.pop("stop", 0.75)
     last = {
@@ -508,6 +545,21 @@ def build_method(config: Config) -> granet_jax.Method | None:
             return granet_jax.static(config.sparsity, **options)
         case "dense":
             return None
+
+
+def _check_source(masks: MaskConfig, method: granet_jax.Method) -> None:
+    for name in ("rounds", "images"):
+        if getattr(masks, name) is not None and name not in _SOURCES[masks.source]:
+            having = [str(s) for s, has in _SOURCES.items() if name in has]
+            raise ValueError(
+                f"masks.{name} is an option of the sources {', '.join(having)}, and "
+                f"masks.source is {masks.source}."
+            )
+    if masks.source is not None and method.sparsity(0) == 0:
+        raise ValueError(
+            f"masks.source is {masks.source}, and {method.name} starts dense: give "
+            "masks.initial_sparsity above 0, or another method."
+        )
 
 
 def _check_least(name: str, value: Any, least: int) -> None:

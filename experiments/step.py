@@ -115,6 +115,19 @@ class Functions:
             self.method, inner, where=models.maskable, seed=seed
         )
 
+    def variables(self, seed: Array) -> PyTree:
+        """The network's initial "params" and, if it has some, "batch_stats".
+
+        Args:
+          seed: uint32 scalar.
+        """
+        if isinstance(self.dataset, Stream):
+            shape = self.dataset.image_shape
+        else:
+            shape = self.dataset.train.inputs.shape[1:]
+        example = self.inputs(jnp.zeros((1, *shape), jnp.uint8))
+        return self.model.init(_key(seed, "init", 0), example, train=False)
+
     def create(self, seed: Array) -> TrainState:
         """The state at step 0, pruned weights already zero.
 
@@ -122,13 +135,9 @@ class Functions:
           seed: uint32 scalar.
         """
         order = ()
-        if isinstance(self.dataset, Stream):
-            shape = self.dataset.image_shape
-        else:
-            size, *shape = self.dataset.train.inputs.shape
-            order = jnp.arange(size, dtype=jnp.int32)
-        example = self._inputs(jnp.zeros((1, *shape), jnp.uint8))
-        variables = self.model.init(_key(seed, "init", 0), example, train=False)
+        if not isinstance(self.dataset, Stream):
+            order = jnp.arange(len(self.dataset.train.labels), dtype=jnp.int32)
+        variables = self.variables(seed)
         params = variables["params"]
         opt_state = self.optimizer(seed).init(params)
         if self.method is not None:
@@ -156,7 +165,7 @@ class Functions:
           (the next state, the mean loss of the batch).
         """
         if isinstance(self.dataset, Stream):
-            batch = Split(self._inputs(data.inputs), data.labels)
+            batch = Split(self.inputs(data.inputs), data.labels)
         else:
             state, batch = self._draw(state, data)
         loss, statistics, grads = self._gradient(state, batch)
@@ -198,7 +207,7 @@ class Functions:
         """What the network makes of one batch; a label of -1 is no example."""
         params = self.evaluated(state)
         variables = {"params": params, "batch_stats": state.statistics}
-        logits = self.model.apply(variables, self._inputs(batch.inputs), train=False)
+        logits = self.model.apply(variables, self.inputs(batch.inputs), train=False)
         logits = jnp.asarray(logits)
         counted = batch.labels >= 0
         labels = jnp.where(counted, batch.labels, 0)
@@ -255,9 +264,9 @@ class Functions:
         if self.config.flip:
             inputs = augment.mirrored(inputs, draws["mirrored"])
         labels = jnp.asarray(train.labels)[draws["rows"]]
-        return state._replace(order=order), Split(self._inputs(inputs), labels)
+        return state._replace(order=order), Split(self.inputs(inputs), labels)
 
-    def _inputs(self, raw: Any) -> Array:
+    def inputs(self, raw: Any) -> Array:
         """What the network takes: normalised images, or text as it is."""
         if not self.dataset.mean:
             return jnp.asarray(raw)

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 import granet_jax
+from experiments import sources
 from experiments.checkpoints import Checkpoints, Progress
 from experiments.config import Config
 from experiments.data import Dataset, Split, Stream
@@ -161,6 +162,8 @@ def _fit(
     losses = Losses(program.lanes)
     if saved is None:
         state = program.create(seeds)
+        if config.masks.source is not None:
+            state = sources.with_masks(program, state, seeds)
         log.resume(-1)
     else:
         snapshot, progress = checkpoints.restore(saved, program.abstract())

@@ -76,13 +76,16 @@ def batch_norm(
 
 
 def output(classes: int, *, init: Initializer) -> nn.Dense:
-    """The linear classifier "output", in float32 whatever the other layers are in."""
-    return nn.Dense(classes, kernel_init=init, dtype=jnp.float32, name="output")
+    """The linear classifier "output", in float32 even where other layers are not.
+
+    That is, in the wider of the dtypes of its parameters, float32, and of its input.
+    """
+    return nn.Dense(classes, kernel_init=init, name="output")
 
 
 def average_pool(x: jax.Array) -> jax.Array:
-    """The mean over all positions, float32: (n, height, width, c) to (n, c)."""
-    return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+    """The mean over all positions, float32 or wider: (n, h, w, c) to (n, c)."""
+    return jnp.mean(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=(1, 2))
 
 
 def check_images(model: str, x: jax.Array, smallest: int = 1) -> None:
