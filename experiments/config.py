@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import granet_jax
 from experiments import data, models
+from granet_jax import tost
 
 MethodName = Literal[
     "granet", "granet-st", "gmp", "rigl", "set", "snfs", "static", "dense"
@@ -235,6 +236,53 @@ class MaskConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ToSTConfig:
+    """Techniques of ToST (Jaiswal et al. 2022), for any masks or none."""
+
+    neurons: Literal["swish", "mish"] | None = None
+    """Ghost neurons: this activation, sharpened step by step until it is
+    ReLU. Networks with ReLU only."""
+
+    skips: Literal["identity", "conv"] | None = None
+    """Ghost skip connections beside the convolutions, fading out:
+    without parameters, or 1 x 1 convolutions, which stay dense."""
+
+    lrsi: bool = False
+    """Layer-wise re-scaled initialisation: a scale for every tensor of
+    the masked initial parameters, learned so that the first step lowers
+    the loss most."""
+
+    labels: float | None = None
+    """Label smoothing as in the authors' code: this share of the target,
+    in [0, 1], goes to the other classes. (They have 0.1.)"""
+
+    ghost_fraction: float = 0.25
+    """Share of the steps in which there are ghosts, in (0, 1]. After
+    them the network is the plain one."""
+
+    as_in_code: bool = False
+    """The authors' code instead of the paper's idea: the ghosts are kept
+    to the end and in the result; swish(2x) / 2; skips from constant
+    kernels; a look-ahead step over pruned weights too."""
+
+    def build(self) -> tost.ToST:
+        """The library's record.
+
+        Raises:
+          ValueError: a value out of range.
+        """
+        base = tost.reproduction() if self.as_in_code else tost.ToST()
+        neurons, skips = base.neurons or tost.Neurons(), base.skips or tost.Skips()
+        return tost.ToST(
+            neurons=self.neurons and dataclasses.replace(neurons, kind=self.neurons),
+            skips=self.skips and dataclasses.replace(skips, kind=self.skips),
+            lrsi=(base.lrsi or tost.LRsI()) if self.lrsi else None,
+            labels=None if self.labels is None else tost.Labels(alpha=self.labels),
+            ghost_fraction=None if self.as_in_code else self.ghost_fraction,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When to write checkpoints. Each run has one at its end, whatever this says."""
 
@@ -340,6 +388,7 @@ class Config:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     masks: MaskConfig = MaskConfig()
+    tost: ToSTConfig = ToSTConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     distributed: DistributedConfig = DistributedConfig()
 
@@ -385,6 +434,42 @@ class Config:
                 "bucket (gcsfuse) and give the folder it is mounted at."
             )
         build_method(self)
+        self._check_tost()
+
+    def _check_tost(self) -> None:
+        for name, having in (
+            ("neurons", models.WITH_NEURONS),
+            ("skips", models.WITH_SKIPS),
+        ):
+            if getattr(self.tost, name) is not None and self.model not in having:
+                raise ValueError(
+                    f"tost.{name} has no place in model {self.model}, only in "
+                    f"{', '.join(having)}."
+                )
+        if self.tost.labels is not None and self.optimizer.label_smoothing:
+            raise ValueError(
+                "tost.labels and optimizer.label_smoothing both smooth the labels: "
+                "give one of them."
+            )
+        ghosts = self.tost.neurons is not None or self.tost.skips is not None
+        if not ghosts and (self.tost.as_in_code and not self.tost.lrsi):
+            raise ValueError(
+                "tost.as_in_code is of effect on neurons, skips and lrsi only: give "
+                "one of them, or leave it out."
+            )
+        try:
+            tost.ghost_steps(self.tost.build(), self.steps)
+        except ValueError as error:
+            raise ValueError(f"tost.{error}") from error
+
+    @property
+    def ghost_steps(self) -> int:
+        """Steps at the start with ghosts in the network; all of them if kept."""
+        if self.tost.neurons is None and self.tost.skips is None:
+            return 0
+        steps = tost.ghost_steps(self.tost.build(), self.steps)
+        # Kept ghosts are there after the last step too.
+        return self.steps + 1 if steps is None else steps
 
     @property
     def evaluation_interval(self) -> int:

@@ -1,19 +1,16 @@
 """Initial masks from scores of the initial weights, instead of drawn ones."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-import granet_jax
 from experiments import models
 from experiments.data import Stream
-from experiments.parallel import Program
-from experiments.step import Functions, TrainState
+from experiments.step import Functions
 from granet_jax import mask_sources
 
 PyTree = Any
@@ -21,56 +18,30 @@ PyTree = Any
 _BATCH = 128
 # As in the code of GraSP and of SynFlow.
 _IMAGES_A_CLASS = 10
+# The authors' of FORCE and of SynFlow.
+_ROUNDS = {"iterative-snip": 60, "force": 60, "synflow": 100}
 # GraSP's code divides the logits by it.
 _TEMPERATURE = 200.0
 
 
-def with_masks(program: Program, state: PyTree, seeds: Sequence[int]) -> PyTree:
-    """A state at step 0 with the configured masks in place of drawn ones.
+def masks(
+    functions: Functions, params: PyTree, statistics: PyTree, seed: int
+) -> PyTree:
+    """The configured masks.
 
     Args:
-      program: whose configuration has a source.
-      state: of the program, at step 0.
-      seeds: of its lanes.
-
-    Returns:
-      The state with the initial weights under these masks.
+      functions: of a configuration with a source, for one device and without ghosts.
+      params: initial parameters.
+      statistics: initial batch statistics.
+      seed: of the run.
 
     Raises:
       ValueError: the data, or the network, is not for the source.
     """
-    functions = Functions(program.functions.config, program.functions.dataset)
-    found = [initial(functions, seed) for seed in seeds]
-    if functions.config.vmap_seeds:
-        params, masks = jax.tree.map(lambda *lanes: np.stack(lanes), *found)
-    else:
-        ((params, masks),) = found
-
-    def replaced(state: TrainState, params: PyTree, masks: PyTree) -> TrainState:
-        average = () if state.average == () else jax.tree.map(jnp.copy, params)
-        opt_state = granet_jax.set_masks(state.opt_state, masks)
-        return state._replace(params=params, opt_state=opt_state, average=average)
-
-    shardings = jax.tree.map(lambda x: x.sharding, program.abstract())
-    replace = jax.jit(replaced, out_shardings=shardings)
-    return program.restore(replace(program.snapshot(state), params, masks))
-
-
-def initial(functions: Functions, seed: int) -> tuple[PyTree, PyTree]:
-    """Initial weights and the configured masks, on the host: (weights, masks).
-
-    The same on any number of devices and processes: each computes all.
-
-    Args:
-      functions: of a configuration with a source, for one device.
-      seed: of the run.
-    """
     config, method = functions.config, functions.method
     assert method is not None
-    variables = jax.jit(functions.variables)(np.uint32(seed))
-    params, statistics = variables["params"], variables.get("batch_stats", {})
     sparsity = method.sparsity(0)
-    rounds = {} if config.masks.rounds is None else {"rounds": config.masks.rounds}
+    rounds = config.masks.rounds or _ROUNDS.get(config.masks.source, 1)
 
     def loss(*, train: bool, temperature: float = 1.0) -> Callable[..., Array]:
         return mask_sources.cross_entropy(
@@ -81,9 +52,9 @@ def initial(functions: Functions, seed: int) -> tuple[PyTree, PyTree]:
     # GraSP and FORCE, running ones (0 and 1) for SNIP and SynFlow.
     match config.masks.source:
         case "magnitude":
-            masks = mask_sources.magnitude(params, sparsity, where=models.maskable)
+            return mask_sources.magnitude(params, sparsity, where=models.maskable)
         case "snip":
-            masks = mask_sources.snip(
+            return mask_sources.snip(
                 loss(train=False),
                 params,
                 examples(functions, seed),
@@ -91,25 +62,25 @@ def initial(functions: Functions, seed: int) -> tuple[PyTree, PyTree]:
                 where=models.maskable,
             )
         case "iterative-snip":
-            masks = mask_sources.snip(
+            return mask_sources.snip(
                 loss(train=True),
                 params,
                 examples(functions, seed),
                 sparsity,
                 where=models.maskable,
-                **({"rounds": 60} | rounds),
+                rounds=rounds,
             )
         case "force":
-            masks = mask_sources.force(
+            return mask_sources.force(
                 loss(train=True),
                 params,
                 examples(functions, seed),
                 sparsity,
                 where=models.maskable,
-                **rounds,
+                rounds=rounds,
             )
         case "grasp":
-            masks = mask_sources.grasp(
+            return mask_sources.grasp(
                 loss(train=True, temperature=_TEMPERATURE),
                 params,
                 examples(functions, seed),
@@ -117,17 +88,16 @@ def initial(functions: Functions, seed: int) -> tuple[PyTree, PyTree]:
                 where=models.maskable,
             )
         case "synflow":
-            masks = mask_sources.synflow(
+            return mask_sources.synflow(
                 _linear(functions, statistics),
                 params,
                 _image(functions),
                 sparsity,
                 where=models.maskable,
-                **rounds,
+                rounds=rounds,
             )
         case source:
             raise ValueError(f"masks.source must be a source, got {source!r}.")
-    return jax.device_get((granet_jax.apply_masks(params, masks), masks))
 
 
 def examples(functions: Functions, seed: int) -> list[tuple[Array, Array]]:

@@ -14,12 +14,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from granet_jax.tost import linen
 from jax import Array, lax
 
 import granet_jax
 from experiments import augment, models, schedules
 from experiments.config import Config, build_method
 from experiments.data import Dataset, Split, Stream
+from granet_jax import tost
 
 PyTree = Any
 
@@ -74,6 +76,7 @@ class Functions:
         device, or the same arrays with their sharding.
       mean: over the devices of what each computed from its part of the batch.
       axis_name: that batch statistics are averaged over, in a mapped function.
+      ghosts: whether the network has the configured ghosts (`config.tost`).
     """
 
     config: Config
@@ -81,6 +84,7 @@ class Functions:
     split: Callable[[PyTree], PyTree] = _whole
     mean: Callable[[PyTree], PyTree] = _whole
     axis_name: str | None = None
+    ghosts: bool = False
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -126,7 +130,8 @@ class Functions:
         else:
             shape = self.dataset.train.inputs.shape[1:]
         example = self.inputs(jnp.zeros((1, *shape), jnp.uint8))
-        return self.model.init(_key(seed, "init", 0), example, train=False)
+        key = _key(seed, "init", 0)
+        return self.model.init(key, example, train=False, **self._with_ghosts(0))
 
     def create(self, seed: Array) -> TrainState:
         """The state at step 0, pruned weights already zero.
@@ -207,7 +212,12 @@ class Functions:
         """What the network makes of one batch; a label of -1 is no example."""
         params = self.evaluated(state)
         variables = {"params": params, "batch_stats": state.statistics}
-        logits = self.model.apply(variables, self.inputs(batch.inputs), train=False)
+        logits = self.model.apply(
+            variables,
+            self.inputs(batch.inputs),
+            train=False,
+            **self._with_ghosts(state.step),
+        )
         logits = jnp.asarray(logits)
         counted = batch.labels >= 0
         labels = jnp.where(counted, batch.labels, 0)
@@ -280,7 +290,7 @@ class Functions:
         differentiate = jax.value_and_grad(self._loss, has_aux=True)
         if parts == 1:
             (loss, statistics), grads = differentiate(
-                state.params, state.statistics, batch
+                state.params, state.statistics, batch, state.step
             )
             return loss, statistics, grads
 
@@ -294,7 +304,9 @@ class Functions:
 
         def add(carry: PyTree, part: Split) -> tuple[PyTree, None]:
             loss, statistics, grads = carry
-            (more, statistics), new = differentiate(state.params, statistics, part)
+            (more, statistics), new = differentiate(
+                state.params, statistics, part, state.step
+            )
             return (loss + more, statistics, jax.tree.map(jnp.add, grads, new)), None
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -303,25 +315,63 @@ class Functions:
         return loss / parts, statistics, jax.tree.map(lambda g: g / parts, grads)
 
     def _loss(
-        self, params: PyTree, statistics: PyTree, batch: Split
+        self, params: PyTree, statistics: PyTree, batch: Split, step: Array
     ) -> tuple[Array, PyTree]:
-        logits, changed = self.model.apply(
-            {"params": params, "batch_stats": statistics},
-            batch.inputs,
-            train=True,
-            mutable=["batch_stats"],
+        logits, statistics = self.logits(
+            params, statistics, jnp.asarray(batch.inputs), step
         )
-        logits = jnp.asarray(logits)
         labels = jnp.asarray(batch.labels)
         smoothing = self.config.optimizer.label_smoothing
-        if smoothing:
+        refined = tost.label_alpha(self.config.tost.build(), self.config.steps)
+        if refined is not None:
+            losses = tost.smoothed_cross_entropy(logits, labels, refined(step))
+        elif smoothing:
             targets = optax.smooth_labels(
                 jax.nn.one_hot(labels, self.dataset.classes), smoothing
             )
             losses = optax.softmax_cross_entropy(logits, targets)
         else:
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), changed.get("batch_stats", statistics)
+        return losses.mean(), statistics
+
+    def logits(
+        self, params: PyTree, statistics: PyTree, inputs: Array, step: Array | int
+    ) -> tuple[Array, PyTree]:
+        """What the network in training makes of a batch, and its new statistics."""
+        logits, changed = self.model.apply(
+            {"params": params, "batch_stats": statistics},
+            inputs,
+            train=True,
+            mutable=["batch_stats"],
+            **self._with_ghosts(step),
+        )
+        return jnp.asarray(logits), changed.get("batch_stats", statistics)
+
+    def _with_ghosts(self, step: Array | int) -> dict[str, Any]:
+        """Arguments of the network's call that put the ghosts of a step into it."""
+        if not self.ghosts:
+            return {}
+        config, steps = self.config.tost.build(), self.config.steps
+        soft, alpha = tost.activation(config, steps), tost.skip_alpha(config, steps)
+        skip = None
+        if config.skips is not None and alpha is not None:
+            skip = models.Skip(
+                alpha(step),
+                config.skips.kind,
+                linen.reproduction_init
+                if config.skips.constant_init
+                else nn.initializers.lecun_normal(),
+            )
+        activation = (
+            nn.relu if soft is None else functools.partial(_at_step, soft, step)
+        )
+        return {"ghosts": models.Ghosts(activation, skip)}
+
+
+def _at_step(
+    soft: Callable[[Array, Array | int], Array], step: Array | int, x: Array
+) -> Array:
+    return soft(x, step)
 
 
 def _key(seed: Array, purpose: str, number: Array | int) -> Array:

@@ -4,9 +4,13 @@ Padding is that of PyTorch, kernel // 2 on every side, which differs from "SAME"
 the stride is 2: there "SAME" pads one side only.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from granet_jax.tost.linen import GhostSkip, SkipKind
 
 Initializer = jax.nn.initializers.Initializer
 
@@ -20,6 +24,69 @@ torch_default: Initializer = nn.initializers.variance_scaling(
     1 / 3, "fan_in", "uniform"
 )
 """Uniform in +-1 / sqrt(inputs of a unit): what PyTorch's layers start from."""
+
+
+class Skip(NamedTuple):
+    """Ghost skip connections, one beside every convolution of a block.
+
+    Attributes:
+      alpha: their coefficient, a floating scalar.
+      kind: "identity" or "conv", see `granet_jax.tost.linen.GhostSkip`.
+      kernel_init: initial kernels of "conv".
+    """
+
+    alpha: jax.Array
+    kind: SkipKind
+    kernel_init: Initializer
+
+
+class Ghosts(NamedTuple):
+    """What a network has for the early part of its training only (ToST).
+
+    Attributes:
+      activation: in place of ReLU.
+      skip: None for none.
+    """
+
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    skip: Skip | None = None
+
+    def beside(
+        self,
+        y: jax.Array,
+        x: jax.Array,
+        strides: int,
+        train: bool,
+        *,
+        axis_name: str | None = None,
+        name: str,
+    ) -> jax.Array:
+        """What a convolution makes of `x`, `y`, with the skip beside it, if any.
+
+        Args:
+          y: after the norm that follows the convolution, if one does.
+          x: what goes into the convolution.
+          strides: of the convolution.
+          train: see `batch_norm`.
+          axis_name: see `batch_norm`.
+          name: of the layer; begins with "ghost_".
+        """
+        if self.skip is None:
+            return y
+        around = GhostSkip(
+            y.shape[-1],
+            strides,
+            kind=self.skip.kind,
+            kernel_init=self.skip.kernel_init,
+            dtype=y.dtype,
+            axis_name=axis_name,
+            name=name,
+        )
+        return y + self.skip.alpha.astype(y.dtype) * around(x, train)
+
+
+NO_GHOSTS = Ghosts()
+"""The plain network."""
 
 
 def conv(
