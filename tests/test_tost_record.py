@@ -42,8 +42,8 @@ def test_both_ghosts_end_together() -> None:
     assert math.isclose(float(alpha(15)), 0.25, rel_tol=1e-6)
 
 
-def test_reproduction_keeps_its_ghosts() -> None:
-    config = tost.reproduction()
+def test_the_authors_code_keeps_its_ghosts() -> None:
+    config = tost.reproduce()
     assert tost.ghost_steps(config, 100) is None
     act, alpha = tost.activation(config, 100), tost.skip_alpha(config, 100)
     smoothing = tost.label_alpha(config, 100)

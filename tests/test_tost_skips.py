@@ -95,7 +95,9 @@ def test_ghost_skip_under_transformations() -> None:
 
 
 def test_conv_ghost_at_the_authors_initialisation() -> None:
-    ghost = linen.GhostSkip(4, kind="conv", kernel_init=linen.reproduction_init)
+    skips = tost.reproduce().skips
+    assert skips is not None
+    ghost = linen.make_skip(skips, 4)
     x = np.random.default_rng(0).normal(size=(8, 5, 5, 3)).astype(np.float32)
     y, _ = ghost.init_with_output(jax.random.key(0), x, True)
     total = x.sum(-1, dtype=np.float64)
@@ -127,14 +129,18 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, train: bool = True, alpha: jax.Array | float = 1.0
+        self,
+        x: jax.Array,
+        train: bool = True,
+        alpha: jax.Array | float = 1.0,
+        act: Callable[[jax.Array], jax.Array] = nn.relu,
     ) -> jax.Array:
         norm = functools.partial(nn.BatchNorm, use_running_average=not train)
         y = norm(name="norm")(nn.Conv(4, (3, 3), 2, name="conv", use_bias=False)(x))
         if self.ghosts:
             # Under its own name: that of the module does not begin with "ghost_".
             y = y + alpha * linen.GhostSkip(4, 2, "conv")(x, train)
-        x = nn.relu(y)
+        x = act(y)
         y = Inner(self.ghosts, name="inner")(x, train, alpha)
         return nn.Dense(3, name="output")(y.mean((1, 2)))
 
@@ -240,6 +246,62 @@ def test_optimizer_states_without_ghosts(name: str) -> None:
     updates, state = jax.eval_shape(tx.update, plain_params, plain_state, plain_params)
     assert jax.tree.structure(state) == jax.tree.structure(expected)
     assert jax.tree.structure(updates) == jax.tree.structure(plain_params)
+
+
+def test_a_training_with_ghosts_and_without() -> None:
+    config = tost.ToST(
+        neurons=tost.Neurons(), skips=tost.Skips(kind="conv"), ghost_fraction=0.5
+    )
+    total = 6
+    length = tost.ghost_steps(config, total)
+    act, alpha = tost.activation(config, total), tost.skip_alpha(config, total)
+    assert length == 3
+    assert act is not None
+    assert alpha is not None
+    tx = granet_jax.transform(
+        granet_jax.static(0.5), optax.sgd(0.05, momentum=0.9), where=WHERE
+    )
+    compiled = []
+
+    @functools.partial(jax.jit, static_argnames="ghosts")
+    def train(variables: PyTree, state: Any, step: jax.Array, ghosts: bool) -> Any:
+        compiled.append(ghosts)
+        more = {}
+        if ghosts:
+            more = {"alpha": alpha(step), "act": functools.partial(act, step=step)}
+
+        def loss(params: PyTree) -> Any:
+            now = {**variables, "params": params}
+            y, changed = Net(ghosts).apply(now, X, mutable=["batch_stats"], **more)
+            return jnp.mean(jnp.square(y - 1.0)), changed
+
+        (value, changed), grads = jax.value_and_grad(loss, has_aux=True)(
+            variables["params"]
+        )
+        updates, state = tx.update(grads, state, variables["params"])
+        params = optax.apply_updates(variables["params"], updates)
+        return {**changed, "params": params}, state, value
+
+    variables = ghost_variables()
+    state = tx.init(variables["params"])
+    losses = []
+    for step in range(total):
+        if step == length:
+            variables, state = tost.drop_ghosts((variables, state))
+            assert jax.tree.structure(variables) == jax.tree.structure(
+                plain_variables()
+            )
+        variables, state, value = train(
+            variables, state, jnp.int32(step), ghosts=step < length
+        )
+        losses.append(float(value))
+    assert compiled == [True, False]
+    assert losses[-1] < losses[0]
+    trees.assert_same(
+        granet_jax.apply_masks(variables["params"], granet_jax.get_masks(state)),
+        variables["params"],
+    )
+    assert granet_jax.sparsity(granet_jax.get_masks(state)).overall == 0.5
 
 
 def test_ghosts_carry_no_mask_and_do_not_count() -> None:

@@ -22,7 +22,7 @@ from granet_jax.tost.record import ToST as ToST
 from granet_jax.tost.record import activation as activation
 from granet_jax.tost.record import ghost_steps as ghost_steps
 from granet_jax.tost.record import label_alpha as label_alpha
-from granet_jax.tost.record import reproduction as reproduction
+from granet_jax.tost.record import reproduce as reproduce
 from granet_jax.tost.record import skip_alpha as skip_alpha
 from granet_jax.tost.schedules import early as early
 from granet_jax.tost.schedules import fading as fading

@@ -3,19 +3,15 @@
 from granet_jax.tost import linen
 """
 
-from typing import Literal
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from granet_jax.tost._checks import check_choice
-from granet_jax.tost.skips import ghost_skip
+from granet_jax.tost.record import Skips
+from granet_jax.tost.skips import SKIP_KINDS, SkipKind, ghost_skip
 
-SkipKind = Literal["identity", "conv"]
-SKIP_KINDS: tuple[SkipKind, ...] = ("identity", "conv")
-
-reproduction_init: jax.nn.initializers.Initializer = nn.initializers.constant(1e-4)
+constant_init: jax.nn.initializers.Initializer = nn.initializers.constant(1e-4)
 """Initial kernel of the authors' code. Not small, since a norm follows; and all output
 channels start equal."""
 
@@ -36,7 +32,7 @@ class GhostSkip(nn.Module):
       strides: of the convolution beside it; one for all axes, or one for each.
       kind: "identity", without parameters (see `ghost_skip`); or "conv", a 1 x 1
         convolution without bias and a batch norm, as in the authors' code.
-      kernel_init: initial kernel of "conv".
+      kernel_init: initial kernel of "conv"; `constant_init` in the authors' code.
       dtype: of the result of "conv"; None for that of the input and parameters.
       axis_name: mapped axis that the norm averages the statistics of the batch over.
 
@@ -86,3 +82,26 @@ class GhostSkip(nn.Module):
             axis_name=self.axis_name,
             name="ghost_norm",
         )(y)
+
+
+def make_skip(
+    config: Skips,
+    features: int,
+    strides: int | tuple[int, ...] = 1,
+    *,
+    dtype: jnp.dtype | None = None,
+    axis_name: str | None = None,
+    name: str | None = None,
+) -> GhostSkip:
+    """The module that the record asks for; for arguments see `GhostSkip`."""
+    return GhostSkip(
+        features,
+        strides,
+        kind=config.kind,
+        kernel_init=(
+            constant_init if config.constant_init else nn.initializers.lecun_normal()
+        ),
+        dtype=dtype,
+        axis_name=axis_name,
+        name=name,
+    )

@@ -30,7 +30,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -86,7 +86,7 @@ class LRsI:
             )
 
 
-class Trace(NamedTuple):
+class Info(NamedTuple):
     """How `rescale_init` went: arrays of shape (iterations,).
 
     Attributes:
@@ -106,12 +106,12 @@ class Rescaled(NamedTuple):
     Attributes:
       params: the scaled parameters, of the types of those given; zero where pruned.
       scales: pytree of the structure of params, a floating scalar at every leaf.
-      trace: see `Trace`.
+      info: see `Info`.
     """
 
     params: PyTree
     scales: PyTree
-    trace: Trace
+    info: Info
 
 
 class Adam(NamedTuple):
@@ -157,10 +157,10 @@ def rescale_init(
 ) -> Rescaled:
     """Scales every tensor of the initial parameters, see the module's text.
 
-    Outside of jit, the iterations are a loop on the host around three compiled
-    functions (a convolution inside a compiled loop is several times slower on CPU), and
-    batches are drawn one by one. Inside a traced function it is one `lax.scan` over
-    the batches, stacked, which must then have equal shapes.
+    Outside of traced functions, the iterations are a loop on the host around three
+    compiled functions (a convolution inside a compiled loop is several times slower on
+    CPU), and batches are drawn one by one. Inside a traced function it is one
+    `lax.scan` over the batches, stacked, which must then have equal shapes.
 
     An objective step draws three batches, a constraint step two. Where they run out,
     they are gone through again from the start.
@@ -186,17 +186,22 @@ def rescale_init(
     Raises:
       TypeError: a config of another type.
       ValueError: masks of another structure or shape; batches that are empty or run
-        out; and outside of jit, a norm or loss that is not finite.
+        out; and outside of traced functions, a norm or loss that is not finite.
     """
     config = LRsI() if config is None else config
     if not isinstance(config, LRsI):
         raise TypeError(f"config must be an LRsI, got {config!r}.")
     problem, state = start(params, masks, config)
-    run = _scan if isinstance(state.scales, Tracer) else _loop
-    state, trace = run(loss_fn, problem, state, batches, config, axis_name)
+    # A loader or an iterator gives concrete arrays.
+    held = batches if isinstance(batches, Sequence) else ()
+    inputs = jax.tree.leaves((problem, state, held))
+    if axis_name is not None or any(isinstance(x, Tracer) for x in inputs):
+        state, info = _scan(loss_fn, problem, state, batches, config, axis_name)
+    else:
+        state, info = _loop(loss_fn, problem, state, batches, config)
     treedef = jax.tree.structure(params)
     scales = treedef.unflatten(list(state.scales))
-    return Rescaled(scaled(problem.base, state.scales), scales, trace)
+    return Rescaled(scaled(problem.base, state.scales), scales, info)
 
 
 def start(params: PyTree, masks: PyTree | None, config: LRsI) -> tuple[Problem, Adam]:
@@ -337,19 +342,16 @@ def _loop(
     state: Adam,
     batches: Iterable[Any],
     config: LRsI,
-    axis_name: str | None,
-) -> tuple[Adam, Trace]:
+) -> tuple[Adam, Info]:
     """All iterations, in a loop on the host."""
 
     @jax.jit
     def measure(problem: Problem, state: Adam, batch: Any) -> tuple[PyTree, Array]:
-        return gradient(loss_fn, problem, state.scales, batch, config, axis_name)
+        return gradient(loss_fn, problem, state.scales, batch, config)
 
     @jax.jit
     def constrain(problem: Problem, state: Adam, direction: PyTree, batch: Any) -> Adam:
-        slope = constraint_gradient(
-            loss_fn, problem, state.scales, direction, batch, axis_name
-        )
+        slope = constraint_gradient(loss_fn, problem, state.scales, direction, batch)
         return adam_step(state, slope, True, problem, config)
 
     @jax.jit
@@ -357,7 +359,7 @@ def _loop(
         problem: Problem, state: Adam, direction: PyTree, batch: Any
     ) -> tuple[Adam, Array]:
         value, slope = objective_gradient(
-            loss_fn, problem, state.scales, direction, batch, config, axis_name
+            loss_fn, problem, state.scales, direction, batch, config
         )
         return adam_step(state, slope, False, problem, config), value
 
@@ -384,7 +386,7 @@ def _loop(
         norms.append(norm)
         objectives.append(value)
         kinds.append(constrained)
-    return state, Trace(jnp.stack(norms), jnp.stack(objectives), jnp.asarray(kinds))
+    return state, Info(jnp.stack(norms), jnp.stack(objectives), jnp.asarray(kinds))
 
 
 def _scan(
@@ -394,7 +396,7 @@ def _scan(
     batches: Iterable[Any],
     config: LRsI,
     axis_name: str | None,
-) -> tuple[Adam, Trace]:
+) -> tuple[Adam, Info]:
     """All iterations, in one compiled loop."""
     held = list(itertools.islice(batches, 3 * config.iterations))
     if not held:
@@ -431,12 +433,12 @@ def _scan(
             value, slope = lax.pmean((value, slope), axis_name)
         state = adam_step(state, slope, constrained, problem, config)
         cursor = cursor + jnp.where(constrained, 2, 3)
-        return (state, cursor), Trace(norm, value, constrained)
+        return (state, cursor), Info(norm, value, constrained)
 
-    (state, _), trace = lax.scan(
+    (state, _), info = lax.scan(
         iteration, (state, jnp.int32(0)), length=config.iterations
     )
-    return state, trace
+    return state, info
 
 
 def _again(batches: Iterable[Any]) -> Iterator[Any]:

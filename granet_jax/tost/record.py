@@ -11,12 +11,9 @@ from collections.abc import Callable
 
 from jax import Array
 
-from granet_jax.tost import activations, labels, schedules
+from granet_jax.tost import activations, labels, schedules, skips
 from granet_jax.tost._checks import check_choice, check_number, check_steps
 from granet_jax.tost.lrsi import LRsI
-
-# By name, since the module of the flax layers cannot be imported without flax.
-SKIP_KINDS = ("identity", "conv")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,24 +39,24 @@ class Neurons:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Skips:
-    """Ghost skips, see `ghost_skip` and `linen.GhostSkip`.
+    """Ghost skips, see `ghost_skip` and `linen.make_skip`.
 
     Attributes:
       kind: "identity" (adds no weights, for fair comparisons) or "conv".
       alpha_0: coefficient at step 0, or throughout if ghosts are kept.
       decay: "linear" or "cosine".
       constant_init: whether kernels of "conv" start at 1e-4, as in the authors' code
-        (`linen.reproduction_init`), instead of LeCun-normal.
+        (`linen.constant_init`), instead of LeCun-normal.
     """
 
-    kind: str = "identity"
+    kind: skips.SkipKind = "identity"
     alpha_0: float = 1.0
     decay: schedules.Decay = "linear"
     constant_init: bool = False
 
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError for a setting that cannot be used."""
-        check_choice("kind", self.kind, SKIP_KINDS)
+        check_choice("kind", self.kind, skips.SKIP_KINDS)
         schedules.fading(1, alpha_0=self.alpha_0, decay=self.decay)
 
 
@@ -128,13 +125,13 @@ class ToST:
             check_number("ghost_fraction", self.ghost_fraction, above=0.0, most=1.0)
 
 
-def reproduction() -> ToST:
+def reproduce() -> ToST:
     """The techniques as in the authors' code, where ghosts stay to the end.
 
     PSwish with beta = 2; 1 x 1 convolutions with coefficient 1 from constant kernels;
     LRsI on the masked network with a dense look-ahead (their `type2`); labels smoothed
     by 0.1 throughout. None of their scripts combines all four: take a part of it with
-    `dataclasses.replace(tost.reproduction(), lrsi=None)`.
+    `dataclasses.replace(tost.reproduce(), lrsi=None)`.
 
     The paper has the ghosts in the early stage of training only; its schedules could
     not be had. The defaults of `ToST` are ours.

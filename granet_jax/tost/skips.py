@@ -11,7 +11,7 @@ scalar array would make the sum float32.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from jax import Array, lax
 from granet_jax import masking
 
 PyTree = Any
+
+SkipKind = Literal["identity", "conv"]
+SKIP_KINDS: tuple[SkipKind, ...] = ("identity", "conv")
 
 PREFIX = "ghost_"
 """Names of ghosts' parameters, or of the modules that hold them, begin with it."""
