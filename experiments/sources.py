@@ -41,7 +41,7 @@ def masks(
     config, method = functions.config, functions.method
     assert method is not None
     sparsity = method.sparsity(0)
-    rounds = config.masks.rounds or _ROUNDS.get(config.masks.source, 1)
+    rounds = config.masks.rounds or _ROUNDS.get(config.masks.source or "", 1)
 
     def loss(*, train: bool, temperature: float = 1.0) -> Callable[..., Array]:
         return mask_sources.cross_entropy(

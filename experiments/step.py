@@ -14,7 +14,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from granet_jax.tost import linen
 from jax import Array, lax
 
 import granet_jax
@@ -355,23 +354,10 @@ class Functions:
         soft, alpha = tost.activation(config, steps), tost.skip_alpha(config, steps)
         skip = None
         if config.skips is not None and alpha is not None:
-            skip = models.Skip(
-                alpha(step),
-                config.skips.kind,
-                linen.reproduction_init
-                if config.skips.constant_init
-                else nn.initializers.lecun_normal(),
-            )
-        activation = (
-            nn.relu if soft is None else functools.partial(_at_step, soft, step)
-        )
-        return {"ghosts": models.Ghosts(activation, skip)}
-
-
-def _at_step(
-    soft: Callable[[Array, Array | int], Array], step: Array | int, x: Array
-) -> Array:
-    return soft(x, step)
+            skip = models.Skip(config.skips, alpha(step))
+        if soft is None:
+            return {"ghosts": models.Ghosts(skip=skip)}
+        return {"ghosts": models.Ghosts(lambda x: soft(x, step), skip)}
 
 
 def _key(seed: Array, purpose: str, number: Array | int) -> Array:

@@ -90,8 +90,8 @@ def _sweep(values: dict[str, Any]) -> Sweep:
         "vmap_seeds", values.get("vmap_seeds", "auto"), bool | Literal["auto"]
     )
     common = _table("train", values.get("train", {}))
+    _check_keys("method.", own, (*METHODS, *methods))
     for method in own:
-        _check_keys("method.", [method], (*METHODS, *methods))
         if method not in methods:
             raise ValueError(f"method.{method}: {method} is not one of methods.")
     options = _options("train", common, Config)

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from granet_jax.tost.linen import GhostSkip, SkipKind
+
+from granet_jax import tost
+from granet_jax.tost import linen
 
 Initializer = jax.nn.initializers.Initializer
 
@@ -30,14 +32,12 @@ class Skip(NamedTuple):
     """Ghost skip connections, one beside every convolution of a block.
 
     Attributes:
+      config: which kind they are of.
       alpha: their coefficient, a floating scalar.
-      kind: "identity" or "conv", see `granet_jax.tost.linen.GhostSkip`.
-      kernel_init: initial kernels of "conv".
     """
 
+    config: tost.Skips
     alpha: jax.Array
-    kind: SkipKind
-    kernel_init: Initializer
 
 
 class Ghosts(NamedTuple):
@@ -73,11 +73,10 @@ class Ghosts(NamedTuple):
         """
         if self.skip is None:
             return y
-        around = GhostSkip(
+        around = linen.make_skip(
+            self.skip.config,
             y.shape[-1],
             strides,
-            kind=self.skip.kind,
-            kernel_init=self.skip.kernel_init,
             dtype=y.dtype,
             axis_name=axis_name,
             name=name,
