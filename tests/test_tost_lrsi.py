@@ -226,8 +226,6 @@ def test_both_gradients_by_differences(dense: bool, mask_lookahead: bool) -> Non
 
 
 CASES: dict[str, tuple[tost.LRsI, bool]] = {
-    "constraint": (tost.LRsI(gamma=1e-3, iterations=4), True),
-    "objective": (tost.LRsI(gamma=math.inf, iterations=4), True),
     "both": (tost.LRsI(gamma=0.9, iterations=12, learning_rate=0.05), True),
     "authors": (tost.LRsI(gamma=1.05, iterations=8, mask_lookahead=False), True),
     "dense": (tost.LRsI(gamma=1.0, iterations=8, clip=0.1, eta=0.5), False),
@@ -402,6 +400,15 @@ def test_floors_and_zeros() -> None:
             pruned = value[~masks[a][b]]
             assert pruned.tobytes() == bytes(pruned.nbytes)
     assert at_floor >= 2
+
+
+def test_a_scale_at_zero_stays() -> None:
+    problem, state = lrsi.start(
+        {"bias": jnp.ones(2), "kernel": jnp.ones(2)}, None, BOTH
+    )
+    state = state._replace(scales=jnp.asarray([0.0, 0.01]))
+    state = lrsi.adam_step(state, jnp.asarray([-1.0, -1.0]), False, problem, BOTH)
+    np.testing.assert_allclose(state.scales, [0.0, 0.06], rtol=1e-5)
 
 
 def test_bfloat16_and_a_pruned_layer() -> None:

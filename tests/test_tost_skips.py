@@ -206,8 +206,6 @@ def test_variables_without_ghosts_are_the_plain_networks() -> None:
     dropped = tost.drop_ghosts(with_ghosts)
     # Also the initial values, since flax draws each by its own name.
     trees.assert_same(dropped, plain)
-    apply = jax.jit(functools.partial(Net(ghosts=False).apply, mutable="batch_stats"))
-    trees.assert_same(apply(dropped, X), apply(plain, X))
     # Their statistics at the top: the plain network has none then.
     assert tost.drop_ghosts({"batch_stats": {"ghost_1": {"mean": X}}}) == {}
 
@@ -226,13 +224,7 @@ def test_the_ghost_network_without_coefficient_is_the_plain_one() -> None:
 def test_optimizer_states_without_ghosts(name: str) -> None:
     params = ghost_variables()["params"]
     tx = OPTIMIZERS[name]()
-    update = jax.jit(tx.update)
     state = tx.init(params)
-    for step in range(2):
-        grads = trees.normal(params, seed=step, scale=0.1)
-        updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-
     plain_params, plain_state = tost.drop_ghosts((params, state))
     expected = tx.init(plain_variables()["params"])
     assert jax.tree.structure(plain_state) == jax.tree.structure(expected)

@@ -137,13 +137,11 @@ class Problem(NamedTuple):
       base: the masked parameters that the scales multiply, m theta0.
       masks: pytree of masks, or None for a dense network.
       least: floating (tensors,), smallest scale of every tensor.
-      alive: bool (tensors,), whether it is not all zero; else its scale stays 1.
     """
 
     base: PyTree
     masks: PyTree | None
     least: Array
-    alive: Array
 
 
 def rescale_init(
@@ -216,8 +214,7 @@ def start(params: PyTree, masks: PyTree | None, config: LRsI) -> tuple[Problem, 
     last_names = [masking.leaf_name(path).rsplit("/", 1)[-1] for path, _ in leaves]
     least = [0.0 if "bias" in name else config.min_scale for name in last_names]
     zeros = jnp.zeros(len(leaves), dtype)
-    alive = jnp.stack([jnp.any(x != 0) for _, x in leaves])
-    return Problem(params, masks, jnp.asarray(least, dtype), alive), Adam(
+    return Problem(params, masks, jnp.asarray(least, dtype)), Adam(
         scales=jnp.ones_like(zeros),
         first=jnp.stack([zeros, zeros]),
         second=zeros,
@@ -328,11 +325,9 @@ def adam_step(
     mean = first[kind] / (1.0 - _BETA_1 ** counts[kind].astype(slope.dtype))
     square = second / (1.0 - _BETA_2 ** jnp.sum(counts).astype(slope.dtype))
     step = config.learning_rate * mean / (jnp.sqrt(square) + _EPSILON)
-    scales = jnp.where(
-        problem.alive & (state.scales > 0),
-        jnp.maximum(state.scales - step, problem.least),
-        state.scales,
-    )
+    # The scale of a tensor that is zero has slope 0, and so stays 1.
+    lowered = jnp.maximum(state.scales - step, problem.least)
+    scales = jnp.where(state.scales > 0, lowered, state.scales)
     return Adam(scales, first, second, counts)
 
 
