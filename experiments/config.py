@@ -271,7 +271,7 @@ class ToSTConfig:
         Raises:
           ValueError: a value out of range.
         """
-        base = tost.reproduction() if self.as_in_code else tost.ToST()
+        base = tost.reproduce() if self.as_in_code else tost.ToST()
         neurons, skips = base.neurons or tost.Neurons(), base.skips or tost.Skips()
         return tost.ToST(
             neurons=self.neurons and dataclasses.replace(neurons, kind=self.neurons),
