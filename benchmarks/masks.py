@@ -5,8 +5,8 @@ r"""Seconds to compute the masks of each source at 95% sparsity.
     python -m benchmarks.masks --quick                 # checks the counts only
 
 Sources that score the loss see `--images` random images in batches of at most 32;
-SynFlow sees none. Rounds are those of the papers (100 for SynFlow) or `--rounds`. A first
-call, compilation included, goes before the one that is timed, unless `--once`.
+SynFlow sees none. Rounds are those of the papers (100 for SynFlow) or `--rounds`. A
+first call, compilation included, goes before the one that is timed, unless `--once`.
 """
 
 import argparse
