@@ -457,10 +457,12 @@ class Config:
                 "tost.as_in_code is of effect on neurons, skips and lrsi only: give "
                 "one of them, or leave it out."
             )
-        try:
-            tost.ghost_steps(self.tost.build(), self.steps)
-        except ValueError as error:
-            raise ValueError(f"tost.{error}") from error
+        record = self.tost.build()
+        if ghosts:
+            try:
+                tost.ghost_steps(record, self.steps)
+            except ValueError as error:
+                raise ValueError(f"tost.{error}") from error
 
     @property
     def ghost_steps(self) -> int:

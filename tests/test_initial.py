@@ -187,9 +187,11 @@ def test_synflow_of_a_deep_network_does_not_overflow():
         CONFIG, model="resnet-32", masks=MaskConfig(source="synflow", rounds=1)
     )
     variables = functions(config).variables(jnp.uint32(0))
-    found = sources.masks(
-        functions(config), variables["params"], variables["batch_stats"], 0
-    )
+    # One round empties convolutions beside which there is a shortcut.
+    with pytest.warns(UserWarning, match="the network is still connected"):
+        found = sources.masks(
+            functions(config), variables["params"], variables["batch_stats"], 0
+        )
     sizes = granet_jax.sparsity(found)
     assert sizes.active == math.floor(0.05 * sizes.total + 0.5)
     assert mask_sources.connected(
