@@ -154,16 +154,13 @@ def test_random_is_uniform_over_positions() -> None:
 def test_random_follows_from_the_name_and_the_key() -> None:
     key = jax.random.key(1)
     half = {"distribution": "uniform", "key": key}
-    alone = ms.random({"b": jnp.zeros((30, 10))}, 0.5, **half)
-    among = ms.random(
-        {"a": jnp.zeros((9, 2)), "b": jax.ShapeDtypeStruct((30, 10), jnp.float32)},
-        0.5,
-        **half,
-    )
+    zeros = jnp.zeros((30, 10))
+    alone = ms.random({"b": zeros}, 0.5, **half)
+    shape = jax.ShapeDtypeStruct((30, 10), jnp.float32)
+    among = ms.random({"a": zeros, "b": shape}, 0.5, **half)
     np.testing.assert_array_equal(alone["b"], among["b"])
-    twins = ms.random({"a": jnp.zeros((30, 10)), "b": jnp.zeros((30, 10))}, 0.5, **half)
-    assert not np.array_equal(twins["a"], twins["b"])
-    other = ms.random({"b": jnp.zeros((30, 10))}, 0.5, key=jax.random.key(2))
+    assert not np.array_equal(among["a"], among["b"])
+    other = ms.random({"b": zeros}, 0.5, key=jax.random.key(2))
     assert not np.array_equal(alone["b"], other["b"])
 
 
@@ -177,7 +174,6 @@ def test_shuffle_keeps_the_counts_only() -> None:
     ):
         # Of two independent masks of density about a half, about half agrees.
         assert 0.3 < np.mean(before == after) < 0.7
-    trees.assert_same(jax.jit(ms.shuffle)(masks, jax.random.key(0)), shuffled)
 
 
 def test_from_score_hands_over_what_a_score_may_look_at() -> None:

@@ -127,31 +127,30 @@ def test_all_parameters_are_made_absolute() -> None:
 
 
 def deep(params: Any, x: Any) -> Any:
-    """Thirty residual layers: R is about 1e60."""
-    for w in params["layers"].values():
-        x = x + jax.nn.relu(x @ w)
-    return x @ params["last"]
+    """Sixty residual layers: R is far beyond float32."""
+
+    def layer(x: Any, w: Any) -> tuple[Any, None]:
+        return x + jax.nn.relu(x @ w), None
+
+    return jax.lax.scan(layer, x, params["layers"])[0] @ params["last"]
 
 
 def deep_params() -> Any:
     rng = np.random.default_rng(0)
-    layers = {
-        f"{i:02}": jnp.asarray(rng.normal(size=(8, 8)) * 10, jnp.float32)
-        for i in range(30)
-    }
-    return {"layers": layers, "last": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)}
+    shapes = {"layers": (60, 8, 8), "last": (8, 3)}
+    return {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
 
 
 def test_beyond_float32() -> None:
     params, point = deep_params(), jax.ShapeDtypeStruct((1, 8), jnp.float32)
     scores = ms.synflow_scores(deep, params, point)
     last = np.asarray(scores["last"])
-    assert 1e45 < last.sum() < 1e80
+    layers = np.asarray(scores["layers"]).sum((1, 2))
+    assert 1e40 < last.sum() < np.inf
     # The last layer is a cut; one beside a shortcut carries a part of the flow.
-    for score in scores["layers"].values():
-        assert 0 < np.asarray(score).sum() < last.sum()
+    assert np.all((layers > 0) & (layers < last.sum()))
     masks = ms.synflow(deep, params, point, 0.9, rounds=2, on_collapse="ignore")
-    assert granet_jax.sparsity(masks).active == 194
+    assert granet_jax.sparsity(masks).active == 386
     assert ms.connected(deep, params, masks, point)
 
 
@@ -166,27 +165,54 @@ def test_a_network_that_insists_on_float32_overflows() -> None:
         ms.synflow_scores(narrow, deep_params(), point)
 
 
-def create(name: str) -> tuple[Any, Any, Any]:
-    model = models.create(name, classes=10)
-    x = jnp.zeros((1, 8, 8, 3))
-    variables = jax.jit(lambda key: model.init(key, x, False))(jax.random.key(0))
-
-    def apply(params: Any, x: Any) -> Any:
-        return model.apply({**variables, "params": params}, x, False)
-
-    return apply, variables["params"], x
-
-
-def test_many_rounds_keep_a_network_connected_where_one_does_not() -> None:
-    apply, params, x = create("cnn-bn")
-    with pytest.warns(UserWarning, match="no path is left from input to output"):
-        once = ms.synflow(apply, params, x, 0.98, rounds=1, where=models.maskable)
-    assert ms.collapse(once).empty
+def test_many_rounds_keep_a_chain_connected_where_one_does_not() -> None:
+    # A layer's weights share R: in one round, the layers of most weights go.
+    sizes = {"0": (8, 40), "1": (40, 40), "2": (40, 4)}
+    rng = np.random.default_rng(0)
+    params = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in sizes.items()}
+    point = jax.ShapeDtypeStruct((1, 8), jnp.float32)
+    with pytest.warns(UserWarning, match="no active weight is left at '1'; no path is"):
+        once = ms.synflow(apply, params, point, 0.99, rounds=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        masks = ms.synflow(apply, params, x, 0.98, where=models.maskable)
-    assert granet_jax.sparsity(masks).active == granet_jax.sparsity(once).active
+        masks = ms.synflow(apply, params, point, 0.99)
     assert ms.collapse(masks).empty == ()
+    assert granet_jax.sparsity(masks).active == granet_jax.sparsity(once).active == 21
+
+
+def test_empty_leaves_beside_a_shortcut_cut_nothing() -> None:
+    model, x = models.create("resnet-20", classes=10), jnp.zeros((1, 8, 8, 3))
+    shapes = jax.eval_shape(lambda k: model.init(k, x, False), jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: Any) -> Any:
+        """As at initialisation: He-normal kernels, norms that change nothing."""
+        name = masking.leaf_name(path)
+        if name.endswith("kernel"):
+            deviation = np.sqrt(2 / np.prod(leaf.shape[:-1]))
+            return jnp.asarray(rng.normal(size=leaf.shape) * deviation, leaf.dtype)
+        one = name.endswith(("scale", "var"))
+        return jnp.full(leaf.shape, float(one), leaf.dtype)
+
+    variables = jax.tree_util.tree_map_with_path(draw, shapes)
+    params = variables["params"]
+
+    def resnet(params: Any, x: Any) -> Any:
+        return model.apply({**variables, "params": params}, x, False)
+
+    with pytest.warns(UserWarning, match="'group_3_.*is still connected from input"):
+        masks = ms.synflow(resnet, params, x, 0.999, rounds=50, where=models.maskable)
+    empty = ms.collapse(masks).empty
+    assert empty
+    assert all("_block_" in name for name in empty)
+    assert granet_jax.sparsity(masks).active == 271
+    # Magnitude empties a leaf of this network from about 99.1% on.
+    few, many = (
+        ms.magnitude(params, s, where=models.maskable, on_collapse="ignore")
+        for s in (0.985, 0.995)
+    )
+    assert not ms.collapse(few).empty
+    assert ms.collapse(many).empty
 
 
 def test_a_network_cut_through_is_refused() -> None:

@@ -179,20 +179,21 @@ def test_counts_are_exact_where_all_scores_tie(sparsity: float) -> None:
         np.testing.assert_array_equal(mask.ravel(), np.arange(mask.size) < n)
 
 
-@pytest.mark.parametrize("scope", ["global", "layer"])
-def test_traced_is_the_same(scope: Any) -> None:
+@pytest.mark.parametrize(
+    "source",
+    [
+        functools.partial(ms.snip, rounds=3),
+        functools.partial(ms.force, rounds=3, scope="layer"),
+        ms.grasp,
+    ],
+)
+def test_traced_is_the_same(source: Any) -> None:
     params, batch = jax.tree.map(jnp.asarray, make(5))
-    sources = {
-        "snip": functools.partial(ms.snip, rounds=3),
-        "force": functools.partial(ms.force, rounds=3),
-        "grasp": ms.grasp,
-    }
-    for source in sources.values():
 
-        def masks(params: Any, batch: Any, source: Any = source) -> Any:
-            return source(LOSS, params, [batch], 0.8, scope=scope)
+    def masks(params: Any, batch: Any) -> Any:
+        return source(LOSS, params, [batch], 0.8)
 
-        trees.assert_same(jax.jit(masks)(params, batch), masks(params, batch))
+    trees.assert_same(jax.jit(masks)(params, batch), masks(params, batch))
 
 
 # --- Devices: with whole numbers, sums are exact in any order -------------------------
@@ -212,14 +213,13 @@ def whole_numbers() -> tuple[Any, Any]:
 
 
 def on_devices(axis_name: str | None, params: Any, x: Any) -> Any:
-    """Scores and masks of all sources, on this device's examples."""
+    """Scores and masks, from this device's examples."""
     at = {"axis_name": axis_name}
     return (
         ms.snip_scores(whole_loss, params, [x], **at),
         ms.grasp_scores(whole_loss, params, [x], **at),
         ms.snip(whole_loss, params, [x], 0.5, rounds=2, **at),
-        ms.force(whole_loss, params, [x], 0.5, rounds=2, scope="layer", **at),
-        ms.grasp(whole_loss, params, [x], 0.5, **at),
+        ms.force(whole_loss, params, [x], 0.5, rounds=2, **at),
     )
 
 
