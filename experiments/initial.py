@@ -79,7 +79,8 @@ def weights(functions: Functions, seed: int) -> tuple[PyTree, PyTree]:
         # Without the drawn masks, and without ghosts.
         params = jax.jit(functions.variables)(np.uint32(seed))["params"]
         plain = Functions(config, functions.dataset)
-        found = sources.masks(plain, *tost.drop_ghosts((params, statistics)), seed)
+        kept, kept_statistics = tost.drop_ghosts((params, statistics))
+        found = sources.masks(plain, kept, kept_statistics, seed)
         masks = _as_in(masks, found)
         params = granet_jax.apply_masks(params, masks)
     settings = config.tost.build().lrsi

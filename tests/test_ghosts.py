@@ -1,6 +1,7 @@
 """Networks with ghosts: how they train, and that nothing of them is left."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from experiments import data, models, trainer
 from experiments.config import Config, MaskConfig, OptimizerConfig, ToSTConfig
-from granet_jax import tost
+from granet_jax import distributions, tost
 from tests.runs import make, same
 
 BOTH = ToSTConfig(neurons="swish", skips="conv", ghost_fraction=0.5)
@@ -27,10 +28,20 @@ CONFIG = Config(
 )
 
 
+# Compilation takes nearly all of the time.
+maker_of = functools.cache(make)
+
+
 def trained(config: Config, folder: Any, devices: int = 1) -> Any:
-    maker = make(config, devices)
+    maker = maker_of(config, devices)
     records, state = trainer.fit(maker, [0], folder)
     return maker, records[0], state
+
+
+DENSE_LAYERS: dict[str, Any] = {
+    "model": "lenet-300-100",
+    "tost": ToSTConfig(neurons="swish", ghost_fraction=0.5),
+}
 
 
 def with_ghosts(alpha: float) -> models.Ghosts:
@@ -70,10 +81,9 @@ def test_ghosts_stand_beside_the_convolutions(name):
     assert not any(models.maskable(name, names[name]) for name in ghosts)
 
 
-@pytest.mark.parametrize("name", ["cnn", "resnet-20"])
-def test_ghosts_change_no_weight_of_the_network(name):
+def test_ghosts_change_no_weight_of_the_network():
     x = jax.random.normal(jax.random.key(0), (2, 12, 12, 3))
-    model = models.create(name, classes=10)
+    model = models.create("cnn-bn", classes=10)
 
     @jax.jit
     def outputs(key, alpha):
@@ -107,21 +117,22 @@ def test_every_network_takes_what_it_says():
     ("changes", "devices"),
     [
         ({}, 1),
-        ({"fsdp": 2}, 4),
+        ({**DENSE_LAYERS, "fsdp": 2, "optimizer": OptimizerConfig(ema=0.9)}, 4),
         ({"parallel": "pmap"}, 2),
-        ({"optimizer": OptimizerConfig(ema=0.9)}, 1),
     ],
-    ids=["plain", "fsdp", "pmap", "average"],
+    ids=["plain", "fsdp", "pmap"],
 )
 def test_after_the_ghosts_the_network_is_the_plain_one(changes, devices, tmp_path):
     config = dataclasses.replace(CONFIG, **changes)
     maker, records, state = trained(config, tmp_path / "run", devices)
-    plain = make(dataclasses.replace(config, tost=ToSTConfig()), devices)
+    plain = maker_of(dataclasses.replace(config, tost=ToSTConfig()), devices)
     expected = plain.program.create([0])
     assert jax.tree.structure(state) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
-    assert [r.sparsity.active for r in records] == 5 * [2574]
+    total = sum(maker.sizes.values())
+    expected_active = distributions.total_count(total, 0.9)
+    assert [r.sparsity.active for r in records] == 5 * [expected_active]
     # Its function is that of the plain network, bit for bit.
     (batch,) = trainer.padded(maker.dataset.test, 1024, devices)
     placed = plain.program.place_test(batch)
@@ -133,7 +144,7 @@ def test_after_the_ghosts_the_network_is_the_plain_one(changes, devices, tmp_pat
 
 
 def test_the_ghost_phase_ends_at_its_step(tmp_path):
-    maker = make(CONFIG)
+    maker = maker_of(CONFIG, 1)
     assert CONFIG.ghost_steps == 6
     early = maker.early
     assert early is not None
@@ -169,11 +180,11 @@ def test_blocks_of_steps_end_where_the_ghosts_do(tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("stop", [4, 6, 9])
+@pytest.mark.parametrize("stop", [4, 6])
 def test_a_run_stopped_at_any_phase_goes_on_exactly(stop, tmp_path):
     _, whole_records, whole = trained(CONFIG, tmp_path / "whole")
     with pytest.raises(trainer.StoppedError):
-        trainer.fit(make(CONFIG), [0], tmp_path / "run", stopped={stop: 15}.get)
+        trainer.fit(maker_of(CONFIG, 1), [0], tmp_path / "run", stopped={stop: 15}.get)
     _, records, rest = trained(CONFIG, tmp_path / "run")
     assert same(jax.device_get(whole), jax.device_get(rest))
     strip = [r._replace(seconds=0.0) for r in whole_records]
@@ -199,8 +210,8 @@ def test_ghosts_as_in_the_code_are_kept(tmp_path):
 
 
 def test_refined_labels_are_in_the_loss_of_training_only():
-    config = dataclasses.replace(CONFIG, tost=ToSTConfig(labels=0.1))
-    plain = dataclasses.replace(CONFIG, tost=ToSTConfig())
+    plain = dataclasses.replace(CONFIG, model="lenet-300-100", tost=ToSTConfig())
+    config = dataclasses.replace(plain, tost=ToSTConfig(labels=0.1))
     # In the usual convention the same amount is larger by 10 / 9.
     usual = dataclasses.replace(
         plain, optimizer=OptimizerConfig(label_smoothing=0.1 * 10 / 9)
@@ -215,4 +226,4 @@ def test_refined_labels_are_in_the_loss_of_training_only():
         losses.append(float(loss[0, 0]))
     assert scores[0] == scores[1] == scores[2]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert abs(losses[0] - losses[2]) > 1e-3
+    assert abs(losses[0] - losses[2]) > 1e-4
