@@ -12,21 +12,33 @@ from typing import Any, Literal
 
 import granet_jax
 from experiments import data, models
+from granet_jax import tost
 
 MethodName = Literal[
     "granet", "granet-st", "gmp", "rigl", "set", "snfs", "static", "dense"
 ]
 
+SourceName = Literal["magnitude", "snip", "iterative-snip", "grasp", "force", "synflow"]
+# Which of `rounds` and `images` each source has.
+_SOURCES: dict[str | None, frozenset[str]] = {
+    None: frozenset(),
+    "magnitude": frozenset(),
+    "snip": frozenset({"images"}),
+    "grasp": frozenset({"images"}),
+    "iterative-snip": frozenset({"rounds", "images"}),
+    "force": frozenset({"rounds", "images"}),
+    "synflow": frozenset({"rounds"}),
+}
+
 # Which of the options in MaskConfig each method has.
+_START = frozenset({"distribution", "source", "rounds", "images"})
 OPTIONS: dict[str, frozenset[str]] = {
-    "granet": frozenset(
-        {"interval", "fraction", "initial_sparsity", "pruning_end", "distribution"}
-    ),
-    "gmp": frozenset({"interval", "initial_sparsity", "pruning_end", "distribution"}),
-    "rigl": frozenset({"interval", "fraction", "stop", "distribution"}),
-    "set": frozenset({"interval", "fraction", "stop", "distribution"}),
-    "snfs": frozenset({"interval", "fraction", "distribution"}),
-    "static": frozenset({"distribution"}),
+    "granet": _START | {"interval", "fraction", "initial_sparsity", "pruning_end"},
+    "gmp": _START | {"interval", "initial_sparsity", "pruning_end"},
+    "rigl": _START | {"interval", "fraction", "stop"},
+    "set": _START | {"interval", "fraction", "stop"},
+    "snfs": _START | {"interval", "fraction"},
+    "static": _START,
     "dense": frozenset(),
 }
 OPTIONS["granet-st"] = OPTIONS["granet"]
@@ -73,6 +85,8 @@ _LEAST = {
     "optimizer.warmup_steps": 0,
     "optimizer.accumulate": 1,
     "masks.interval": 1,
+    "masks.rounds": 1,
+    "masks.images": 1,
     "fsdp": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
@@ -206,6 +220,67 @@ class MaskConfig:
     """How the sparsity of the initial masks is split over the layers; by
     default erk, and uniform for gmp and snfs. All methods but dense."""
 
+    source: SourceName | None = None
+    """Where the initial masks come from, instead of being drawn: scores
+    of the initial weights by magnitude, snip, iterative-snip, grasp,
+    force or synflow, ranked over all layers. All methods that start
+    sparse."""
+
+    rounds: int | None = None
+    """Rounds in which the source prunes; by default 100 for synflow, and
+    60 for iterative-snip and force, which have several."""
+
+    images: int | None = None
+    """Training examples that the source sees, not augmented; by default
+    ten a class. snip, iterative-snip, grasp, force."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ToSTConfig:
+    """Techniques of ToST (Jaiswal et al. 2022), for any masks or none."""
+
+    neurons: Literal["swish", "mish"] | None = None
+    """Ghost neurons: this activation, sharpened step by step until it is
+    ReLU. Networks with ReLU only."""
+
+    skips: Literal["identity", "conv"] | None = None
+    """Ghost skip connections beside the convolutions, fading out:
+    without parameters, or 1 x 1 convolutions, which stay dense."""
+
+    lrsi: bool = False
+    """Layer-wise re-scaled initialisation: a scale for every tensor of
+    the masked initial parameters, learned so that the first step lowers
+    the loss most."""
+
+    labels: float | None = None
+    """Label smoothing as in the authors' code: this share of the target,
+    in [0, 1], goes to the other classes. (They have 0.1.)"""
+
+    ghost_fraction: float = 0.25
+    """Share of the steps in which there are ghosts, in (0, 1]. After
+    them the network is the plain one."""
+
+    as_in_code: bool = False
+    """The authors' code instead of the paper's idea: the ghosts are kept
+    to the end and in the result; swish(2x) / 2; skips from constant
+    kernels; a look-ahead step over pruned weights too."""
+
+    def build(self) -> tost.ToST:
+        """The library's record.
+
+        Raises:
+          ValueError: a value out of range.
+        """
+        base = tost.reproduce() if self.as_in_code else tost.ToST()
+        neurons, skips = base.neurons or tost.Neurons(), base.skips or tost.Skips()
+        return tost.ToST(
+            neurons=self.neurons and dataclasses.replace(neurons, kind=self.neurons),
+            skips=self.skips and dataclasses.replace(skips, kind=self.skips),
+            lrsi=(base.lrsi or tost.LRsI()) if self.lrsi else None,
+            labels=None if self.labels is None else tost.Labels(alpha=self.labels),
+            ghost_fraction=None if self.as_in_code else self.ghost_fraction,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
@@ -313,6 +388,7 @@ class Config:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     masks: MaskConfig = MaskConfig()
+    tost: ToSTConfig = ToSTConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     distributed: DistributedConfig = DistributedConfig()
 
@@ -358,6 +434,44 @@ class Config:
                 "bucket (gcsfuse) and give the folder it is mounted at."
             )
         build_method(self)
+        self._check_tost()
+
+    def _check_tost(self) -> None:
+        for name, having in (
+            ("neurons", models.WITH_NEURONS),
+            ("skips", models.WITH_SKIPS),
+        ):
+            if getattr(self.tost, name) is not None and self.model not in having:
+                raise ValueError(
+                    f"tost.{name} has no place in model {self.model}, only in "
+                    f"{', '.join(having)}."
+                )
+        if self.tost.labels is not None and self.optimizer.label_smoothing:
+            raise ValueError(
+                "tost.labels and optimizer.label_smoothing both smooth the labels: "
+                "give one of them."
+            )
+        ghosts = self.tost.neurons is not None or self.tost.skips is not None
+        if not ghosts and (self.tost.as_in_code and not self.tost.lrsi):
+            raise ValueError(
+                "tost.as_in_code is of effect on neurons, skips and lrsi only: give "
+                "one of them, or leave it out."
+            )
+        record = self.tost.build()
+        if ghosts:
+            try:
+                tost.ghost_steps(record, self.steps)
+            except ValueError as error:
+                raise ValueError(f"tost.{error}") from error
+
+    @property
+    def ghost_steps(self) -> int:
+        """Steps at the start with ghosts in the network; all of them if kept."""
+        if self.tost.neurons is None and self.tost.skips is None:
+            return 0
+        steps = tost.ghost_steps(self.tost.build(), self.steps)
+        # Kept ghosts are there after the last step too.
+        return self.steps + 1 if steps is None else steps
 
     @property
     def evaluation_interval(self) -> int:
@@ -465,6 +579,16 @@ def build_method(config: Config) -> granet_jax.Method | None:
                 f"masks.{name} is not an option of method {config.method!r}, only of "
                 f"{', '.join(having)}."
             )
+    for name in ("source", "rounds", "images"):
+        options.pop(name, None)
+    method = _method(config, options)
+    if method is not None:
+        _check_source(config.masks, method)
+    return method
+
+
+def _method(config: Config, options: dict[str, Any]) -> granet_jax.Method | None:
+    """The record, from those of `MaskConfig` that are given and meant for it."""
     pruning_end = math.floor(options.pop("pruning_end", 0.5) * config.steps)
     stop = options.pop("stop", 0.75)
     last = {
@@ -508,6 +632,21 @@ def build_method(config: Config) -> granet_jax.Method | None:
             return granet_jax.static(config.sparsity, **options)
         case "dense":
             return None
+
+
+def _check_source(masks: MaskConfig, method: granet_jax.Method) -> None:
+    for name in ("rounds", "images"):
+        if getattr(masks, name) is not None and name not in _SOURCES[masks.source]:
+            having = [str(s) for s, has in _SOURCES.items() if name in has]
+            raise ValueError(
+                f"masks.{name} is an option of the sources {', '.join(having)}, and "
+                f"masks.source is {masks.source}."
+            )
+    if masks.source is not None and method.sparsity(0) == 0:
+        raise ValueError(
+            f"masks.source is {masks.source}, and {method.name} starts dense: give "
+            "masks.initial_sparsity above 0, or another method."
+        )
 
 
 def _check_least(name: str, value: Any, least: int) -> None:

@@ -85,6 +85,8 @@ def compiled(
     config: Config,
     dataset: Dataset | Stream,
     devices: Sequence[Any] | None = None,
+    *,
+    ghosts: bool = False,
 ) -> Program:
     """The program of a configuration; nothing is compiled before it is needed.
 
@@ -92,6 +94,7 @@ def compiled(
       config: see `parallel`, `fsdp`, `vmap_seeds` and `data.batch_size`.
       dataset: what it trains on.
       devices: JAX devices to use; by default all, of all processes.
+      ghosts: whether the network has the configured ghosts.
 
     Raises:
       ValueError: a batch that cannot be split over the devices; more seeds at once
@@ -104,7 +107,7 @@ def compiled(
                 f"vmap_seeds trains on one device, got {len(devices)}: leave it out, "
                 "or make one visible (CUDA_VISIBLE_DEVICES, JAX_NUM_CPU_DEVICES)."
             )
-        return _vmapped(config, dataset)
+        return _vmapped(Functions(config, dataset, ghosts=ghosts))
     part = config.data.batch_size // config.optimizer.accumulate
     if part % len(devices):
         raise ValueError(
@@ -112,12 +115,12 @@ def compiled(
             f"{len(devices)} devices, got {part}."
         )
     if config.parallel == "pmap":
-        return _pmapped(config, dataset, devices)
-    return _jitted(config, dataset, devices)
+        return _pmapped(config, dataset, devices, ghosts)
+    return _jitted(config, dataset, devices, ghosts)
 
 
 def _jitted(
-    config: Config, dataset: Dataset | Stream, devices: Sequence[Any]
+    config: Config, dataset: Dataset | Stream, devices: Sequence[Any], ghosts: bool
 ) -> Program:
     fsdp = config.fsdp
     if len(devices) % fsdp:
@@ -135,7 +138,7 @@ def _jitted(
     def split(batch: PyTree) -> PyTree:
         return jax.tree.map(lambda x: lax.with_sharding_constraint(x, rows), batch)
 
-    functions = Functions(config, dataset, split=split)
+    functions = Functions(config, dataset, split=split, ghosts=ghosts)
     shapes = jax.eval_shape(functions.create, jnp.uint32(0))
     shardings = _state_shardings(shapes, mesh, fsdp)
     streamed = isinstance(dataset, Stream)
@@ -167,7 +170,7 @@ def _jitted(
 
 
 def _pmapped(
-    config: Config, dataset: Dataset | Stream, devices: Sequence[Any]
+    config: Config, dataset: Dataset | Stream, devices: Sequence[Any], ghosts: bool
 ) -> Program:
     axis = "devices"
     here = [d for d in devices if d.process_index == jax.process_index()]
@@ -186,9 +189,10 @@ def _pmapped(
         split=split,
         mean=lambda tree: lax.pmean(tree, axis),
         axis_name=axis,
+        ghosts=ghosts,
     )
     # Outside pmap there is no axis: the same functions, of the whole batch.
-    plain = Functions(config, dataset)
+    plain = Functions(config, dataset, ghosts=ghosts)
     shapes = jax.eval_shape(plain.create, jnp.uint32(0))
     mesh = Mesh(np.asarray(devices), (axis,))
     whole = NamedSharding(mesh, P())
@@ -250,10 +254,10 @@ def _pmapped(
     )
 
 
-def _vmapped(config: Config, dataset: Dataset | Stream) -> Program:
+def _vmapped(functions: Functions) -> Program:
+    config, dataset = functions.config, functions.dataset
     if isinstance(dataset, Stream):
         raise ValueError(f"vmap_seeds is not for streamed data ({dataset.name}).")
-    functions = Functions(config, dataset)
     one = jax.eval_shape(functions.create, jnp.uint32(0))
     # The counters are the same in all lanes and stay without an axis, so that "is this
     # an update step?" is one question: an axis would turn the branches into selects,

@@ -20,6 +20,7 @@ import granet_jax
 from experiments import augment, models, schedules
 from experiments.config import Config, build_method
 from experiments.data import Dataset, Split, Stream
+from granet_jax import tost
 
 PyTree = Any
 
@@ -74,6 +75,7 @@ class Functions:
         device, or the same arrays with their sharding.
       mean: over the devices of what each computed from its part of the batch.
       axis_name: that batch statistics are averaged over, in a mapped function.
+      ghosts: whether the network has the configured ghosts (`config.tost`).
     """
 
     config: Config
@@ -81,6 +83,7 @@ class Functions:
     split: Callable[[PyTree], PyTree] = _whole
     mean: Callable[[PyTree], PyTree] = _whole
     axis_name: str | None = None
+    ghosts: bool = False
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -115,6 +118,20 @@ class Functions:
             self.method, inner, where=models.maskable, seed=seed
         )
 
+    def variables(self, seed: Array) -> PyTree:
+        """The network's initial "params" and, if it has some, "batch_stats".
+
+        Args:
+          seed: uint32 scalar.
+        """
+        if isinstance(self.dataset, Stream):
+            shape = self.dataset.image_shape
+        else:
+            shape = self.dataset.train.inputs.shape[1:]
+        example = self.inputs(jnp.zeros((1, *shape), jnp.uint8))
+        key = _key(seed, "init", 0)
+        return self.model.init(key, example, train=False, **self._with_ghosts(0))
+
     def create(self, seed: Array) -> TrainState:
         """The state at step 0, pruned weights already zero.
 
@@ -122,13 +139,9 @@ class Functions:
           seed: uint32 scalar.
         """
         order = ()
-        if isinstance(self.dataset, Stream):
-            shape = self.dataset.image_shape
-        else:
-            size, *shape = self.dataset.train.inputs.shape
-            order = jnp.arange(size, dtype=jnp.int32)
-        example = self._inputs(jnp.zeros((1, *shape), jnp.uint8))
-        variables = self.model.init(_key(seed, "init", 0), example, train=False)
+        if not isinstance(self.dataset, Stream):
+            order = jnp.arange(len(self.dataset.train.labels), dtype=jnp.int32)
+        variables = self.variables(seed)
         params = variables["params"]
         opt_state = self.optimizer(seed).init(params)
         if self.method is not None:
@@ -156,7 +169,7 @@ class Functions:
           (the next state, the mean loss of the batch).
         """
         if isinstance(self.dataset, Stream):
-            batch = Split(self._inputs(data.inputs), data.labels)
+            batch = Split(self.inputs(data.inputs), data.labels)
         else:
             state, batch = self._draw(state, data)
         loss, statistics, grads = self._gradient(state, batch)
@@ -198,7 +211,12 @@ class Functions:
         """What the network makes of one batch; a label of -1 is no example."""
         params = self.evaluated(state)
         variables = {"params": params, "batch_stats": state.statistics}
-        logits = self.model.apply(variables, self._inputs(batch.inputs), train=False)
+        logits = self.model.apply(
+            variables,
+            self.inputs(batch.inputs),
+            train=False,
+            **self._with_ghosts(state.step),
+        )
         logits = jnp.asarray(logits)
         counted = batch.labels >= 0
         labels = jnp.where(counted, batch.labels, 0)
@@ -255,9 +273,9 @@ class Functions:
         if self.config.flip:
             inputs = augment.mirrored(inputs, draws["mirrored"])
         labels = jnp.asarray(train.labels)[draws["rows"]]
-        return state._replace(order=order), Split(self._inputs(inputs), labels)
+        return state._replace(order=order), Split(self.inputs(inputs), labels)
 
-    def _inputs(self, raw: Any) -> Array:
+    def inputs(self, raw: Any) -> Array:
         """What the network takes: normalised images, or text as it is."""
         if not self.dataset.mean:
             return jnp.asarray(raw)
@@ -271,7 +289,7 @@ class Functions:
         differentiate = jax.value_and_grad(self._loss, has_aux=True)
         if parts == 1:
             (loss, statistics), grads = differentiate(
-                state.params, state.statistics, batch
+                state.params, state.statistics, batch, state.step
             )
             return loss, statistics, grads
 
@@ -285,7 +303,9 @@ class Functions:
 
         def add(carry: PyTree, part: Split) -> tuple[PyTree, None]:
             loss, statistics, grads = carry
-            (more, statistics), new = differentiate(state.params, statistics, part)
+            (more, statistics), new = differentiate(
+                state.params, statistics, part, state.step
+            )
             return (loss + more, statistics, jax.tree.map(jnp.add, grads, new)), None
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -294,25 +314,50 @@ class Functions:
         return loss / parts, statistics, jax.tree.map(lambda g: g / parts, grads)
 
     def _loss(
-        self, params: PyTree, statistics: PyTree, batch: Split
+        self, params: PyTree, statistics: PyTree, batch: Split, step: Array
     ) -> tuple[Array, PyTree]:
-        logits, changed = self.model.apply(
-            {"params": params, "batch_stats": statistics},
-            batch.inputs,
-            train=True,
-            mutable=["batch_stats"],
+        logits, statistics = self.logits(
+            params, statistics, jnp.asarray(batch.inputs), step
         )
-        logits = jnp.asarray(logits)
         labels = jnp.asarray(batch.labels)
         smoothing = self.config.optimizer.label_smoothing
-        if smoothing:
+        refined = tost.label_alpha(self.config.tost.build(), self.config.steps)
+        if refined is not None:
+            losses = tost.smoothed_cross_entropy(logits, labels, refined(step))
+        elif smoothing:
             targets = optax.smooth_labels(
                 jax.nn.one_hot(labels, self.dataset.classes), smoothing
             )
             losses = optax.softmax_cross_entropy(logits, targets)
         else:
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), changed.get("batch_stats", statistics)
+        return losses.mean(), statistics
+
+    def logits(
+        self, params: PyTree, statistics: PyTree, inputs: Array, step: Array | int
+    ) -> tuple[Array, PyTree]:
+        """What the network in training makes of a batch, and its new statistics."""
+        logits, changed = self.model.apply(
+            {"params": params, "batch_stats": statistics},
+            inputs,
+            train=True,
+            mutable=["batch_stats"],
+            **self._with_ghosts(step),
+        )
+        return jnp.asarray(logits), changed.get("batch_stats", statistics)
+
+    def _with_ghosts(self, step: Array | int) -> dict[str, Any]:
+        """Arguments of the network's call that put the ghosts of a step into it."""
+        if not self.ghosts:
+            return {}
+        config, steps = self.config.tost.build(), self.config.steps
+        soft, alpha = tost.activation(config, steps), tost.skip_alpha(config, steps)
+        skip = None
+        if config.skips is not None and alpha is not None:
+            skip = models.Skip(config.skips, alpha(step))
+        if soft is None:
+            return {"ghosts": models.Ghosts(skip=skip)}
+        return {"ghosts": models.Ghosts(lambda x: soft(x, step), skip)}
 
 
 def _key(seed: Array, purpose: str, number: Array | int) -> Array:

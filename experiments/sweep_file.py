@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import pathlib
+import re
 import tomllib
 import types
 import typing
@@ -17,7 +18,9 @@ METHODS: tuple[str, ...] = typing.get_args(MethodName)
 _DECIDED = ("method", "sparsity", "seeds", "seed", "vmap_seeds", "baseline")
 _DECIDED += ("out", "progress", "distributed")
 # What a single method may have of its own: the budget is the same for all.
-_OWN = ("masks", "optimizer")
+_OWN = ("masks", "optimizer", "tost")
+# Names of rows are names of folders.
+_LABEL = re.compile(r"[\w.+-]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Sweep:
     """What a sweep file says, checked.
 
     Attributes:
-      methods: in the order of the file.
+      methods: the rows, in the order of the file: methods, or the file's own names for
+        methods with options.
       sparsities: in rising order.
       seeds: number of seeds, from 0.
       vmap_seeds: whether all seeds of a cell train as one program; None: what is
@@ -38,6 +42,10 @@ class Sweep:
     seeds: int
     vmap_seeds: bool | None
     cells: dict[str, Config]
+
+    def cell(self, method: str, sparsity: float) -> str:
+        """The name of the cell in a row and a column; dense training has but one."""
+        return method if method in self.cells else _cell_name(method, sparsity)
 
     @property
     def first(self) -> Config:
@@ -63,9 +71,8 @@ def read(path: pathlib.Path) -> Sweep:
         raise ValueError(f"{path}: {error}") from error
 
 
-def cell_name(method: str, sparsity: float) -> str:
-    """Name of a cell and of its folder; dense training has one, of no sparsity."""
-    return method if method == "dense" else f"{method}-{sparsity}"
+def _cell_name(method: str, sparsity: float) -> str:
+    return f"{method}-{sparsity}"
 
 
 def _sweep(values: dict[str, Any]) -> Sweep:
@@ -74,15 +81,16 @@ def _sweep(values: dict[str, Any]) -> Sweep:
     for name in known[:3]:
         if name not in values:
             raise ValueError(f"{name} is missing: a sweep needs it.")
-    methods = _distinct("methods", values["methods"], tuple[MethodName, ...])
+    own = _table("method", values.get("method", {}))
+    methods = _distinct("methods", values["methods"], tuple[str, ...])
+    bases = {name: _base(name, own) for name in methods}
     sparsities = _distinct("sparsities", values["sparsities"], tuple[float, ...])
     seeds = _converted("seeds", values["seeds"], int)
     vmap = _converted(
         "vmap_seeds", values.get("vmap_seeds", "auto"), bool | Literal["auto"]
     )
     common = _table("train", values.get("train", {}))
-    own = _table("method", values.get("method", {}))
-    _check_keys("method.", own, METHODS)
+    _check_keys("method.", own, (*METHODS, *methods))
     for method in own:
         if method not in methods:
             raise ValueError(f"method.{method}: {method} is not one of methods.")
@@ -93,24 +101,53 @@ def _sweep(values: dict[str, Any]) -> Sweep:
                 f"train.{name} is not for a sweep, which sets it by itself or by "
                 "methods, sparsities, seeds and vmap_seeds."
             )
-    _check_used(options.get("masks", {}), methods)
+    _check_used(options.get("masks", {}), list(bases.values()))
     cells = {}
     for method in methods:
-        extra = _options(f"method.{method}", own.get(method, {}), Config)
+        table = {k: v for k, v in own.get(method, {}).items() if k != "method"}
+        extra = _options(f"method.{method}", table, Config)
         for name in extra:
             if name not in _OWN:
                 raise ValueError(
                     f"method.{method}.{name} must be the same for all methods: set "
                     f"it in [train]. A method has its own {' and '.join(_OWN)} only."
                 )
-        for sparsity in (0.0,) if method == "dense" else sparsities:
-            name = cell_name(method, sparsity)
-            given = {"method": method, "sparsity": sparsity, "seeds": seeds}
+        base = bases[method]
+        for sparsity in (0.0,) if base == "dense" else sparsities:
+            name = method if base == "dense" else _cell_name(method, sparsity)
+            given = {"method": base, "sparsity": sparsity, "seeds": seeds}
             try:
                 cells[name] = _config(given, options, extra, bool(vmap is True))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
     return Sweep(methods, sparsities, seeds, None if vmap == "auto" else vmap, cells)
+
+
+def _base(name: str, own: Mapping[str, Any]) -> str:
+    """The method that a row is of: its name, or what the file says beside it."""
+    table = _table(f"method.{name}", own.get(name, {}))
+    if name in METHODS:
+        if "method" in table:
+            raise ValueError(
+                f"method.{name}.method is for rows with names of their own, and {name} "
+                "is a method: choose another name."
+            )
+        return name
+    if name not in own:
+        near = difflib.get_close_matches(name, METHODS, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"methods must be one of {', '.join(METHODS)}, or have a table "
+            f'[method.NAME] that says method = "..."; got {name!r}.{hint}'
+        )
+    if not _LABEL.fullmatch(name):
+        raise ValueError(
+            f"methods has {name!r}: the name of a row is that of a folder, and must be "
+            "of letters, digits, '_', '.', '+' and '-'."
+        )
+    if "method" not in table:
+        raise ValueError(f"method.{name}.method is missing: which method is it?")
+    return _converted(f"method.{name}.method", table["method"], MethodName)
 
 
 def _config(

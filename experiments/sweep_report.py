@@ -8,9 +8,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from experiments.config import Config
 from experiments.files import complete, write_json
 from experiments.report import Runs
-from experiments.sweep_file import Sweep, cell_name
+from experiments.sweep_file import Sweep
 
 # Okabe and Ito's colours, which the colour-blind tell apart, with grey for the yellow
 # that white paper swallows; dense is black.
@@ -108,7 +109,7 @@ def _markdown(
         "test data, as papers often do, and so optimistic):",
         _table_of(sweep, runs, diverged, lambda run: run.best),
     ]
-    if "dense" in sweep.methods:
+    if any(config.method == "dense" for config in sweep.cells.values()):
         paragraphs.append(
             "The dense network has no sparsity: its numbers are repeated in each "
             "column."
@@ -121,16 +122,28 @@ def _title(sweep: Sweep) -> str:
 
 
 def _own(sweep: Sweep) -> str:
-    """In a sentence each, what methods have of their own in the optimizer."""
+    """In a sentence each, what rows have of their own."""
     common = dataclasses.asdict(sweep.first.optimizer)
     sentences = ""
     for method in sweep.methods:
-        cell = next(c for c in sweep.cells.values() if c.method == method)
-        found = dataclasses.asdict(cell.optimizer)
-        changed = [f"{k} {v}" for k, v in found.items() if common[k] != v]
+        config = sweep.cells[sweep.cell(method, sweep.sparsities[0])]
+        options = dataclasses.asdict(config.optimizer)
+        changed = [f"{k} {v}" for k, v in options.items() if common[k] != v]
+        if method != config.method:
+            changed = [config.method, *_given(config), *changed]
         if changed:
             sentences += f" {method} has {', '.join(changed)}."
     return sentences
+
+
+def _given(config: Config) -> list[str]:
+    """The options of masks and of ToST that are not the default ones."""
+    return [
+        f"{name}.{field.name} {getattr(record, field.name)}"
+        for name, record in (("masks", config.masks), ("tost", config.tost))
+        for field in dataclasses.fields(record)
+        if getattr(record, field.name) != field.default
+    ]
 
 
 def _weights(sweep: Sweep, runs: Mapping[str, Runs]) -> str:
@@ -168,7 +181,7 @@ def _table_of(
         ["---", *["---:"] * len(sweep.sparsities)],
     ]
     for method in sweep.methods:
-        names = [cell_name(method, sparsity) for sparsity in sweep.sparsities]
+        names = [sweep.cell(method, sparsity) for sparsity in sweep.sparsities]
         lines.append([method, *map(entry, names)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -177,11 +190,11 @@ def plot(sweep: Sweep, runs: Mapping[str, Runs], path: pathlib.Path) -> None:
     """Accuracy against sparsity, a line a method, as a PNG image."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    sparse = [method for method in sweep.methods if method != "dense"]
+    sparse = [method for method in sweep.methods if method not in sweep.cells]
     for i, method in enumerate(sparse):
         points = []
         for x, sparsity in enumerate(sweep.sparsities):
-            run = runs.get(cell_name(method, sparsity))
+            run = runs.get(sweep.cell(method, sparsity))
             if run is not None:
                 values = [100 * record.test_accuracy for record in run.last]
                 # Side by side, so that error bars do not hide one another.
@@ -189,7 +202,7 @@ def plot(sweep: Sweep, runs: Mapping[str, Runs], path: pathlib.Path) -> None:
                 points.append((x + shift, statistics.mean(values), _std(values) or 0))
         if points:
             xs, means, errors = zip(*points, strict=True)
-            colour, marker = LOOKS[method]
+            colour, marker = LOOKS.get(method, [*LOOKS.values()][i % len(LOOKS)])
             axes.errorbar(
                 xs,
                 means,

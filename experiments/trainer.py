@@ -12,13 +12,14 @@ import numpy as np
 from jax import Array
 
 import granet_jax
+from experiments import initial
 from experiments.checkpoints import Checkpoints, Progress
 from experiments.config import Config
 from experiments.data import Dataset, Split, Stream
 from experiments.metrics import Log, Record
 from experiments.parallel import Program, compiled
 from experiments.step import Score
-from granet_jax import distributions, masking
+from granet_jax import distributions, masking, tost
 
 PyTree = Any
 EVALUATION_BATCH = 1024
@@ -48,12 +49,14 @@ class Trainer(NamedTuple):
 
     Attributes:
       program: the compiled functions.
+      early: those of the network with ghosts; None without ghosts.
       train: all training data; None for a stream.
       test: the test data in batches; None for a stream.
       sizes: number of weights of every maskable leaf, by its name.
     """
 
     program: Program
+    early: Program | None
     train: PyTree | None
     test: list[PyTree] | None
     sizes: dict[str, int]
@@ -67,6 +70,12 @@ class Trainer(NamedTuple):
     def dataset(self) -> Dataset | Stream:
         """What it trains on."""
         return self.program.functions.dataset
+
+    def at(self, step: int) -> Program:
+        """The program for a state of so many steps."""
+        if self.early is not None and step < self.config.ghost_steps:
+            return self.early
+        return self.program
 
 
 def create(
@@ -93,11 +102,15 @@ def create(
             "batches come from the host, one a step."
         )
     program = compiled(config, dataset, devices)
+    early = None
+    if config.ghost_steps:
+        early = compiled(config, dataset, devices, ghosts=True)
     sizes = _mask_sizes(program)
     if streamed:
-        return Trainer(program, None, None, sizes)
+        return Trainer(program, early, None, None, sizes)
     return Trainer(
         program,
+        early,
         program.place(dataset.train),
         [
             program.place_test(batch)
@@ -154,13 +167,15 @@ def _fit(
     on_records: Callable[[Sequence[Record]], None],
     stopped: Callable[[int], int | None],
 ) -> tuple[list[list[Record]], PyTree]:
-    config, program = trainer.config, trainer.program
+    config = trainer.config
     interval, saving = config.evaluation_interval, config.checkpoint_interval
     start = time.perf_counter()
     step, saved = 0, checkpoints.latest
+    program = trainer.at(saved or 0)
     losses = Losses(program.lanes)
     if saved is None:
         state = program.create(seeds)
+        state = initial.replaced(program, state, seeds)
         log.resume(-1)
     else:
         snapshot, progress = checkpoints.restore(saved, program.abstract())
@@ -176,13 +191,21 @@ def _fit(
     data = _data(trainer, seeds[0], step)
     ahead = _AHEAD if _may_run_ahead(program) else 0
     while True:
+        if trainer.at(step) is not program:
+            # The end of the ghosts: from this step on the network is the plain one.
+            on_step(losses.wait(0))
+            plain = tost.drop_ghosts(program.snapshot(state))
+            program = trainer.at(step)
+            state = program.restore(plain)
         # A checkpoint is written after the evaluation of its step: what is gone on from
         # has been evaluated.
         if step != saved and (step % interval == 0 or step == config.steps):
             on_step(losses.wait(0))
             losses.check(step, checkpoints.latest)
             log.add(
-                _evaluate(trainer, state, step, losses, time.perf_counter() - start)
+                _evaluate(
+                    trainer, program, state, step, losses, time.perf_counter() - start
+                )
             )
             losses.clear()
             on_records([records[-1] for records in log.records])
@@ -192,7 +215,7 @@ def _fit(
         if step != saved and (due or stopping or step == config.steps):
             on_step(losses.wait(0))
             losses.check(step, checkpoints.latest)
-            _check(trainer, state, step, checkpoints.latest)
+            _check(trainer, program, state, step, checkpoints.latest)
             # Written in the background, while more losses come in: a copy.
             progress = Progress(
                 [list(lane) for lane in losses.values], time.perf_counter() - start
@@ -208,6 +231,8 @@ def _fit(
         # most two programs are compiled.
         left = min(interval - step % interval, saving - step % saving)
         left = min(left, config.steps - step)
+        if step < config.ghost_steps:
+            left = min(left, config.ghost_steps - step)
         number = config.scan_block if left >= config.scan_block else 1
         state, loss = program.steps(state, next(data), number)
         step += number
@@ -319,10 +344,14 @@ def _test_batches(trainer: Trainer) -> Iterator[PyTree]:
 
 
 def _evaluate(
-    trainer: Trainer, state: PyTree, step: int, losses: Losses, seconds: float
+    trainer: Trainer,
+    program: Program,
+    state: PyTree,
+    step: int,
+    losses: Losses,
+    seconds: float,
 ) -> list[Record]:
     """The record of every lane."""
-    program = trainer.program
     correct = np.zeros(program.lanes, np.int64)
     loss = np.zeros(program.lanes, np.float64)
     scores: collections.deque[Score] = collections.deque()
@@ -383,9 +412,11 @@ def _mask_sizes(program: Program) -> dict[str, int]:
     }
 
 
-def _check(trainer: Trainer, state: PyTree, step: int, saved: int | None) -> None:
+def _check(
+    trainer: Trainer, program: Program, state: PyTree, step: int, saved: int | None
+) -> None:
     """Raises unless the state is worth keeping: finite, and exactly sparse."""
-    seen = trainer.program.inspect(state)
+    seen = program.inspect(state)
     if not np.asarray(seen.finite).all():
         raise _diverged(f"a parameter is not finite after step {step}", saved)
     for lane in np.asarray(seen.broken):

@@ -134,8 +134,9 @@ def transform(
 
     # Compiled also for those who call `update` outside jit: op by op, its loops would
     # be compiled anew at every mask update.
-    @functools.partial(jax.jit, inline=True)
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
     def update_masks(
+        names: tuple[str, ...],
         leaves: list[Array],
         stepped: list[Array],
         grads: list[Array] | None,
@@ -145,6 +146,7 @@ def transform(
         return _update_masks(
             method,
             plan(tuple(tuple(x.shape) for x in leaves)),
+            names,
             leaves,
             stepped,
             grads,
@@ -223,7 +225,9 @@ def transform(
         ) -> tuple[PyTree, PyTree]:
             dense = None if grads is None else masking.maskable_leaves(grads, masks_)
             leaves, treedef = jax.tree.flatten(masks_)
+            paths = jax.tree_util.tree_leaves_with_path(masks_)
             changed, kept = update_masks(
+                tuple(masking.leaf_name(path) for path, _ in paths),
                 leaves,
                 _stepped(params, inner_updates, masks_),
                 dense,
@@ -449,6 +453,7 @@ def _plan(method: Method, shapes: tuple[tuple[int, ...], ...]) -> _Plan:
 def _update_masks(
     method: Method,
     plan: _Plan,
+    names: tuple[str, ...],
     masks: list[Array],
     params: list[Array],
     grads: list[Array] | None,
@@ -464,18 +469,28 @@ def _update_masks(
     index = method.updates.update_index(count)
 
     def rank(score: Score) -> Callable[[list[Array]], list[Array]]:
-        return lambda present: [
-            score(
-                ScoreInputs(
-                    param=p,
-                    grad=None if grads is None else grads[i],
-                    mask=m,
-                    accumulator=None if accumulators is None else accumulators[i],
-                    key=jax.random.fold_in(key, i),
+        def ranked(present: list[Array]) -> list[Array]:
+            # Of leaves that the score does not look at, nothing is computed.
+            left = map(_masked, present, params)
+            weights = dict(zip(names, left, strict=True))
+            return [
+                score(
+                    ScoreInputs(
+                        param=p,
+                        grad=None if grads is None else grads[i],
+                        mask=m,
+                        accumulator=None if accumulators is None else accumulators[i],
+                        key=jax.random.fold_in(key, i),
+                        name=name,
+                        weights=weights,
+                    )
                 )
-            )
-            for i, (p, m) in enumerate(zip(params, present, strict=True))
-        ]
+                for i, (name, p, m) in enumerate(
+                    zip(names, params, present, strict=True)
+                )
+            ]
+
+        return ranked
 
     ranks = {s: rank(s) for s in (method.prune, method.drop, method.grow) if s}
     prunes = bool(plan.prunes.any())

@@ -31,7 +31,7 @@ def example() -> dict[str, Any]:
 
 
 def test_no_block_is_left_out():
-    markers = ("load_digits", "def saliency(", "orbax")
+    markers = ("load_digits", "def saliency(", "orbax", "synflow(", "rescale_init(")
     assert len(BLOCKS) == len(markers)
     for marker in markers:
         assert sum(marker in b for b in BLOCKS) == 1
@@ -72,6 +72,21 @@ def test_own_method_drops_by_its_own_score():
     # magnitude alone would keep the first and fourth.
     masks = granet_jax.get_masks(opt_state)
     np.testing.assert_array_equal(masks["w"], [[False, True, False, True]])
+
+
+def test_masks_have_the_sparsity_asked_for(example: dict[str, Any]):
+    scope = run_block("synflow(", dict(example))
+    total = 64 * 128 + 128 * 128 + 128 * 10
+    state = scope["tx_static"].init(scope["params"])
+    report = granet_jax.sparsity(granet_jax.get_masks(state))
+    assert (report.active, report.total) == ((total + 10) // 20, total)
+    scope = run_block("rescale_init(", scope)
+    for scale in scope["rescaled"].scales["w"]:
+        assert float(scale) != 1
+    x = np.linspace(-3, 3, 13, dtype=np.float32)
+    quarter = scope["STEPS"] // 4
+    np.testing.assert_array_equal(scope["soft"](x, quarter), np.maximum(x, 0))
+    assert np.any(scope["soft"](x, quarter - 1) != np.maximum(x, 0))
 
 
 def test_checkpoint_restores_every_bit(example: dict[str, Any]):

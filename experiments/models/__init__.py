@@ -16,11 +16,14 @@ from jax.typing import DTypeLike
 
 from experiments.models import resnet
 from experiments.models.cnn import CNN, NormedCNN
+from experiments.models.layers import Ghosts as Ghosts
+from experiments.models.layers import Skip as Skip
 from experiments.models.lenet import LeNet5, LeNet300
 from experiments.models.mobilenet import MobileNetV1, MobileNetV2
 from experiments.models.transformer import GPT, ViT
 from experiments.models.vgg import VGG
 from experiments.models.wide_resnet import WideResNet
+from granet_jax import tost
 
 _PLAIN: dict[str, Callable[..., nn.Module]] = {
     "lenet-300-100": LeNet300,
@@ -49,6 +52,12 @@ _WITH_BATCH_NORM: dict[str, Callable[..., nn.Module]] = {
 
 NAMES: tuple[str, ...] = (*_PLAIN, *_WITH_BATCH_NORM)
 """The models there are."""
+
+WITH_NEURONS: tuple[str, ...] = tuple(n for n in NAMES if n not in ("vit-s-16", "gpt"))
+"""Those with ReLU, which ghost activations take the place of."""
+
+WITH_SKIPS: tuple[str, ...] = ("cnn", *_WITH_BATCH_NORM)
+"""Those that have places for ghost skips."""
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -90,10 +99,11 @@ def maskable(path: str, leaf: jax.Array) -> bool:
     """Whether a parameter is pruned: the kernels of convolutions and linear layers.
 
     The rule of the papers. It leaves out biases and norms, and what else has two
-    dimensions or more: embeddings of bytes and positions, and the class token.
+    dimensions or more: embeddings of bytes and positions, the class token; and ghosts.
 
     Args:
       path: "layer/kernel", as the library names leaves.
       leaf: the parameter.
     """
-    return path.rpartition("/")[2] == "kernel" and leaf.ndim >= 2
+    is_kernel = path.rpartition("/")[2] == "kernel" and leaf.ndim >= 2
+    return is_kernel and not tost.is_ghost(path)

@@ -21,7 +21,9 @@ class CNN(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
+    ) -> jax.Array:
         """Logits (n, classes) of images (n, height, width, channels)."""
         layers.check_images("cnn", x)
         for i, features in enumerate((16, 32, 64)):
@@ -29,7 +31,8 @@ class CNN(nn.Module):
             conv = nn.Conv(
                 features, (3, 3), strides, dtype=self.dtype, name=f"conv_{i}"
             )
-            x = nn.relu(conv(x))
+            y = ghosts.beside(conv(x), x, strides, train, name=f"ghost_{i}")
+            x = ghosts.activation(y)
         init = nn.initializers.lecun_normal()
         return layers.output(self.classes, init=init)(x.reshape(x.shape[0], -1))
 
@@ -51,21 +54,27 @@ class NormedCNN(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
+    ) -> jax.Array:
         """Logits (n, classes) of images (n, height, width, channels)."""
         layers.check_images("cnn-bn", x)
         for i, features in enumerate((16, 32, 64)):
-            x = layers.conv(
+            strides = 1 if i == 0 else 2
+            y = layers.conv(
                 features,
                 3,
-                1 if i == 0 else 2,
+                strides,
                 init=layers.he_fan_in,
                 dtype=self.dtype,
                 name=f"conv_{i}",
             )(x)
-            x = layers.batch_norm(
+            y = layers.batch_norm(
                 train, dtype=self.dtype, axis_name=self.axis_name, name=f"norm_{i}"
-            )(x)
-            x = nn.relu(x)
+            )(y)
+            y = ghosts.beside(
+                y, x, strides, train, axis_name=self.axis_name, name=f"ghost_{i}"
+            )
+            x = ghosts.activation(y)
         init = nn.initializers.lecun_normal()
         return layers.output(self.classes, init=init)(x.reshape(x.shape[0], -1))

@@ -4,9 +4,15 @@ Padding is that of PyTorch, kernel // 2 on every side, which differs from "SAME"
 the stride is 2: there "SAME" pads one side only.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from granet_jax import tost
+from granet_jax.tost import linen
 
 Initializer = jax.nn.initializers.Initializer
 
@@ -20,6 +26,66 @@ torch_default: Initializer = nn.initializers.variance_scaling(
     1 / 3, "fan_in", "uniform"
 )
 """Uniform in +-1 / sqrt(inputs of a unit): what PyTorch's layers start from."""
+
+
+class Skip(NamedTuple):
+    """Ghost skip connections, one beside every convolution of a block.
+
+    Attributes:
+      config: which kind they are of.
+      alpha: their coefficient, a floating scalar.
+    """
+
+    config: tost.Skips
+    alpha: jax.Array
+
+
+class Ghosts(NamedTuple):
+    """What a network has for the early part of its training only (ToST).
+
+    Attributes:
+      activation: in place of ReLU.
+      skip: None for none.
+    """
+
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    skip: Skip | None = None
+
+    def beside(
+        self,
+        y: jax.Array,
+        x: jax.Array,
+        strides: int,
+        train: bool,
+        *,
+        axis_name: str | None = None,
+        name: str,
+    ) -> jax.Array:
+        """What a convolution makes of `x`, `y`, with the skip beside it, if any.
+
+        Args:
+          y: after the norm that follows the convolution, if one does.
+          x: what goes into the convolution.
+          strides: of the convolution.
+          train: see `batch_norm`.
+          axis_name: see `batch_norm`.
+          name: of the layer; begins with "ghost_".
+        """
+        if self.skip is None:
+            return y
+        around = linen.make_skip(
+            self.skip.config,
+            y.shape[-1],
+            strides,
+            dtype=y.dtype,
+            axis_name=axis_name,
+            name=name,
+        )
+        return y + self.skip.alpha.astype(y.dtype) * around(x, train)
+
+
+NO_GHOSTS = Ghosts()
+"""The plain network."""
 
 
 def conv(
@@ -76,13 +142,16 @@ def batch_norm(
 
 
 def output(classes: int, *, init: Initializer) -> nn.Dense:
-    """The linear classifier "output", in float32 whatever the other layers are in."""
-    return nn.Dense(classes, kernel_init=init, dtype=jnp.float32, name="output")
+    """The linear classifier "output", in float32 even where other layers are not.
+
+    That is, in the wider of the dtypes of its parameters, float32, and of its input.
+    """
+    return nn.Dense(classes, kernel_init=init, name="output")
 
 
 def average_pool(x: jax.Array) -> jax.Array:
-    """The mean over all positions, float32: (n, height, width, c) to (n, c)."""
-    return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+    """The mean over all positions, float32 or wider: (n, h, w, c) to (n, c)."""
+    return jnp.mean(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=(1, 2))
 
 
 def check_images(model: str, x: jax.Array, smallest: int = 1) -> None:

@@ -23,12 +23,15 @@ class LeNet300(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
+    ) -> jax.Array:
         """Logits (n, classes) of images (n, height, width, channels)."""
         layers.check_images("lenet-300-100", x)
         x = x.reshape(x.shape[0], -1)
         for i, features in enumerate((300, 100)):
-            x = nn.relu(nn.Dense(features, dtype=self.dtype, name=f"hidden_{i}")(x))
+            hidden = nn.Dense(features, dtype=self.dtype, name=f"hidden_{i}")
+            x = ghosts.activation(hidden(x))
         return layers.output(self.classes, init=nn.initializers.lecun_normal())(x)
 
 
@@ -44,7 +47,9 @@ class LeNet5(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
+    ) -> jax.Array:
         """Logits (n, classes) of images (n, height, width, channels)."""
         layers.check_images("lenet-5", x, smallest=16)
         xavier = nn.initializers.lecun_uniform()
@@ -60,4 +65,4 @@ class LeNet5(nn.Module):
             x = nn.max_pool(x, (2, 2), (2, 2))
         x = x.reshape(x.shape[0], -1)
         hidden = nn.Dense(500, kernel_init=xavier, dtype=self.dtype, name="hidden")
-        return layers.output(self.classes, init=xavier)(nn.relu(hidden(x)))
+        return layers.output(self.classes, init=xavier)(ghosts.activation(hidden(x)))

@@ -57,9 +57,12 @@ class Block(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
+    ) -> jax.Array:
         y = x
         for i, (features, kernel, strides, groups) in enumerate(self.plan, start=1):
+            given = y
             y = layers.conv(
                 features,
                 kernel,
@@ -71,8 +74,11 @@ class Block(nn.Module):
             y = layers.batch_norm(
                 train, dtype=self.dtype, axis_name=self.axis_name, name=f"norm_{i}"
             )(y)
+            y = ghosts.beside(
+                y, given, strides, train, axis_name=self.axis_name, name=f"ghost_{i}"
+            )
             if i < len(self.plan) or not self.linear:
-                y = nn.relu6(y)
+                y = jnp.minimum(ghosts.activation(y), 6.0)  # ReLU6
         return x + y if self.linear and x.shape == y.shape else y
 
 
@@ -90,17 +96,19 @@ class MobileNetV1(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
+    ) -> jax.Array:
         """Logits (n, classes) of images (n, height, width, channels)."""
         layers.check_images("mobilenet-v1", x)
         block = functools.partial(
             Block, linear=False, dtype=self.dtype, axis_name=self.axis_name
         )
-        x = block(((32, 3, 2, 1),), name="layer_00")(x, train)
+        x = block(((32, 3, 2, 1),), name="layer_00")(x, train, ghosts)
         for i, (features, strides) in enumerate(_V1, start=1):
             width = x.shape[-1]
             plan = ((width, 3, strides, width), (features, 1, 1, 1))
-            x = block(plan, name=f"layer_{i:02}")(x, train)
+            x = block(plan, name=f"layer_{i:02}")(x, train, ghosts)
         init = nn.initializers.normal(0.01)
         return layers.output(self.classes, init=init)(layers.average_pool(x))
 
@@ -119,11 +127,13 @@ class MobileNetV2(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
+    ) -> jax.Array:
         """Logits (n, classes) of images (n, height, width, channels)."""
         layers.check_images("mobilenet-v2", x)
         block = functools.partial(Block, dtype=self.dtype, axis_name=self.axis_name)
-        x = block(((32, 3, 2, 1),), linear=False, name="layer_00")(x, train)
+        x = block(((32, 3, 2, 1),), linear=False, name="layer_00")(x, train, ghosts)
         i = 0
         for expansion, features, number, first in _V2:
             for j in range(number):
@@ -132,7 +142,11 @@ class MobileNetV2(nn.Module):
                 plan = [(width, 3, 1 if j else first, width), (features, 1, 1, 1)]
                 if expansion > 1:
                     plan.insert(0, (width, 1, 1, 1))
-                x = block(tuple(plan), linear=True, name=f"layer_{i:02}")(x, train)
-        x = block(((1280, 1, 1, 1),), linear=False, name=f"layer_{i + 1:02}")(x, train)
+                x = block(tuple(plan), linear=True, name=f"layer_{i:02}")(
+                    x, train, ghosts
+                )
+        x = block(((1280, 1, 1, 1),), linear=False, name=f"layer_{i + 1:02}")(
+            x, train, ghosts
+        )
         init = nn.initializers.normal(0.01)
         return layers.output(self.classes, init=init)(layers.average_pool(x))

@@ -38,7 +38,9 @@ class Block(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
+    ) -> jax.Array:
         conv = functools.partial(layers.conv, init=self.kernel_init, dtype=self.dtype)
         norm = functools.partial(
             layers.batch_norm, train, dtype=self.dtype, axis_name=self.axis_name
@@ -53,14 +55,24 @@ class Block(nn.Module):
             plan = [(self.features, 3, self.strides), (self.features, 3, 1)]
         y = x
         for i, (features, kernel, strides) in enumerate(plan, start=1):
+            given = y
             y = conv(features, kernel, strides, name=f"conv_{i}")(y)
             y = norm(name=f"norm_{i}")(y)
+            if kernel == 3:
+                y = ghosts.beside(
+                    y,
+                    given,
+                    strides,
+                    train,
+                    axis_name=self.axis_name,
+                    name=f"ghost_{i}",
+                )
             if i < len(plan):
-                y = nn.relu(y)
+                y = ghosts.activation(y)
         if x.shape != y.shape:
             x = conv(y.shape[-1], 1, self.strides, name="shortcut")(x)
             x = norm(name="shortcut_norm")(x)
-        return nn.relu(x + y)
+        return ghosts.activation(x + y)
 
 
 class ResNet(nn.Module):
@@ -91,7 +103,9 @@ class ResNet(nn.Module):
     output_init: layers.Initializer
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
+    ) -> jax.Array:
         """Logits (n, classes) of images (n, height, width, channels)."""
         layers.check_images("resnet", x)
         kernel, strides = (7, 2) if self.large else (3, 1)
@@ -106,7 +120,7 @@ class ResNet(nn.Module):
         x = layers.batch_norm(
             train, dtype=self.dtype, axis_name=self.axis_name, name="conv_norm"
         )(x)
-        x = nn.relu(x)
+        x = ghosts.activation(x)
         if self.large:
             sides = ((1, 1), (1, 1))
             # Its annotation has strings only; its documentation has this too.
@@ -121,7 +135,7 @@ class ResNet(nn.Module):
                     dtype=self.dtype,
                     axis_name=self.axis_name,
                     name=f"group_{group + 1}_block_{block + 1:02}",
-                )(x, train)
+                )(x, train, ghosts)
         x = layers.average_pool(x)
         return layers.output(self.classes, init=self.output_init)(x)
 

@@ -35,7 +35,9 @@ class VGG(nn.Module):
     groups: tuple[int, int, int, int, int]
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
+    ) -> jax.Array:
         """Logits (n, classes) of images (n, height, width, channels)."""
         layers.check_images(f"vgg-{sum(self.groups) + 3}", x, smallest=16)
         i = 0
@@ -44,15 +46,18 @@ class VGG(nn.Module):
                 x = nn.max_pool(x, (2, 2), (2, 2))
             for _ in range(number):
                 features = min(512, 64 * 2**group)
-                x = layers.conv(features, 3, dtype=self.dtype, name=f"conv_{i:02}")(x)
-                x = layers.batch_norm(
+                y = layers.conv(features, 3, dtype=self.dtype, name=f"conv_{i:02}")(x)
+                y = layers.batch_norm(
                     train,
                     scale=0.5,
                     dtype=self.dtype,
                     axis_name=self.axis_name,
                     name=f"norm_{i:02}",
-                )(x)
-                x = nn.relu(x)
+                )(y)
+                y = ghosts.beside(
+                    y, x, 1, train, axis_name=self.axis_name, name=f"ghost_{i:02}"
+                )
+                x = ghosts.activation(y)
                 i += 1
         init = nn.initializers.normal(0.01)
         return layers.output(self.classes, init=init)(layers.average_pool(x))

@@ -31,15 +31,20 @@ class Block(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
+    ) -> jax.Array:
         conv = functools.partial(layers.conv, dtype=self.dtype)
         norm = functools.partial(
             layers.batch_norm, train, dtype=self.dtype, axis_name=self.axis_name
         )
-        first = nn.relu(norm(name="norm_1")(x))
+        beside = functools.partial(ghosts.beside, axis_name=self.axis_name)
+        first = ghosts.activation(norm(name="norm_1")(x))
         y = conv(self.features, 3, self.strides, name="conv_1")(first)
-        y = nn.relu(norm(name="norm_2")(y))
-        y = conv(self.features, 3, name="conv_2")(y)
+        y = beside(y, first, self.strides, train, name="ghost_1")
+        second = ghosts.activation(norm(name="norm_2")(y))
+        y = conv(self.features, 3, name="conv_2")(second)
+        y = beside(y, second, 1, train, name="ghost_2")
         if x.shape[-1] != self.features:
             # It takes what comes out of the norm: there is no identity to keep.
             x = conv(self.features, 1, self.strides, name="shortcut")(first)
@@ -66,7 +71,9 @@ class WideResNet(nn.Module):
     factor: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
+    ) -> jax.Array:
         """Logits (n, classes) of images (n, height, width, channels)."""
         layers.check_images(f"wrn-{self.depth}-{self.factor}", x)
         x = layers.conv(16, 3, dtype=self.dtype, name="conv")(x)
@@ -78,9 +85,9 @@ class WideResNet(nn.Module):
                     dtype=self.dtype,
                     axis_name=self.axis_name,
                     name=f"group_{group + 1}_block_{block + 1:02}",
-                )(x, train)
+                )(x, train, ghosts)
         x = layers.batch_norm(
             train, dtype=self.dtype, axis_name=self.axis_name, name="norm"
         )(x)
-        x = layers.average_pool(nn.relu(x))
+        x = layers.average_pool(ghosts.activation(x))
         return layers.output(self.classes, init=layers.torch_default)(x)

@@ -1,0 +1,105 @@
+"""Label refinement: smoothed targets, in the authors' form and the usual one."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.core import Tracer
+
+from granet_jax.tost._checks import check_choice, check_number
+
+Convention = Literal["tost", "standard"]
+CONVENTIONS: tuple[Convention, ...] = ("tost", "standard")
+
+
+def smooth_targets(
+    labels: Array,
+    classes: int,
+    alpha: Array | float,
+    convention: Convention = "tost",
+) -> Array:
+    """Distributions over the classes that keep `alpha` away from the true class.
+
+    - "tost" (the authors' code): 1 - alpha at the true class, alpha / (classes - 1) at
+      every other;
+    - "standard" (optax, PyTorch): (1 - alpha) onehot + alpha / classes.
+
+    They agree where the standard alpha is classes / (classes - 1) times the other.
+
+    Args:
+      labels: integers in [0, classes), of any shape.
+      classes: number of classes, 2 or more.
+      alpha: amount of smoothing in [0, 1]; may be traced (a schedule's value).
+      convention: "tost" or "standard".
+
+    Returns:
+      Floating array of shape (*labels.shape, classes); the last axis sums to 1.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong type or out of range, as far as
+        values are known when it is called.
+    """
+    check_choice("convention", convention, CONVENTIONS)
+    if not isinstance(classes, int | np.integer) or isinstance(classes, bool):
+        raise TypeError(f"classes must be an integer, got {classes!r}.")
+    if classes < 2:
+        raise ValueError(f"classes must be at least 2, got {classes}.")
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(
+            f"labels must be integers, got dtype {labels.dtype}: distributions over "
+            "classes need no smoothing."
+        )
+    if jnp.ndim(alpha) != 0:
+        raise ValueError(f"alpha must be a scalar, got shape {jnp.shape(alpha)}.")
+    if not isinstance(alpha, Tracer):
+        check_number("alpha", np.asarray(alpha).item(), least=0.0, most=1.0)
+    if not isinstance(labels, Tracer) and labels.size:
+        with jax.ensure_compile_time_eval():  # Known also where others are traced.
+            low, high = int(jnp.min(labels)), int(jnp.max(labels))
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"labels must be in [0, {classes}), got values from {low} to {high}."
+            )
+    onehot = jax.nn.one_hot(labels, classes)
+    alpha = jnp.asarray(alpha, onehot.dtype)
+    if convention == "standard":
+        return (1.0 - alpha) * onehot + alpha / classes
+    return jnp.where(onehot > 0, 1.0 - alpha, alpha / (classes - 1))
+
+
+def smoothed_cross_entropy(
+    logits: Array,
+    labels: Array,
+    alpha: Array | float,
+    *,
+    convention: Convention = "tost",
+) -> Array:
+    """Cross-entropy with smoothed labels, of every example.
+
+    Args:
+      logits: floating array of shape (..., classes).
+      labels: integers in [0, classes), of shape (...).
+      alpha: amount of smoothing in [0, 1], 0.1 in the authors' code; may be traced.
+      convention: "tost" or "standard", see `smooth_targets`.
+
+    Returns:
+      Floating array of shape (...), as optax's losses; take its mean.
+
+    Raises:
+      TypeError, ValueError: as `smooth_targets`, and for shapes that do not agree.
+
+    References:
+      Szegedy et al., Rethinking the Inception Architecture, CVPR 2016. Jaiswal et al.,
+      Training Your Sparse Neural Network Better with Any Mask, ICML 2022.
+    """
+    if logits.ndim < 1 or jnp.shape(labels) != logits.shape[:-1]:
+        raise ValueError(
+            "labels must have the shape of logits less its last axis, got labels of "
+            f"shape {jnp.shape(labels)} and logits of shape {logits.shape}."
+        )
+    targets = smooth_targets(labels, logits.shape[-1], alpha, convention)
+    return optax.softmax_cross_entropy(logits, targets)
