@@ -203,9 +203,7 @@ def _fit(
             on_step(losses.wait(0))
             losses.check(step, checkpoints.latest)
             log.add(
-                _evaluate(
-                    trainer, program, state, step, losses, time.perf_counter() - start
-                )
+                _evaluate(trainer, state, step, losses, time.perf_counter() - start)
             )
             losses.clear()
             on_records([records[-1] for records in log.records])
@@ -215,7 +213,7 @@ def _fit(
         if step != saved and (due or stopping or step == config.steps):
             on_step(losses.wait(0))
             losses.check(step, checkpoints.latest)
-            _check(trainer, program, state, step, checkpoints.latest)
+            _check(trainer, state, step, checkpoints.latest)
             # Written in the background, while more losses come in: a copy.
             progress = Progress(
                 [list(lane) for lane in losses.values], time.perf_counter() - start
@@ -344,14 +342,10 @@ def _test_batches(trainer: Trainer) -> Iterator[PyTree]:
 
 
 def _evaluate(
-    trainer: Trainer,
-    program: Program,
-    state: PyTree,
-    step: int,
-    losses: Losses,
-    seconds: float,
+    trainer: Trainer, state: PyTree, step: int, losses: Losses, seconds: float
 ) -> list[Record]:
     """The record of every lane."""
+    program = trainer.at(step)
     correct = np.zeros(program.lanes, np.int64)
     loss = np.zeros(program.lanes, np.float64)
     scores: collections.deque[Score] = collections.deque()
@@ -412,11 +406,9 @@ def _mask_sizes(program: Program) -> dict[str, int]:
     }
 
 
-def _check(
-    trainer: Trainer, program: Program, state: PyTree, step: int, saved: int | None
-) -> None:
+def _check(trainer: Trainer, state: PyTree, step: int, saved: int | None) -> None:
     """Raises unless the state is worth keeping: finite, and exactly sparse."""
-    seen = program.inspect(state)
+    seen = trainer.at(step).inspect(state)
     if not np.asarray(seen.finite).all():
         raise _diverged(f"a parameter is not finite after step {step}", saved)
     for lane in np.asarray(seen.broken):
