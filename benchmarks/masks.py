@@ -6,7 +6,8 @@ r"""Seconds to compute the masks of each source at 95% sparsity.
 
 Sources that score the loss see `--images` random images in batches of at most 32;
 SynFlow sees none. Rounds are those of the papers (100 for SynFlow) or `--rounds`. A
-first call, compilation included, goes before the one that is timed, unless `--once`.
+first call goes before the one that is timed, unless `--once`. (It warms up the smaller
+functions only: each call of a source compiles the network anew.)
 """
 
 import argparse
