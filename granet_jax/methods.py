@@ -8,12 +8,16 @@ and what is grown. To write one's own, take a record and replace a part:
 
 import dataclasses
 import math
-import numbers
 from typing import Any
 
-import numpy as np
-
 from granet_jax import schedules, scores
+from granet_jax.checks import (
+    check_decay,
+    check_fraction,
+    check_sparsity,
+    check_steps,
+    is_number,
+)
 from granet_jax.distributions import Distribution, check_distribution
 from granet_jax.schedules import Schedule, UpdateSteps
 from granet_jax.scores import Score
@@ -75,7 +79,7 @@ class Method:
         check_scope(self.scope)
         check_distribution(self.distribution)
         if self.accumulator_decay is not None:
-            _check_decay("accumulator_decay", self.accumulator_decay)
+            check_decay("accumulator_decay", self.accumulator_decay)
         for field in ("sparsity", "prune", "drop", "fraction"):
             if not callable(getattr(self, field)):
                 raise TypeError(
@@ -84,8 +88,8 @@ class Method:
         if self.grow is not None and not callable(self.grow):
             raise TypeError(f"grow must be a function or None, got {self.grow!r}.")
         for step in (0, *self.updates.steps()):
-            _check_sparsity(f"sparsity({step})", self.sparsity(step))
-            _check_fraction(f"fraction({step})", self.fraction(step))
+            check_sparsity(f"sparsity({step})", self.sparsity(step))
+            check_fraction(f"fraction({step})", self.fraction(step))
 
 
 def granet(
@@ -138,7 +142,7 @@ def granet(
       Liu et al., Sparse Training via Boosting Pruning Plasticity with
       Neuroregeneration, NeurIPS 2021.
     """
-    _check_steps("total_steps", total_steps, least=1)
+    check_steps("total_steps", total_steps, least=1)
     end_step = total_steps // 2 if end_step is None else end_step
     pruning = _gradual(sparsity, initial_sparsity, begin_step, end_step, interval)
     if end_step > total_steps:
@@ -146,8 +150,8 @@ def granet(
             f"end_step must be at most total_steps, got end_step={end_step} with "
             f"total_steps={total_steps}."
         )
-    _check_fraction("fraction", fraction)
-    _check_fraction("final_fraction", final_fraction)
+    check_fraction("fraction", fraction)
+    check_fraction("final_fraction", final_fraction)
     if grow not in _GROW:
         raise ValueError(
             f"grow must be one of {', '.join(map(repr, _GROW))}, got {grow!r}."
@@ -247,8 +251,8 @@ def rigl(
       Evci et al., Rigging the Lottery, ICML 2020. Liu et al., Do We Actually Need
       Dense Over-Parameterization?, ICML 2021.
     """
-    _check_steps("total_steps", total_steps, least=1)
-    if not _is_number(stop) or not 0.0 < stop <= 1.0:
+    check_steps("total_steps", total_steps, least=1)
+    if not is_number(stop) or not 0.0 < stop <= 1.0:
         raise ValueError(f"stop must be a number in (0, 1], got {stop!r}.")
     return Method(
         name="rigl",
@@ -288,7 +292,7 @@ def set_(
       Mocanu et al., Scalable Training of Artificial Neural Networks with Adaptive
       Sparse Connectivity, Nature Communications 2018.
     """
-    _check_steps("total_steps", total_steps, least=1)
+    check_steps("total_steps", total_steps, least=1)
     return Method(
         name="set",
         **_exchange(sparsity, total_steps, interval, fraction, distribution),
@@ -331,8 +335,8 @@ def snfs(
     References:
       Dettmers & Zettlemoyer, Sparse Networks from Scratch, 2019.
     """
-    _check_steps("total_steps", total_steps, least=1)
-    _check_decay("decay", decay)
+    check_steps("total_steps", total_steps, least=1)
+    check_decay("decay", decay)
     return Method(
         name="snfs",
         **_exchange(sparsity, total_steps, interval, fraction, distribution),
@@ -360,7 +364,7 @@ def static(sparsity: float, *, distribution: Distribution = "erk") -> Method:
     References:
       Liu et al., The Unreasonable Effectiveness of Random Pruning, ICLR 2022.
     """
-    _check_sparsity("sparsity", sparsity)
+    check_sparsity("sparsity", sparsity)
     return Method(
         name="static",
         sparsity=schedules.constant(sparsity),
@@ -372,16 +376,16 @@ def _gradual(
     final: float, initial: float, begin: int, end: int, interval: int
 ) -> Schedule:
     """The checked cubic schedule that GraNet and GMP share."""
-    _check_sparsity("sparsity", final)
-    _check_sparsity("initial_sparsity", initial)
+    check_sparsity("sparsity", final)
+    check_sparsity("initial_sparsity", initial)
     if initial > final:
         raise ValueError(
             "initial_sparsity must be at most sparsity, got "
             f"initial_sparsity={initial} with sparsity={final}."
         )
-    _check_steps("begin_step", begin, least=0)
-    _check_steps("end_step", end, least=1)
-    _check_steps("interval", interval, least=1)
+    check_steps("begin_step", begin, least=0)
+    check_steps("end_step", end, least=1)
+    check_steps("interval", interval, least=1)
     if end <= begin:
         raise ValueError(
             f"end_step must be after begin_step, got end_step={end} with "
@@ -404,9 +408,9 @@ def _exchange(
     distribution: Distribution,
 ) -> dict[str, Any]:
     """The checked parts that the methods of constant sparsity share."""
-    _check_sparsity("sparsity", sparsity)
-    _check_steps("interval", interval, least=1)
-    _check_fraction("fraction", fraction)
+    check_sparsity("sparsity", sparsity)
+    check_steps("interval", interval, least=1)
+    check_fraction("fraction", fraction)
     if interval > last:
         raise ValueError(
             f"interval must be at most the last step that updates masks ({last}), got "
@@ -417,40 +421,3 @@ def _exchange(
         "updates": schedules.every(interval, last=last),
         "distribution": distribution,
     }
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, numbers.Real) and not isinstance(x, bool)
-
-
-def _check_sparsity(name: str, value: Any) -> None:
-    if not _is_number(value):
-        raise TypeError(f"{name} must be a number in [0, 1), got {value!r}.")
-    if not 0.0 <= value < 1.0:
-        raise ValueError(
-            f"{name} must be in [0, 1), got {value}: it is the share of pruned weights "
-            "(0.9 for 90%)."
-        )
-
-
-def _check_fraction(name: str, value: Any) -> None:
-    if not _is_number(value):
-        raise TypeError(f"{name} must be a number in [0, 1], got {value!r}.")
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be in [0, 1], got {value}.")
-
-
-def _check_decay(name: str, value: Any) -> None:
-    if not _is_number(value):
-        raise TypeError(f"{name} must be a number in [0, 1), got {value!r}.")
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), got {value}.")
-
-
-def _check_steps(name: str, value: Any, *, least: int) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer number of steps, got {value!r}.")
-    if not least <= value < 2**31:
-        raise ValueError(
-            f"{name} must be at least {least} and below 2**31, got {value}."
-        )

@@ -1,6 +1,5 @@
 """Checks of arguments that the mask sources share."""
 
-import numbers
 from typing import Any
 
 import jax
@@ -15,11 +14,6 @@ from granet_jax.masking import PyTree
 def is_traced(*trees: PyTree) -> bool:
     """Whether some leaf is a tracer, so that values cannot be looked at."""
     return any(isinstance(x, Tracer) for x in jax.tree.leaves(trees))
-
-
-def is_number(x: Any) -> bool:
-    """Whether `x` is a real number on the host."""
-    return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
 def check_finite(what: str, tree: PyTree) -> None:
@@ -38,17 +32,6 @@ def check_finite(what: str, tree: PyTree) -> None:
             f"{what} must be finite, but has NaN or infinite values at "
             f"{', '.join(bad)}: the loss or the network overflows. Check the "
             "parameters and the data, or compute in a wider dtype."
-        )
-
-
-def check_sparsity(sparsity: Any) -> None:
-    """Raises TypeError or ValueError unless `sparsity` is a number in [0, 1)."""
-    if not is_number(sparsity):
-        raise TypeError(f"sparsity must be a number in [0, 1), got {sparsity!r}.")
-    if not 0.0 <= sparsity < 1.0:
-        raise ValueError(
-            f"sparsity must be in [0, 1), got {sparsity}: it is the share of pruned "
-            "weights (0.9 for 90%)."
         )
 
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from granet_jax.checks import check_sparsity
 from granet_jax.mask_sources.arguments import (
     check_rounds,
-    check_sparsity,
     is_traced,
 )
 from granet_jax.mask_sources.connectivity import OnCollapse, check_action, report
@@ -78,7 +78,7 @@ def synflow(
       Tanaka et al., Pruning neural networks without any data by iteratively conserving
       synaptic flow, NeurIPS 2020.
     """
-    check_sparsity(sparsity)
+    check_sparsity("sparsity", sparsity)
     check_rounds(rounds)
     check_scope(scope)
     check_action(on_collapse)

@@ -10,11 +10,11 @@ import numpy as np
 from jax import Array
 
 from granet_jax import distributions, masking, updates
+from granet_jax.checks import is_number
 from granet_jax.mask_sources.arguments import (
     check_finite,
     check_key,
     check_rounds,
-    is_number,
 )
 from granet_jax.mask_sources.connectivity import OnCollapse, check_action, report
 from granet_jax.mask_sources.selecting import full_masks

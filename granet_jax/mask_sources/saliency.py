@@ -19,10 +19,9 @@ import numpy as np
 import optax
 from jax import Array, lax
 
+from granet_jax.checks import check_sparsity, is_number
 from granet_jax.mask_sources.arguments import (
     check_rounds,
-    check_sparsity,
-    is_number,
     is_traced,
 )
 from granet_jax.mask_sources.connectivity import OnCollapse, check_action, report
@@ -233,7 +232,7 @@ def grasp(
       Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow,
       ICLR 2020.
     """
-    check_sparsity(sparsity)
+    check_sparsity("sparsity", sparsity)
     check_scope(scope)
     check_action(on_collapse)
     found = grasp_scores(loss_fn, params, batches, where=where, axis_name=axis_name)
@@ -336,7 +335,7 @@ def _iterated(
     revive: bool,
 ) -> PyTree:
     """`snip` and `force`."""
-    check_sparsity(sparsity)
+    check_sparsity("sparsity", sparsity)
     check_rounds(rounds)
     check_scope(scope)
     check_action(on_collapse)

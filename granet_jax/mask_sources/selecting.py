@@ -17,11 +17,11 @@ import optax
 from jax import Array, lax
 
 from granet_jax import distributions, masking, scores, updates
+from granet_jax.checks import check_sparsity
 from granet_jax.distributions import Distribution, Shape
 from granet_jax.mask_sources.arguments import (
     check_finite,
     check_key,
-    check_sparsity,
 )
 from granet_jax.mask_sources.connectivity import OnCollapse, check_action, report
 from granet_jax.masking import PyTree, Where
@@ -56,7 +56,7 @@ def select(scores: PyTree, sparsity: float, *, scope: Scope = "global") -> PyTre
       Frankle et al., Pruning Neural Networks at Initialization: Why Are We Missing the
       Mark?, ICLR 2021.
     """
-    check_sparsity(sparsity)
+    check_sparsity("sparsity", sparsity)
     check_scope(scope)
     leaves, treedef = jax.tree.flatten(scores)
     if not leaves:
@@ -98,7 +98,7 @@ def from_score(
       ValueError, TypeError: as `select` and `masking.maskable`; or collapse, if that
         is to be an error.
     """
-    check_sparsity(sparsity)
+    check_sparsity("sparsity", sparsity)
     check_scope(scope)
     check_action(on_collapse)
     key = jax.random.key(0) if key is None else key
@@ -199,7 +199,7 @@ def random(
     References:
       Liu et al., The Unreasonable Effectiveness of Random Pruning, ICLR 2022.
     """
-    check_sparsity(sparsity)
+    check_sparsity("sparsity", sparsity)
     check_action(on_collapse)
     check_key(key)
     present = full_masks(params, where)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from granet_jax.checks import check_choice, check_number, check_steps
 from granet_jax.tost import schedules
-from granet_jax.tost._checks import check_choice, check_number, check_steps
 
 Kind = Literal["swish", "mish"]
 KINDS: tuple[Kind, ...] = ("swish", "mish")

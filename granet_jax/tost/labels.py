@@ -9,7 +9,7 @@ import optax
 from jax import Array
 from jax.core import Tracer
 
-from granet_jax.tost._checks import check_choice, check_number
+from granet_jax.checks import check_choice, check_number
 
 Convention = Literal["tost", "standard"]
 CONVENTIONS: tuple[Convention, ...] = ("tost", "standard")

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from granet_jax.tost._checks import check_choice
+from granet_jax.checks import check_choice
 from granet_jax.tost.record import Skips
 from granet_jax.tost.skips import SKIP_KINDS, SkipKind, ghost_skip
 

@@ -39,7 +39,7 @@ from jax import Array, lax
 from jax.core import Tracer
 
 from granet_jax import masking
-from granet_jax.tost._checks import check_number, check_steps
+from granet_jax.checks import check_number, check_steps
 
 PyTree = Any
 Loss = Callable[[PyTree, Any], Array]

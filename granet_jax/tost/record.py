@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from jax import Array
 
+from granet_jax.checks import check_choice, check_number, check_steps
 from granet_jax.tost import activations, labels, schedules, skips
-from granet_jax.tost._checks import check_choice, check_number, check_steps
 from granet_jax.tost.lrsi import LRsI
 
 

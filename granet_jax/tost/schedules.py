@@ -16,7 +16,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array
 
-from granet_jax.tost._checks import check_choice, check_number, check_steps
+from granet_jax.checks import check_choice, check_number, check_steps
 
 Schedule = Callable[[Array | int], Array]
 Decay = Literal["linear", "cosine"]

@@ -1,4 +1,4 @@
-"""Checks of arguments that the modules of this package share."""
+"""Checks of arguments: each error names the argument, the value, and what it may be."""
 
 import math
 import numbers
@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+
+def is_number(x: Any) -> bool:
+    """Whether `x` is a real number on the host."""
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -35,7 +40,7 @@ def check_number(
       most: it must be this or smaller.
       finite: whether infinity is refused.
     """
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}.")
     number = float(value)
     low = (
@@ -54,9 +59,38 @@ def check_number(
         raise ValueError(f"{name} must be {wanted}, got {value}.")
 
 
-def check_steps(name: str, value: Any) -> None:
-    """Raises TypeError or ValueError unless `value` is a number of steps, 1 or more."""
+def check_sparsity(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError unless `value` is a number in [0, 1)."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number in [0, 1), got {value!r}.")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(
+            f"{name} must be in [0, 1), got {value}: it is the share of pruned weights "
+            "(0.9 for 90%)."
+        )
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError unless `value` is a number in [0, 1]."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number in [0, 1], got {value!r}.")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {value}.")
+
+
+def check_decay(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError unless `value` is a number in [0, 1)."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number in [0, 1), got {value!r}.")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {value}.")
+
+
+def check_steps(name: str, value: Any, *, least: int = 1) -> None:
+    """Raises TypeError or ValueError unless `value` is an integer from `least` on."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer number of steps, got {value!r}.")
-    if not 1 <= value < 2**31:
-        raise ValueError(f"{name} must be at least 1 and below 2**31, got {value}.")
+    if not least <= value < 2**31:
+        raise ValueError(
+            f"{name} must be at least {least} and below 2**31, got {value}."
+        )
