@@ -36,15 +36,17 @@ PyTree = Any
 WARM = 10
 
 
-def random_images(size: int, channels: int, number: int) -> data.Dataset:
-    """Noise with ten classes."""
+def random_images(
+    size: int, channels: int, number: int, classes: int = 10
+) -> data.Dataset:
+    """Noise."""
     rng = np.random.default_rng(0)
 
     def split(n: int) -> data.Split:
         images = rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8)
-        return data.Split(images, rng.integers(0, 10, n).astype(np.int32))
+        return data.Split(images, rng.integers(0, classes, n).astype(np.int32))
 
-    return data.from_arrays("random", split(number), split(1024), classes=10)
+    return data.from_arrays("random", split(number), split(1024), classes)
 
 
 def minimal(config: Config, dataset: data.Dataset) -> Callable[[], tuple[float, Any]]:

@@ -256,14 +256,14 @@ class ToSTConfig:
     """Label smoothing as in the authors' code: this share of the target,
     in [0, 1], goes to the other classes. (They have 0.1.)"""
 
-    ghost_fraction: float = 0.25
-    """Share of the steps in which there are ghosts, in (0, 1]. After
-    them the network is the plain one."""
+    ghost_fraction: float | None = None
+    """Share of the steps in which there are ghosts, in (0, 1]; by default
+    0.25. After them the network is the plain one."""
 
     as_in_code: bool = False
     """The authors' code instead of the paper's idea: the ghosts are kept
-    to the end and in the result; swish(2x) / 2; skips from constant
-    kernels; a look-ahead step over pruned weights too."""
+    to the end and in the result; swish(2x) / 2, or mish; skips from
+    constant kernels; a look-ahead step over pruned weights too."""
 
     def build(self) -> tost.ToST:
         """The library's record.
@@ -271,14 +271,17 @@ class ToSTConfig:
         Raises:
           ValueError: a value out of range.
         """
-        base = tost.reproduce() if self.as_in_code else tost.ToST()
-        neurons, skips = base.neurons or tost.Neurons(), base.skips or tost.Skips()
+        code = self.as_in_code
+        given = self.ghost_fraction
+        share = tost.ToST.ghost_fraction if given is None else given
+        # Only their swish has a sharpness, of 2.
+        beta = 2.0 if code and self.neurons == "swish" else 1.0
         return tost.ToST(
-            neurons=self.neurons and dataclasses.replace(neurons, kind=self.neurons),
-            skips=self.skips and dataclasses.replace(skips, kind=self.skips),
-            lrsi=(base.lrsi or tost.LRsI()) if self.lrsi else None,
+            neurons=self.neurons and tost.Neurons(kind=self.neurons, beta_0=beta),
+            skips=self.skips and tost.Skips(kind=self.skips, constant_init=code),
+            lrsi=tost.LRsI(mask_lookahead=not code) if self.lrsi else None,
             labels=None if self.labels is None else tost.Labels(alpha=self.labels),
-            ghost_fraction=None if self.as_in_code else self.ghost_fraction,
+            ghost_fraction=None if code else share,
         )
 
 
@@ -456,6 +459,13 @@ class Config:
             raise ValueError(
                 "tost.as_in_code is of effect on neurons, skips and lrsi only: give "
                 "one of them, or leave it out."
+            )
+        if self.tost.ghost_fraction is not None and (
+            not ghosts or self.tost.as_in_code
+        ):
+            raise ValueError(
+                "tost.ghost_fraction is of no effect without neurons or skips, or with "
+                "as_in_code, which keeps them: leave it out."
             )
         record = self.tost.build()
         if ghosts:

@@ -5,21 +5,21 @@ on the host's first device before training, by every process alike, so that they
 same on any number of devices.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
 import granet_jax
-from experiments import sources
+from experiments import models, sources
 from experiments.data import Stream
 from experiments.parallel import Program
 from experiments.step import Functions, TrainState
-from granet_jax import masking, tost
+from granet_jax import mask_sources, masking, tost
 
 PyTree = Any
 
@@ -71,27 +71,29 @@ def weights(functions: Functions, seed: int) -> tuple[PyTree, PyTree]:
     Returns:
       (parameters, masks); None for the masks of dense training.
     """
-    config = functions.config
-    state = jax.jit(functions.create)(np.uint32(seed))
-    params, statistics = state.params, state.statistics
-    masks = None if functions.method is None else functions.masks(state)
-    if masks is not None and config.masks.source is not None:
-        # Without the drawn masks, and without ghosts.
-        params = jax.jit(functions.variables)(np.uint32(seed))["params"]
-        plain = Functions(config, functions.dataset)
-        kept, kept_statistics = tost.drop_ghosts((params, statistics))
-        found = sources.masks(plain, kept, kept_statistics, seed)
-        masks = _as_in(masks, found)
+    config, method = functions.config, functions.method
+    variables = jax.jit(functions.variables)(np.uint32(seed))
+    params, statistics = variables["params"], variables.get("batch_stats", {})
+    masks = None
+    if method is not None:
+        draw = functools.partial(
+            granet_jax.init_masks, method, where=models.maskable, seed=seed
+        )
+        if config.masks.source is None:
+            masks = jax.jit(draw)(params)
+        else:
+            plain = Functions(config, functions.dataset)
+            kept, kept_statistics = tost.drop_ghosts((params, statistics))
+            found = sources.masks(plain, kept, kept_statistics, seed)
+            masks = _as_in(jax.eval_shape(draw, params), found)
         params = granet_jax.apply_masks(params, masks)
     settings = config.tost.build().lrsi
     if settings is not None:
 
-        def loss(params: PyTree, batch: tuple[Array, Array]) -> Array:
-            inputs, labels = batch
-            logits, _ = functions.logits(params, statistics, inputs, 0)
-            entropy = optax.softmax_cross_entropy_with_integer_labels
-            return entropy(logits, labels).mean()
+        def logits(params: PyTree, inputs: Array) -> Array:
+            return functions.logits(params, statistics, inputs, 0)[0]
 
+        loss = mask_sources.cross_entropy(logits)
         batches = _batches(functions, seed)
         params = tost.rescale_init(loss, params, masks, batches, settings).params
     return jax.device_get((params, masks))

@@ -1,9 +1,11 @@
 """Initial masks from scores of the initial weights, instead of drawn ones."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -18,8 +20,8 @@ PyTree = Any
 _BATCH = 128
 # As in the code of GraSP and of SynFlow.
 _IMAGES_A_CLASS = 10
-# The authors' of FORCE and of SynFlow.
-_ROUNDS = {"iterative-snip": 60, "force": 60, "synflow": 100}
+# Of iterative SNIP, as the library has it for FORCE: the authors' for both.
+_ROUNDS = 60
 # GraSP's code divides the logits by it.
 _TEMPERATURE = 200.0
 
@@ -38,66 +40,48 @@ def masks(
     Raises:
       ValueError: the data, or the network, is not for the source.
     """
-    config, method = functions.config, functions.method
+    masks, method = functions.config.masks, functions.method
     assert method is not None
-    sparsity = method.sparsity(0)
-    rounds = config.masks.rounds or _ROUNDS.get(config.masks.source or "", 1)
-
-    def loss(*, train: bool, temperature: float = 1.0) -> Callable[..., Array]:
-        return mask_sources.cross_entropy(
-            _apply(functions, statistics, train=train), temperature=temperature
+    sparsity, where = method.sparsity(0), models.maskable
+    rounds: dict[str, Any] = {} if masks.rounds is None else {"rounds": masks.rounds}
+    if masks.source == "magnitude":
+        return mask_sources.magnitude(params, sparsity, where=where)
+    if masks.source == "synflow":
+        _check_images(functions)
+        image = jnp.ones((1, *functions.input_shape))
+        # In the precision of the parameters, which SynFlow makes float64.
+        wide = functions.model.clone(dtype=None)
+        return mask_sources.synflow(
+            inference(wide, statistics), params, image, sparsity, where=where, **rounds
         )
+
+    def in_training(params: PyTree, inputs: Array) -> Array:
+        return functions.logits(params, statistics, inputs, 0)[0]
 
     # The mode of the norms is that of each method's own code: batch statistics for
     # GraSP and FORCE, running ones (0 and 1) for SNIP and SynFlow.
-    match config.masks.source:
-        case "magnitude":
-            return mask_sources.magnitude(params, sparsity, where=models.maskable)
-        case "snip":
-            return mask_sources.snip(
-                loss(train=False),
-                params,
-                examples(functions, seed),
-                sparsity,
-                where=models.maskable,
-            )
-        case "iterative-snip":
-            return mask_sources.snip(
-                loss(train=True),
-                params,
-                examples(functions, seed),
-                sparsity,
-                where=models.maskable,
-                rounds=rounds,
-            )
-        case "force":
-            return mask_sources.force(
-                loss(train=True),
-                params,
-                examples(functions, seed),
-                sparsity,
-                where=models.maskable,
-                rounds=rounds,
-            )
-        case "grasp":
-            return mask_sources.grasp(
-                loss(train=True, temperature=_TEMPERATURE),
-                params,
-                examples(functions, seed),
-                sparsity,
-                where=models.maskable,
-            )
-        case "synflow":
-            return mask_sources.synflow(
-                _linear(functions, statistics),
-                params,
-                _image(functions),
-                sparsity,
-                where=models.maskable,
-                rounds=rounds,
-            )
-        case source:
-            raise ValueError(f"masks.source must be a source, got {source!r}.")
+    score, apply, temperature = {
+        "snip": (mask_sources.snip, inference(functions.model, statistics), 1.0),
+        "iterative-snip": (_iterative_snip, in_training, 1.0),
+        "force": (mask_sources.force, in_training, 1.0),
+        "grasp": (mask_sources.grasp, in_training, _TEMPERATURE),
+    }[masks.source or ""]
+    loss = mask_sources.cross_entropy(apply, temperature)
+    batches = examples(functions, seed)
+    return score(loss, params, batches, sparsity, where=where, **rounds)
+
+
+_iterative_snip = functools.partial(mask_sources.snip, rounds=_ROUNDS)
+
+
+def inference(model: nn.Module, statistics: PyTree) -> Callable[..., Array]:
+    """A network without ghosts as a function of (params, inputs), as it is tested."""
+
+    def apply(params: PyTree, inputs: Array) -> Array:
+        variables = {"params": params, "batch_stats": statistics}
+        return jnp.asarray(model.apply(variables, inputs, train=False))
+
+    return apply
 
 
 def examples(functions: Functions, seed: int) -> list[tuple[Array, Array]]:
@@ -139,43 +123,10 @@ def examples(functions: Functions, seed: int) -> list[tuple[Array, Array]]:
     ]
 
 
-def _apply(
-    functions: Functions, statistics: PyTree, *, train: bool
-) -> Callable[[PyTree, Array], Array]:
-    """The network as a function of (params, inputs); norms change no statistics."""
-
-    def apply(params: PyTree, inputs: Array) -> Array:
-        variables = {"params": params, "batch_stats": statistics}
-        logits, _ = functions.model.apply(
-            variables, inputs, train=train, mutable=["batch_stats"]
-        )
-        return jnp.asarray(logits)
-
-    return apply
-
-
-def _linear(
-    functions: Functions, statistics: PyTree
-) -> Callable[[PyTree, Array], Array]:
-    """The network in inference form and in the precision of its parameters."""
-    model = functions.model.clone(dtype=None)
-
-    def apply(params: PyTree, inputs: Array) -> Array:
-        variables = {"params": params, "batch_stats": statistics}
-        return jnp.asarray(model.apply(variables, inputs, train=False))
-
-    return apply
-
-
-def _image(functions: Functions) -> Array:
+def _check_images(functions: Functions) -> None:
     dataset = functions.dataset
     if not dataset.mean:
         raise ValueError(
             f"masks.source synflow takes a network of images, and {dataset.name} is "
             "text: choose another source."
         )
-    if isinstance(dataset, Stream):
-        shape = dataset.image_shape
-    else:
-        shape = dataset.train.inputs.shape[1:]
-    return jnp.ones((1, *shape))

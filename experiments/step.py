@@ -95,6 +95,13 @@ class Functions:
             axis_name=self.axis_name,
         )
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        if isinstance(self.dataset, Stream):
+            return self.dataset.image_shape
+        return self.dataset.train.inputs.shape[1:]
+
     @functools.cached_property
     def schedule(self) -> optax.Schedule:
         """Learning rate as a function of the steps done."""
@@ -124,11 +131,7 @@ class Functions:
         Args:
           seed: uint32 scalar.
         """
-        if isinstance(self.dataset, Stream):
-            shape = self.dataset.image_shape
-        else:
-            shape = self.dataset.train.inputs.shape[1:]
-        example = self.inputs(jnp.zeros((1, *shape), jnp.uint8))
+        example = self.inputs(jnp.zeros((1, *self.input_shape), jnp.uint8))
         key = _key(seed, "init", 0)
         return self.model.init(key, example, train=False, **self._with_ghosts(0))
 

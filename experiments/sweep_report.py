@@ -1,6 +1,7 @@
 """What a sweep leaves behind: tables, all numbers as JSON, and a plot."""
 
 import dataclasses
+import itertools
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -191,6 +192,9 @@ def plot(sweep: Sweep, runs: Mapping[str, Runs], path: pathlib.Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     sparse = [method for method in sweep.methods if method not in sweep.cells]
+    # Rows with names of their own look as methods that are not there.
+    free = itertools.cycle([m for m in LOOKS if m not in sparse] or LOOKS)
+    looks = {m: LOOKS[m if m in LOOKS else next(free)] for m in sparse}
     for i, method in enumerate(sparse):
         points = []
         for x, sparsity in enumerate(sweep.sparsities):
@@ -202,7 +206,7 @@ def plot(sweep: Sweep, runs: Mapping[str, Runs], path: pathlib.Path) -> None:
                 points.append((x + shift, statistics.mean(values), _std(values) or 0))
         if points:
             xs, means, errors = zip(*points, strict=True)
-            colour, marker = LOOKS.get(method, [*LOOKS.values()][i % len(LOOKS)])
+            colour, marker = looks[method]
             axes.errorbar(
                 xs,
                 means,

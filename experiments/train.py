@@ -61,6 +61,7 @@ def run(config: Config) -> list[report.Runs]:
             runs = [train_all(each, folder, stop.reached)]
             # Made when it is its turn, so that the devices hold the data once.
             for other in configs[1:]:
+                del each
                 each = trainer.create(other, dataset)
                 runs.append(train_all(each, folder, stop.reached))
     except trainer.StoppedError as stopped:

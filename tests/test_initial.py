@@ -274,6 +274,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"tost": ToSTConfig(neurons="swish", ghost_fraction=0.01)},
         r"tost.ghost_fraction must leave at least one step, got 0.01 of .*8",
     ),
+    "fraction of nothing": (
+        {"tost": ToSTConfig(lrsi=True, ghost_fraction=0.5)},
+        "tost.ghost_fraction is of no effect without neurons or skips",
+    ),
+    "fraction of what is kept": (
+        {"tost": ToSTConfig(neurons="swish", ghost_fraction=0.5, as_in_code=True)},
+        "tost.ghost_fraction is of no effect .* with as_in_code",
+    ),
     "as in code": (
         {"tost": ToSTConfig(as_in_code=True)},
         "tost.as_in_code is of effect on neurons, skips and lrsi only",
@@ -306,4 +314,6 @@ def test_the_record_is_the_librarys():
         given, neurons="swish", labels=0.1, as_in_code=True
     ).build()
     assert code == tost.reproduce()
+    mish = dataclasses.replace(given, as_in_code=True).build()
+    assert mish.neurons == tost.Neurons(kind="mish", beta_0=1.0)
     assert ToSTConfig().build() == tost.ToST()

@@ -180,6 +180,31 @@ ERRORS = {
     ),
     "no model": ("lenet-300-100", "lenet-300", r"model must be one of.*lenet-300-100"),
     "data set": ('"digits"', '"digit"', r"data.dataset must be one of .*'digits'"),
+    "a row of nothing": (
+        '"rigl"',
+        '"mine"',
+        r"methods must be one of .*, or have a table \[method.NAME\].*'mine'",
+    ),
+    "a row without a method": (
+        '"rigl"]',
+        '"mine"]\nmethod.mine.masks.source = "snip"',
+        r"method.mine.method is missing",
+    ),
+    "a row of no method": (
+        '"rigl"]',
+        '"mine"]\nmethod.mine.method = "rigel"',
+        r"method.mine.method must be one of .*'rigel'.*'rigl'",
+    ),
+    "a method renamed": (
+        '"rigl"]',
+        '"rigl"]\nmethod.rigl.method = "set"',
+        r"method.rigl.method is for rows with names of their own",
+    ),
+    "no name of a folder": (
+        '"rigl"]',
+        '"a/b"]\nmethod."a/b".method = "rigl"',
+        r"methods has 'a/b': the name of a row is that of a folder",
+    ),
     "not a method": ("[train]", "[method.rigel]\n[train]", r"method.rigel is unknown"),
     "not there": ("[train]", "[method.gmp]\n[train]", r"gmp is not one of methods"),
     "budget": (
@@ -433,6 +458,81 @@ def test_results_are_what_the_runs_say(vmap_seeds, tmp_path, monkeypatch):
         assert cell["config"]["steps"] == 6
     assert f"{kept(0.9):,} at 90%, of {TOTAL:,}" in text
     assert "6 steps of 64 examples" in text
+
+
+NAMED = """
+methods = ["dense", "dense+labels", "rigl", "snip", "snip+labels"]
+sparsities = [0.9, 0.95]
+seeds = 1
+[train]
+model = "lenet-300-100"
+steps = 6
+eval_every = 3
+data.dataset = "digits"
+[method.rigl]
+masks.interval = 2
+[method."dense+labels"]
+method = "dense"
+tost.labels = 0.1
+[method.snip]
+method = "static"
+masks.source = "snip"
+[method."snip+labels"]
+method = "static"
+masks.source = "snip"
+tost.labels = 0.1
+optimizer.weight-decay = 0.0
+"""
+
+
+def test_rows_may_have_names_and_options_of_their_own(fake, tmp_path):
+    found, out = written(tmp_path, NAMED), tmp_path / "out"
+    assert list(found.cells) == [
+        *("dense", "dense+labels", "rigl-0.9", "rigl-0.95"),
+        *("snip-0.9", "snip-0.95", "snip+labels-0.9", "snip+labels-0.95"),
+    ]
+    for name, config in found.cells.items():
+        row = name.partition("-")[0]
+        assert config.method == {"snip": "static", "snip+labels": "static"}.get(
+            row, row.partition("+")[0]
+        )
+        assert config.masks.source == ("snip" if row.startswith("snip") else None)
+        assert config.tost.labels == (0.1 if row.endswith("labels") else None)
+    sweep.run(found, out, progress=False)
+    assert "snip+labels-0.95/static-seed0" in fake.done
+    assert "dense+labels/dense-seed0" in fake.done
+    text = (out / "results.md").read_text()
+    for row in found.methods:
+        assert rows(text, 0)[row] == ["75.00", "75.00"]
+    assert "snip has static, masks.source snip." in text
+    assert (
+        "snip+labels has static, masks.source snip, tost.labels 0.1, weight_decay 0.0."
+        in text
+    )
+    # It goes on where it stopped, by name.
+    sweep.run(found, out, progress=False)
+    assert len(fake.done) == len(found.cells)
+
+
+def test_rows_with_names_have_colours_of_their_own(tmp_path):
+    found = written(tmp_path, NAMED)
+    runs = {
+        name: report.Runs(
+            config.method, (0,), ((record(6, 0.9 - 0.03 * i, kept(0.9)),),)
+        )
+        for i, (name, config) in enumerate(found.cells.items())
+    }
+    sweep_report.plot(found, runs, tmp_path / "plot.png")
+    image = matplotlib.image.imread(tmp_path / "plot.png")[..., :3]
+    # Those of rigl, and of the first two methods that are not there. (Text has the grey
+    # of snfs.)
+    shown = [
+        method
+        for method, (colour, _) in sweep_report.LOOKS.items()
+        if (np.abs(image - matplotlib.colors.to_rgb(colour)).max(axis=-1) < 0.02).any()
+        and method != "snfs"
+    ]
+    assert shown == ["granet", "granet-st", "rigl"]
 
 
 def test_best_is_chosen_at_the_final_sparsity(tmp_path):
