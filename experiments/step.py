@@ -171,10 +171,7 @@ class Functions:
         Returns:
           (the next state, the mean loss of the batch).
         """
-        if isinstance(self.dataset, Stream):
-            batch = Split(self.inputs(data.inputs), data.labels)
-        else:
-            state, batch = self._draw(state, data)
+        state, batch = self._batch(state, data)
         loss, statistics, grads = self._gradient(state, batch)
         loss, grads = self.mean((loss, grads))
         updates, opt_state = self.optimizer(state.seed).update(
@@ -200,6 +197,11 @@ class Functions:
             ),
             loss,
         )
+
+    def gradient(self, state: TrainState, data: Split) -> PyTree:
+        """The dense gradient that the next step sees; arguments as those of `step`."""
+        state, batch = self._batch(state, data)
+        return self.mean(self._gradient(state, batch)[2])
 
     def steps(
         self, state: TrainState, data: Split, number: int
@@ -249,6 +251,12 @@ class Functions:
     @property
     def _decay(self) -> float | None:
         return self.config.optimizer.ema
+
+    def _batch(self, state: TrainState, data: Split) -> tuple[TrainState, Split]:
+        """The batch of this step as the network takes it, drawn or given."""
+        if isinstance(self.dataset, Stream):
+            return state, Split(self.inputs(data.inputs), data.labels)
+        return self._draw(state, data)
 
     def _draw(self, state: TrainState, train: Split) -> tuple[TrainState, Split]:
         """The batch of this step, augmented, and the order it was taken from."""

@@ -188,8 +188,8 @@ def _fit(
             evaluated.append(step)
         log.resume(step, evaluated)
         on_step(step)
-    data = _data(trainer, seeds[0], step)
-    ahead = _AHEAD if _may_run_ahead(program) else 0
+    data = batches(trainer, seeds[0], step)
+    ahead = steps_ahead(program)
     while True:
         if trainer.at(step) is not program:
             # The end of the ghosts: from this step on the network is the plain one.
@@ -307,13 +307,13 @@ def padded(split: Split, largest: int, multiple: int) -> list[Split]:
     return [Split(*pair) for pair in zip(inputs, labels, strict=True)]
 
 
-def _data(trainer: Trainer, seed: int, start: int) -> Iterator[PyTree]:
+def batches(trainer: Trainer, seed: int, start: int) -> Iterator[PyTree]:
     """What every step is given, from step `start` on."""
     dataset = trainer.dataset
     if not isinstance(dataset, Stream):
         while True:
             yield trainer.train
-    batches = dataset.train_batches(
+    streamed = dataset.train_batches(
         seed=seed,
         start=start,
         batch_size=trainer.config.data.batch_size,
@@ -321,7 +321,7 @@ def _data(trainer: Trainer, seed: int, start: int) -> Iterator[PyTree]:
         processes=jax.process_count(),
         workers=trainer.config.data.workers,
     )
-    for batch in batches:
+    for batch in streamed:
         yield trainer.program.place(batch)
 
 
@@ -341,15 +341,20 @@ def _test_batches(trainer: Trainer) -> Iterator[PyTree]:
         yield program.place_test(batch)
 
 
-def _evaluate(
-    trainer: Trainer, state: PyTree, step: int, losses: Losses, seconds: float
-) -> list[Record]:
-    """The record of every lane."""
+def evaluate(
+    trainer: Trainer, state: PyTree, step: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the state of a step makes of the test data.
+
+    Returns:
+      (int64, labels predicted correctly; float64, sum of the cross-entropy over all
+      labels in nats), (lanes,) each.
+    """
     program = trainer.at(step)
     correct = np.zeros(program.lanes, np.int64)
     loss = np.zeros(program.lanes, np.float64)
     scores: collections.deque[Score] = collections.deque()
-    ahead = 2 if _may_run_ahead(program) else 0
+    ahead = min(2, steps_ahead(program))
 
     def add(pending: int) -> None:
         while len(scores) > pending:
@@ -361,6 +366,15 @@ def _evaluate(
         scores.append(program.evaluate(state, batch))
         add(ahead)
     add(0)
+    return correct, loss
+
+
+def _evaluate(
+    trainer: Trainer, state: PyTree, step: int, losses: Losses, seconds: float
+) -> list[Record]:
+    """The record of every lane."""
+    program = trainer.at(step)
+    correct, loss = evaluate(trainer, state, step)
     dataset = trainer.dataset
     total = (
         dataset.test_size if isinstance(dataset, Stream) else dataset.test.labels.size
@@ -436,10 +450,11 @@ def _diverged(what: str, saved: int | None) -> DivergedError:
     )
 
 
-def _may_run_ahead(program: Program) -> bool:
-    """Whether steps may queue up on the device.
+def steps_ahead(program: Program) -> int:
+    """Steps that may queue up on the device.
 
-    Not where several devices are one CPU: programs that wait for one another there, and
-    for the few threads, can wait for ever.
+    None where several devices are one CPU: programs that wait for one another there,
+    and for the few threads, can wait for ever.
     """
-    return program.devices == 1 or jax.default_backend() != "cpu"
+    alone = program.devices == 1 or jax.default_backend() != "cpu"
+    return _AHEAD if alone else 0

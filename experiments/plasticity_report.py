@@ -1,0 +1,400 @@
+"""What a study of pruning plasticity leaves behind: tables, JSON, and plots."""
+
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.files import complete, write_json
+from experiments.sweep_report import LOOKS
+from granet_jax.analysis.plasticity import Recovery
+from granet_jax.selection import Scope
+
+# More of them than this are no drops, but a schedule that falls all the time.
+_MOST_DROPS = 10
+
+
+class Branch(NamedTuple):
+    """A way of pruning.
+
+    Attributes:
+      criterion: "magnitude", "gradient" or "random".
+      scope: "global" or "layer".
+      pruning: "one-shot" or "gradual".
+      regrow: share of each layer's weights that are exchanged after pruning.
+      rate: share of all weights that are pruned.
+    """
+
+    criterion: str
+    scope: Scope
+    pruning: str
+    regrow: float
+    rate: float
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        if self == UNPRUNED:
+            return "unpruned"
+        return "-".join([*self[:3], f"regrow{self.regrow}", f"rate{self.rate}"])
+
+    @property
+    def way(self) -> str:
+        """In words, without criterion, scope and rate."""
+        return f"{self.pruning}, regrowing" if self.regrow else self.pruning
+
+
+UNPRUNED = Branch("magnitude", "global", "one-shot", 0.0, 0.0)
+
+
+class Point(NamedTuple):
+    """A point in time.
+
+    Attributes:
+      step: optimizer steps done.
+      epoch: the same in epochs.
+      learning_rate: of the last of those steps, and of the training after pruning.
+    """
+
+    step: int
+    epoch: float
+    learning_rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """The outcomes of a study.
+
+    Attributes:
+      title: model and data set.
+      points: the finished ones, in order.
+      seeds: in order.
+      steps: of training after pruning.
+      epochs: the same in epochs.
+      drops: epochs at which the learning rate changes.
+      outcomes: of every branch, by point and seed, as in its file.
+    """
+
+    title: str
+    points: tuple[Point, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    epochs: float
+    drops: tuple[float, ...]
+    outcomes: Mapping[Branch, Sequence[Sequence[Mapping[str, Any]]]]
+
+    def values(self, branch: Branch, name: str) -> np.ndarray:
+        """One number of the outcomes of a branch, (points, seeds)."""
+        return np.asarray([[o[name] for o in row] for row in self.outcomes[branch]])
+
+    def recovery(self, branch: Branch) -> Recovery:
+        """Accuracies in percent, (points, seeds) each."""
+        before, pruned, after = (
+            100 * self.values(branch, name) for name in ("before", "pruned", "after")
+        )
+        return Recovery(before, pruned, after, 100 * self.values(UNPRUNED, "after"))
+
+    @property
+    def branches(self) -> list[Branch]:
+        """All that are pruned."""
+        return [branch for branch in self.outcomes if branch != UNPRUNED]
+
+    @property
+    def phases(self) -> dict[float, list[int]]:
+        """The points (by number) of every learning rate, in order."""
+        rates = [point.learning_rate for point in self.points]
+        return {
+            rate: [i for i, other in enumerate(rates) if other == rate]
+            for rate in dict.fromkeys(rates)
+        }
+
+
+def write(results: Results, values: Mapping[str, Any], out: pathlib.Path) -> None:
+    """Writes results.md, results.json and plots.
+
+    Args:
+      results: of the study.
+      values: what else results.json is to hold.
+      out: folder.
+    """
+    with complete(out / "results.md") as path:
+        path.write_text(_markdown(results))
+    write_json(out / "results.json", {**_json(results), **values})
+    by_ranking: dict[tuple[str, str], list[Branch]] = {}
+    for branch in results.branches:
+        by_ranking.setdefault(branch[:2], []).append(branch)
+    for (criterion, scope), branches in by_ranking.items():
+        with complete(out / f"plasticity-{criterion}-{scope}.png") as path:
+            title = f"{results.title}: pruned by {criterion}, {_scope(scope)}"
+            plot(results, title, branches, lambda b: b.way, path)
+    if len(by_ranking) > 1:
+        first = results.branches[0]
+        chosen = [b for b in results.branches if b[2:4] == first[2:4]]
+        with complete(out / "criteria.png") as path:
+            title = f"{results.title}: criteria, {first.way}"
+            plot(results, title, chosen, lambda b: f"{b.criterion}, {b.scope}", path)
+
+
+def _epochs(results: Results) -> str:
+    return f"{results.epochs:g} epoch{'' if results.epochs == 1 else 's'}"
+
+
+def _scope(scope: str) -> str:
+    return {"global": "across layers", "layer": "in each layer"}[scope]
+
+
+def _json(results: Results) -> dict[str, Any]:
+    branches = []
+    for branch in results.branches:
+        found = results.recovery(branch)
+        branches.append(
+            branch._asdict()
+            | {
+                "active_weights": int(results.values(branch, "active_weights")[0, 0]),
+                "accuracy_when_pruned": results.values(branch, "pruned").tolist(),
+                "accuracy_after": results.values(branch, "after").tolist(),
+                "test_loss_after": results.values(branch, "test_loss").tolist(),
+                "plasticity_mean": (np.mean(found.plasticity, 1) / 100).tolist(),
+                "relative_mean": (np.mean(found.relative, 1) / 100).tolist(),
+            }
+        )
+    return {
+        "points": [point._asdict() for point in results.points],
+        "seeds": results.seeds,
+        "steps_after_pruning": results.steps,
+        "learning_rate_changes_at_epoch": results.drops,
+        "accuracy_before": results.values(UNPRUNED, "before").tolist(),
+        "accuracy_after_unpruned": results.values(UNPRUNED, "after").tolist(),
+        "branches": branches,
+    }
+
+
+# --- tables
+
+
+def _markdown(results: Results) -> str:
+    before = 100 * results.values(UNPRUNED, "before")
+    number = len(results.seeds)
+    seeds = (
+        "1 seed" if number == 1 else f"mean ± standard deviation over {number} seeds"
+    )
+    dense = ["accuracy before pruning", *map(spread, _by_phase(results, before))]
+    plain = results.recovery(UNPRUNED)
+    total = results.values(UNPRUNED, "active_weights")[0, 0]
+    sections = [
+        f"# Pruning plasticity of {results.title}",
+        f"Pruned at {len(results.points)} points of the dense training, and trained on "
+        f"for {results.steps:,} steps ({_epochs(results)}) at the learning rate "
+        f"of that moment. All numbers are test accuracies in %, {seeds}, each seed's "
+        f"the mean over the points of a column. {total:,} weights can be pruned.",
+        "## Plasticity\n\nAccuracy after that training, less accuracy before pruning. "
+        "The first rows are the dense network's.",
+        _table(
+            results,
+            [
+                dense,
+                ["not pruned", *map(spread, _by_phase(results, plain.plasticity))],
+                *_rows(results, lambda found: found.plasticity),
+            ],
+        ),
+        "## Beside the network that is not pruned\n\nAccuracy after that training, "
+        "less that of the same network trained on as long without being pruned.",
+        _table(results, _rows(results, lambda found: found.relative)),
+    ]
+    for heading, text, pairs in (
+        (
+            "What regeneration adds",
+            "Accuracy with regrowing less accuracy without, all else equal.",
+            _pairs(results, lambda b: b.regrow > 0, lambda b: b._replace(regrow=0.0)),
+        ),
+        (
+            "What gradual pruning adds",
+            "Accuracy after gradual pruning less accuracy after one-shot pruning.",
+            _pairs(
+                results,
+                lambda b: b.pruning == "gradual",
+                lambda b: b._replace(pruning="one-shot"),
+            ),
+        ),
+    ):
+        if pairs:
+            sections += [f"## {heading}\n\n{text}", _table(results, pairs)]
+    fall = [
+        [
+            _label(branch),
+            *map(spread, _fall(results, results.recovery(branch).plasticity)),
+        ]
+        for branch in results.outcomes
+    ]
+    sections += [
+        "## How plasticity falls\n\nPlasticity at the last point of a learning rate "
+        "less that at its first (empty: it has one point), and, in the last column, at "
+        "the last point of all less that at the first of all.",
+        _table(results, fall, last="last - first"),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _by_phase(results: Results, values: np.ndarray) -> list[np.ndarray]:
+    """Means over the points of every learning rate, and over all, (seeds,) each."""
+    groups = [*results.phases.values(), [*range(len(results.points))]]
+    return [values[group].mean(axis=0) for group in groups]
+
+
+def _fall(results: Results, values: np.ndarray) -> list[np.ndarray]:
+    groups = [*results.phases.values(), [*range(len(results.points))]]
+    return [
+        values[group[-1]] - values[group[0]] if len(group) > 1 else np.empty(0)
+        for group in groups
+    ]
+
+
+def _rows(results: Results, value: Callable[[Recovery], np.ndarray]) -> list[list[str]]:
+    return [
+        [
+            _label(branch),
+            *map(spread, _by_phase(results, value(results.recovery(branch)))),
+        ]
+        for branch in results.branches
+    ]
+
+
+def _pairs(
+    results: Results,
+    chosen: Callable[[Branch], bool],
+    other: Callable[[Branch], Branch],
+) -> list[list[str]]:
+    """Rows of the differences between branches and what they are compared with."""
+    rows = []
+    for branch in results.branches:
+        if chosen(branch) and other(branch) in results.outcomes:
+            with_it, without = map(results.recovery, (branch, other(branch)))
+            difference = with_it.after - without.after
+            rows.append([_label(branch), *map(spread, _by_phase(results, difference))])
+    return rows
+
+
+def _label(branch: Branch) -> str:
+    if branch == UNPRUNED:
+        return "not pruned"
+    words = [f"{100 * branch.rate:g}%", branch.criterion, branch.scope, branch.pruning]
+    return " ".join(words) + (f", regrow {branch.regrow:g}" if branch.regrow else "")
+
+
+def _table(
+    results: Results, rows: Sequence[Sequence[str]], last: str = "all points"
+) -> str:
+    headings = ["pruning"]
+    for rate, group in results.phases.items():
+        first, final = results.points[group[0]].epoch, results.points[group[-1]].epoch
+        epochs = f"epoch {first:.3g}"
+        if len(group) > 1:
+            epochs = f"epochs {first:.3g} to {final:.3g}"
+        headings.append(f"lr {rate:.3g} ({epochs})")
+    lines = [[*headings, last], ["---", *["---:"] * len(headings)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def spread(values: np.ndarray) -> str:
+    """Mean and sample standard deviation."""
+    if values.size == 0:
+        return ""
+    std = f" ± {values.std(ddof=1):.2f}" if values.size > 1 else ""
+    return f"{values.mean():+.2f}{std}"
+
+
+# --- plots
+
+
+def plot(
+    results: Results,
+    title: str,
+    branches: Sequence[Branch],
+    label: Callable[[Branch], str],
+    path: pathlib.Path,
+) -> None:
+    """The paper's curves: over the epoch of pruning, a column for every rate.
+
+    Above, plasticity; below, accuracy beside the network that is not pruned.
+
+    Args:
+      results: of the study.
+      title: of the figure.
+      branches: to be drawn; a line for every label, in every column.
+      label: of a branch, in the legend.
+      path: of the PNG image.
+    """
+    rates = sorted({branch.rate for branch in branches})
+    figure = Figure(figsize=(max(3.3 * len(rates), 6.5), 6.2), layout="constrained")
+    grid = figure.subplots(2, len(rates), sharex=True, squeeze=False)
+    labels = [*dict.fromkeys(map(label, branches))]
+    looks = dict(zip(labels, itertools.cycle(LOOKS.values()), strict=False))
+    plain = results.recovery(UNPRUNED)
+    for column, rate in zip(grid.T, rates, strict=True):
+        above, below = column
+        above.set_title(f"{100 * rate:g}% pruned")
+        _line(above, results, plain.plasticity, "not pruned", ("black", ""), 0.0)
+        below.axhline(0.0, color="black", linestyle="--", linewidth=1.2)
+        here = [branch for branch in branches if branch.rate == rate]
+        for i, branch in enumerate(here):
+            found, name = results.recovery(branch), label(branch)
+            # Side by side, so that error bars do not hide one another.
+            shift = 0.06 * (i - (len(here) - 1) / 2)
+            _line(above, results, found.plasticity, name, looks[name], shift)
+            _line(below, results, found.relative, name, looks[name], shift)
+        for axes in column:
+            axes.grid(axis="y", alpha=0.3)
+            if len(results.drops) <= _MOST_DROPS:
+                for epoch in results.drops:
+                    axes.axvline(epoch, color="0.55", linestyle=":", linewidth=1.4)
+        below.set_xlabel("epoch of pruning")
+    grid[0, 0].set_ylabel("plasticity:\nafter less before pruning / %")
+    grid[1, 0].set_ylabel("after, less after\nwithout pruning / %")
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=min(len(names), len(rates) + 1),
+        frameon=False,
+    )
+    drops = "; dotted: the learning rate drops" if results.drops else ""
+    several = ", mean ± std" if len(results.seeds) > 1 else ""
+    number = "1 seed" if len(results.seeds) == 1 else f"{len(results.seeds)} seeds"
+    figure.suptitle(
+        f"{title}\ntrained on for {_epochs(results)} ({number}{several}{drops})",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _line(
+    axes: Axes,
+    results: Results,
+    values: np.ndarray,
+    label: str,
+    look: tuple[str, str],
+    shift: float,
+) -> None:
+    colour, marker = look
+    spreads = values.std(axis=1, ddof=1) if values.shape[1] > 1 else None
+    axes.errorbar(
+        [point.epoch + shift for point in results.points],
+        values.mean(axis=1),
+        yerr=spreads,
+        label=label,
+        color=colour,
+        marker=marker or None,
+        linestyle="-" if marker else "--",
+        markersize=5.5,
+        markeredgecolor="white",
+        markeredgewidth=0.5,
+        linewidth=1.4,
+        elinewidth=1.0,
+        capsize=2,
+    )
