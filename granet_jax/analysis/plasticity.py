@@ -11,7 +11,7 @@ moment of its training, with its parameters and the state of its optimizer, is p
 then trained on for a while, its masks held,
 
     tx = granet_jax.transform(granet_jax.static(0.0), inner, masks=pruned.masks)
-    opt_state = tx.init(params)._replace(inner_state=inner_state)
+    opt_state = granet_jax.get_state(tx.init(params))._replace(inner_state=inner_state)
 
 and its accuracies are compared: `Recovery`. The paper trains on at the learning rate of
 the moment of pruning.

@@ -1,0 +1,409 @@
+"""The study of pruning plasticity, reduced, on digits: end to end, and going on."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import signal
+from typing import Any
+
+import flax.linen as nn
+import jax
+import matplotlib.image
+import numpy as np
+import optax
+import pytest
+
+from experiments import data, models, plasticity, plasticity_report, train, trainer
+from experiments.checkpoints import Checkpoints
+from experiments.config import Config, DataConfig, OptimizerConfig
+from experiments.plasticity import Study
+from experiments.plasticity_report import UNPRUNED, Branch, Point, Results
+
+WEIGHTS = 64 * 40 + 40 * 10
+# An epoch is 18 steps: points at 8, 16 and 24 steps, 8 steps from each. The learning
+# rate drops at 12.
+STUDY = Study(
+    points=3,
+    rates=(0.5, 0.9),
+    epochs=0.45,
+    updates=2,
+    progress=False,
+    train=Config(
+        method="dense",
+        model="lenet-300-100",
+        steps=24,
+        seeds=2,
+        baseline=False,
+        data=DataConfig(shift=0),
+        optimizer=OptimizerConfig(drops=(0.5,)),
+    ),
+)
+
+
+class Small(nn.Module):
+    """A network with batch statistics that compiles quickly."""
+
+    classes: int
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = nn.Dense(40, use_bias=False, name="hidden")(x.reshape(x.shape[0], -1))
+        x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name)(x)
+        return nn.Dense(self.classes, name="output")(nn.relu(x))
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """Networks of any name are small ones, on one device."""
+
+    def create(name: str, *, classes: int, dtype: Any, axis_name: str | None) -> Small:
+        return Small(classes, axis_name)
+
+    create_trainer = trainer.create
+    monkeypatch.setattr(models, "create", create)
+    monkeypatch.setattr(
+        trainer,
+        "create",
+        lambda config, dataset: create_trainer(config, dataset, jax.devices()[:1]),
+    )
+
+
+def small(**changes: Any) -> Study:
+    """A study of few branches: two on each of two points."""
+    given = {"points": 2, "rates": (0.9,), "pruning": ("one-shot",), "regrow": (0.5,)}
+    return dataclasses.replace(STUDY, **(given | changes))
+
+
+def with_train(study: Study, **changes: Any) -> Study:
+    return dataclasses.replace(study, train=dataclasses.replace(study.train, **changes))
+
+
+def outcome(folder: pathlib.Path, step: int, seed: int, branch: Branch) -> Any:
+    path = folder / "branches" / f"step{step}" / f"seed{seed}-{branch.name}.json"
+    return json.loads(path.read_text())
+
+
+def text(folder: pathlib.Path) -> tuple[str, ...]:
+    return tuple((folder / n).read_text() for n in ("results.json", "results.md"))
+
+
+# --- what it measures
+
+
+def test_a_whole_study(tmp_path, capsys):
+    """Its numbers are those of networks pruned and trained on by NumPy and optax."""
+    study = dataclasses.replace(STUDY, out=tmp_path / "study")
+    results = plasticity.run(study)
+    assert results is not None
+    assert [p.step for p in results.points] == [8, 16, 24]
+    # That of the last step before the point.
+    rates = [p.learning_rate for p in results.points]
+    np.testing.assert_allclose(rates, [0.1, 0.01, 0.01], rtol=1e-6)
+    assert results.drops == (12 / 18,)
+    found = json.loads((tmp_path / "study/results.json").read_text())
+    assert len(found["branches"]) == 2 * 2 * 2
+    for branch in found["branches"]:
+        left = math.floor((1 - branch["rate"]) * WEIGHTS + 0.5)
+        assert branch["active_weights"] == left
+        assert np.shape(branch["accuracy_after"]) == (3, 2)
+        plain = np.asarray(branch["accuracy_after"]) - found["accuracy_before"]
+        np.testing.assert_allclose(branch["plasticity_mean"], plain.mean(axis=1))
+    written = (tmp_path / "study/results.md").read_text()
+    assert written.strip() in capsys.readouterr().out
+    for heading in ("## Plasticity", "regeneration adds", "gradual pruning adds"):
+        assert heading in written
+    picture = matplotlib.image.imread(
+        tmp_path / "study/plasticity-magnitude-global.png"
+    )
+    assert picture.shape[0] > 500
+    assert picture[..., :3].std() > 0.05
+
+    # Where the learning rate stays as it is, training on without pruning is what the
+    # dense run did: from step 16, the eight steps to step 24.
+    unpruned = np.asarray(found["accuracy_after_unpruned"])
+    np.testing.assert_array_equal(unpruned[1], found["accuracy_before"][2])
+    # Where it drops at step 12, it is not.
+    assert (unpruned[0] != found["accuracy_before"][1]).any()
+
+    checkpoints = Checkpoints(tmp_path / "study/dense-seed1/checkpoints", keep=4)
+    dense = trainer.create(study.dense, data.load("digits"))
+    state, _ = checkpoints.restore(16, dense.program.abstract())
+    checkpoints.close()
+    after, when_pruned = by_hand(dense, state, rate=0.9, learning_rate=0.01)
+    one_shot = Branch("magnitude", "global", "one-shot", 0.0, 0.9)
+    file = outcome(tmp_path / "study", 16, 1, one_shot)
+    # To one test example: the order of the sums is not the same.
+    assert abs(file["after"] - after) <= 1.01 / 360
+    assert abs(file["pruned"] - when_pruned) <= 1.01 / 360
+    assert file["before"] == found["accuracy_before"][1][1]
+    assert file["after"] != file["pruned"]
+
+
+def by_hand(
+    dense: trainer.Trainer, state: Any, *, rate: float, learning_rate: float
+) -> tuple[float, float]:
+    """Accuracy of a state pruned by magnitude, eight steps later and at once."""
+    functions: Any = dense.program.functions
+    dataset: Any = dense.dataset
+    train_data = dataset.train
+    kernels = {n: np.asarray(state.params[n]["kernel"]) for n in ("hidden", "output")}
+    sizes = np.abs(np.concatenate([k.ravel() for k in kernels.values()]))
+    threshold = np.sort(sizes)[-math.floor((1 - rate) * WEIGHTS + 0.5)]
+    masks = {n: np.abs(k) >= threshold for n, k in kernels.items()}
+    moments = state.opt_state[1][0].trace
+
+    def masked(tree: Any) -> Any:
+        return {
+            name: layer | {"kernel": layer["kernel"] * masks[name]}
+            if name in masks
+            else layer
+            for name, layer in tree.items()
+        }
+
+    def loss(params: Any, statistics: Any, rows: np.ndarray) -> Any:
+        inputs = functions.inputs(train_data.inputs[rows])
+        logits, changed = functions.logits(params, statistics, inputs, 0)
+        labels = train_data.labels[rows]
+        found = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return found.mean(), changed
+
+    def accuracy(params: Any, statistics: Any) -> float:
+        variables = {"params": params, "batch_stats": statistics}
+        test = dataset.test
+        logits = functions.model.apply(
+            variables, functions.inputs(test.inputs), train=False
+        )
+        return float(np.mean(np.argmax(logits, axis=1) == test.labels))
+
+    params, trace, statistics = masked(state.params), masked(moments), state.statistics
+    when_pruned = accuracy(params, statistics)
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    for step in range(16, 24):
+        epoch, batch = divmod(step, 18)
+        stream = jax.random.fold_in(jax.random.key(state.seed), 1)
+        size = len(train_data.labels)
+        order = jax.random.permutation(jax.random.fold_in(stream, epoch), size)
+        rows = np.asarray(order)[batch * 64 : (batch + 1) * 64]
+        grads, statistics = gradient(params, statistics, rows)
+        grads = {
+            name: layer | {"kernel": layer["kernel"] + 5e-4 * params[name]["kernel"]}
+            if name in masks
+            else layer
+            for name, layer in grads.items()
+        }
+        grads = masked(grads)
+        trace = jax.tree.map(lambda t, g: 0.9 * t + g, trace, grads)
+        # Nesterov.
+        params = jax.tree.map(
+            lambda p, t, g: p - learning_rate * (0.9 * t + g), params, trace, grads
+        )
+    return accuracy(params, statistics), when_pruned
+
+
+def test_gradual_pruning_is_done_in_the_first_half():
+    masks = [np.empty((64, 40), bool), np.empty((40, 10), bool)]
+    study = dataclasses.replace(STUDY, updates=4)
+    gradual = Branch("magnitude", "layer", "gradual", 0.0, 0.8)
+    found = plasticity._keeps(gradual, masks, study, 50)
+    assert [*found] == [0, 6, 12, 18]
+    for j, row in enumerate(found.values(), 1):
+        sparsity = 0.8 * (1 - (1 - j / 4) ** 3)
+        assert row.sum() == math.floor((1 - sparsity) * WEIGHTS + 0.5)
+        np.testing.assert_allclose(row, [(1 - sparsity) * n for n in (2560, 400)], 0, 1)
+    at_once = gradual._replace(pruning="one-shot")
+    (row,) = plasticity._keeps(at_once, masks, study, 50).values()
+    assert row.tolist() == [512, 80]
+    assert plasticity._keeps(UNPRUNED, masks, study, 50) == {}
+
+
+def test_lanes_give_the_same(tmp_path):
+    """Branches of several seeds in one program; the last group is not full."""
+    study = small(rates=(0.5, 0.9), pruning=("gradual",), criteria=("random",))
+    for lanes in (1, 4):
+        plasticity.run(dataclasses.replace(study, out=tmp_path / f"{lanes}"))
+        plasticity.run(
+            dataclasses.replace(study, lanes=lanes, out=tmp_path / f"{lanes}")
+        )
+    one, four = (
+        json.loads((tmp_path / lanes / "results.json").read_text()) for lanes in "14"
+    )
+    assert one["points"] == four["points"]
+    for a, b in zip(one["branches"], four["branches"], strict=True):
+        assert a["active_weights"] == b["active_weights"]
+        for name in ("accuracy_when_pruned", "accuracy_after"):
+            np.testing.assert_allclose(a[name], b[name], atol=3 / 360)
+        np.testing.assert_allclose(a["test_loss_after"], b["test_loss_after"], 1e-3)
+
+
+# --- going on
+
+
+def test_a_study_that_is_stopped_again_and_again_ends_like_one_that_is_not(
+    tmp_path, monkeypatch
+):
+    """By a signal, and killed while it trains, evaluates and writes."""
+    study = small()
+    plasticity.run(dataclasses.replace(study, out=tmp_path / "straight"))
+    again = dataclasses.replace(study, out=tmp_path / "stopped")
+    asked = iter(range(10_000))
+    # In the dense run; in a branch; in a later one.
+    for number in (5, 60, 110):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                train.StopSignal,
+                "reached",
+                lambda self, step, n=number: (
+                    signal.SIGTERM if next(asked) > n else None
+                ),
+            )
+            with pytest.raises(trainer.StoppedError) as caught:
+                plasticity.run(again)
+        assert "--out" in caught.value.__notes__[0]
+        assert not (tmp_path / "stopped/results.json").exists() or number == 110
+
+    class Killed(BaseException):
+        pass
+
+    write = plasticity.write_json
+    written: list[pathlib.Path] = []
+
+    def killing(path: pathlib.Path, values: Any) -> None:
+        written.append(path)
+        if len(written) == 4:
+            path.with_name(path.name + ".partial").write_text('{"before": 0.')
+            raise Killed
+        write(path, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plasticity, "write_json", killing)
+        with pytest.raises(Killed):
+            plasticity.run(again)
+    plasticity.run(again)
+    expected, found = (text(tmp_path / name) for name in ("straight", "stopped"))
+    assert found == expected
+
+
+def test_branches_may_be_added_and_nothing_is_trained_twice(tmp_path, monkeypatch):
+    first = small(out=tmp_path / "a")
+    plasticity.run(first)
+    trained: list[str] = []
+    train_jobs = plasticity._train_jobs
+
+    def noting(study: Any, each: Any, pruner: Any, jobs: Any, *rest: Any) -> None:
+        trained.extend(f"{job.seed} {job.branch.name}" for job in jobs)
+        train_jobs(study, each, pruner, jobs, *rest)
+
+    monkeypatch.setattr(plasticity, "_train_jobs", noting)
+    plasticity.run(first)
+    assert trained == []
+    plasticity.run(dataclasses.replace(first, scopes=("global", "layer")))
+    added = Branch("magnitude", "layer", "one-shot", 0.5, 0.9).name
+    assert trained == [f"{seed} {added}" for _ in (12, 24) for seed in (0, 1)]
+    assert (tmp_path / "a/criteria.png").exists()
+    found = json.loads((tmp_path / "a/results.json").read_text())
+    assert [b["scope"] for b in found["branches"]] == ["global", "layer"]
+
+    with pytest.raises(
+        ValueError, match=r"holds a study with epochs=0.45, and this on"
+    ):
+        plasticity.run(dataclasses.replace(first, epochs=1.0))
+    other = OptimizerConfig(drops=(0.5,), learning_rate=0.2)
+    with pytest.raises(ValueError, match=r"with optimizer.learning_rate=0.1"):
+        plasticity.run(with_train(first, optimizer=other))
+    # More seeds may come.
+    plasticity.open_folder(with_train(first, seeds=3))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/notes").touch()
+    with pytest.raises(FileExistsError, match="neither empty nor of a study"):
+        plasticity.run(dataclasses.replace(first, out=tmp_path / "b"))
+
+
+# --- the tables
+
+
+def test_tables_hold_what_was_measured():
+    def each(after: list[list[float]]) -> Any:
+        return [
+            [
+                {"before": 0.5, "pruned": 0.1, "after": a, "active_weights": 7}
+                for a in row
+            ]
+            for row in after
+        ]
+
+    way = Branch("magnitude", "global", "one-shot", 0.0, 0.9)
+    results = Results(
+        title="a model",
+        points=(Point(10, 1, 0.1), Point(20, 2, 0.1), Point(30, 3, 0.01)),
+        seeds=(0, 1),
+        steps=10,
+        epochs=1.0,
+        drops=(2.5,),
+        outcomes={
+            UNPRUNED: each([[0.6, 0.6], [0.5, 0.5], [0.5, 0.5]]),
+            way: each([[0.7, 0.6], [0.5, 0.4], [0.2, 0.4]]),
+            way._replace(regrow=0.5): each([[0.8, 0.6], [0.6, 0.4], [0.5, 0.5]]),
+            way._replace(pruning="gradual"): each([[0.7, 0.6], [0.5, 0.4], [0.4, 0.4]]),
+        },
+    )
+    found = plasticity_report._markdown(results)
+    rows = [line for line in found.splitlines() if line.startswith("| 90%")]
+    at_once = "| 90% magnitude global one-shot |"
+    assert [row for row in rows if row.startswith(at_once)] == [
+        # Over both points at 0.1, seeds 10 and 0; at 0.01, -30 and -10.
+        f"{at_once} +5.00 ± 7.07 | -20.00 ± 14.14 | -3.33 ± 0.00 |",
+        f"{at_once} +0.00 ± 7.07 | -20.00 ± 14.14 | -6.67 ± 0.00 |",
+        f"{at_once} -20.00 ± 0.00 |  | -35.00 ± 21.21 |",
+    ]
+    regeneration = found.partition("regeneration adds")[2].partition("##")[0]
+    assert (
+        "regrow 0.5 | +5.00 ± 7.07 | +20.00 ± 14.14 | +10.00 ± 9.43 |" in regeneration
+    )
+    gradual = found.partition("gradual pruning adds")[2].partition("##")[0]
+    assert "gradual | +0.00 ± 0.00 | +10.00 ± 14.14 | +3.33 ± 4.71 |" in gradual
+    assert "| pruning | lr 0.1 (epochs 1 to 2) | lr 0.01 (epoch 3) |" in found
+
+
+# --- bad input
+
+ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "points": ({"points": 0}, "points must be at least 1, got 0"),
+    "many points": ({"points": 25}, "points must be at most train.steps, 24, got 25"),
+    "lanes": ({"lanes": 0}, "lanes must be at least 1, got 0"),
+    "epochs": ({"epochs": 0.0}, r"epochs must lie in \(0, inf\), got 0.0"),
+    "rate": ({"rates": (0.5, 1.0)}, r"rates must lie in \(0, 1\), got 1.0"),
+    "no rates": ({"rates": ()}, r"rates must have values, none twice, got \(\)"),
+    "twice": ({"regrow": (0.5, 0.5)}, "regrow must have values, none twice"),
+    "regrow": ({"regrow": (1.5,)}, r"regrow must lie in \[0, 1\], got 1.5"),
+}
+TRAIN_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "sparse": ({"method": "granet"}, "train.method must be dense, got granet"),
+    "out": ({"out": pathlib.Path("x")}, "train.out is not for a study"),
+    "evaluations": ({"eval_every": 3}, "train.eval_every is not for a study"),
+    "pmap": ({"parallel": "pmap"}, "train.parallel must be jit, got pmap"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_study_says_what_is_wrong(case):
+    options, message = ERRORS[case]
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(STUDY, **options)
+
+
+@pytest.mark.parametrize("case", TRAIN_ERRORS)
+def test_a_study_says_what_is_wrong_with_its_training(case):
+    options, message = TRAIN_ERRORS[case]
+    with pytest.raises(ValueError, match=message):
+        with_train(STUDY, **options)
+
+
+def test_the_command_line_says_what_is_wrong(tmp_path, capsys):
+    base = ["--train.steps", "24", "--out", str(tmp_path / "a")]
+    assert plasticity.main([*base, "--epochs", "0.2"]) == 2
+    assert "updates must be at most 2, half of the 4 steps" in capsys.readouterr().err
+    assert plasticity.main([*base, "--points", "25"]) == 2
+    assert "points must be at most" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
