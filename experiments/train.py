@@ -113,7 +113,7 @@ def train_seeds(
         each,
         seeds,
         folder / name,
-        on_step=lambda steps: _advance(bar, steps),
+        on_step=lambda steps: advance(bar, steps),
         on_records=lambda new: bar.set_postfix(_postfix(new[0]), refresh=False),
         stopped=stopped,
     )
@@ -235,7 +235,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _advance(bar: tqdm.tqdm, steps: int) -> None:
+def advance(bar: tqdm.tqdm, steps: int) -> None:
     bar.update(steps)
 
 
