@@ -52,7 +52,9 @@ class LotteryConfig:
     """Step of the dense training that weights go back to; 0 for the
     initial ones."""
 
-    train: Config = Config(method="static", baseline=False)
+    train: Config = dataclasses.field(
+        default_factory=lambda: Config(method="static", baseline=False)
+    )
     """Of each training run. Its method is static, and its sparsity is
     that of the round."""
 
