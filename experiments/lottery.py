@@ -1,15 +1,10 @@
-r"""Lottery tickets by iterative magnitude pruning, with the trainer.
+"""Lottery tickets by iterative magnitude pruning: `python -m experiments.lottery`.
 
-    python -m experiments.lottery --fractions 0.5 0.5 0.6 0.5 0.6 --out runs/tickets \
-        --train.model cnn-bn --train.data.dataset fashion_mnist --train.steps 1872
-    python -m experiments.train --method static --sparsity 0.95 --masks.source tickets \
-        --masks.tickets runs/tickets --model cnn-bn ...
-
-For every seed the dense network is trained; then, round by round, a fraction of the
-weights left is pruned, the smallest of all layers first, the others go back to what
-they were after `--rewind-steps` steps, and the network is trained again from there.
-After each round a file has the masks and the weights that the ticket is trained from.
-The same command goes on where it stopped, bit for bit.
+For every seed the dense network is trained; then, round by round, the smallest weights
+of all layers are pruned, the others go back to what they were initially (or after
+`--rewind-steps` steps), and the network is trained again from there. After each round
+a file has the masks and the weights that its training starts from, for
+`python -m experiments.train --masks.source tickets`.
 
 References:
   Frankle & Carbin, The Lottery Ticket Hypothesis, ICLR 2019. Frankle et al., Linear
@@ -17,9 +12,11 @@ References:
 """
 
 import dataclasses
+import itertools
+import json
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,10 +26,9 @@ import tyro
 
 import granet_jax
 from experiments import initial, models, tickets, train, trainer
-from experiments.config import Config
+from experiments.config import Config, DistributedConfig, MaskConfig, ToSTConfig
 from experiments.data import load
 from experiments.parallel import Program
-from experiments.step import TrainState
 from granet_jax import mask_sources
 
 PyTree = Any
@@ -40,81 +36,111 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class LotteryConfig:
-    """Finds lottery tickets by iterative magnitude pruning."""
+    """Finds lottery tickets by iterative magnitude pruning.
+
+    The same command goes on where it stopped.
+    """
+
+    sparsities: tyro.conf.Positional[tuple[float, ...]]
+    """Sparsity after every round of pruning, in (0, 1), rising."""
 
     out: pathlib.Path
-    """Folder for the tickets and the training runs."""
-
-    fractions: tuple[float, ...] = (0.2,) * 10
-    """Share of the remaining weights that each round prunes, in (0, 1)."""
+    """Folder for the tickets, and for the training of every round."""
 
     rewind_steps: int = 0
     """Step of the dense training that weights go back to; 0 for the
     initial ones."""
 
     train: Config = dataclasses.field(
-        default_factory=lambda: Config(method="static", baseline=False)
+        default_factory=lambda: Config(method="static", sparsity=0.0, baseline=False)
     )
-    """Of each training run. Its method is static, and its sparsity is
-    that of the round."""
+    """Of the training in each round. (Its method is static, and the
+    round says its sparsity.)"""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that cannot be used."""
-        for fraction in self.fractions:
-            if not 0 < fraction < 1:
+        if not self.sparsities:
+            raise ValueError("sparsities must not be empty.")
+        for before, after in itertools.pairwise((0.0, *self.sparsities, 1.0)):
+            if not before < after:
                 raise ValueError(
-                    f"fractions must be numbers in (0, 1), got {fraction}."
+                    "sparsities must lie in (0, 1) and rise, got "
+                    f"{', '.join(map(str, self.sparsities))}."
                 )
         if not 0 <= self.rewind_steps < self.train.steps:
             raise ValueError(
                 f"rewind_steps must lie in [0, train.steps), got {self.rewind_steps} "
                 f"of {self.train.steps}."
             )
-        given = self.train
-        if given.method != "static" or given.vmap_seeds or given.out is not None:
-            raise ValueError(
-                "train.method must be static, without train.vmap_seeds and train.out: "
-                "the masks are those of the rounds, and the folder is --out."
-            )
+        fixed = {
+            "method": "static",
+            "sparsity": 0.0,
+            "masks": MaskConfig(),
+            "tost": ToSTConfig(),
+            "vmap_seeds": False,
+            "baseline": False,
+            "out": None,
+            "distributed": DistributedConfig(),
+        }
+        for name, value in fixed.items():
+            if getattr(self.train, name) != value:
+                raise ValueError(
+                    f"train.{name} is not for lottery tickets: leave it out. They are "
+                    "found in one process, and trained otherwise afterwards, with "
+                    "python -m experiments.train --masks.source tickets."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, as JSON holds them."""
+        own = {"sparsities": self.sparsities, "rewind_steps": self.rewind_steps}
+        return json.loads(json.dumps(own)) | self.train.to_dict()
 
 
 def run(config: LotteryConfig) -> None:
-    """Finds the tickets of all seeds, or those that are missing.
+    """Finds the tickets of all seeds, or goes on from where that stopped.
 
     Raises:
-      Those of `experiments.trainer.create` and `fit`.
+      Those of `experiments.train.run`.
     """
-    each = trainer.create(
-        dataclasses.replace(config.train, sparsity=0.0),
-        load(config.train.data.dataset, config.train.data.data_dir),
-    )
-    number = len(config.fractions) + 1
-    seeds = range(config.train.seed, config.train.seed + config.train.seeds)
-    with (
-        train.StopSignal() as stop,
-        tqdm.tqdm(
-            total=len(seeds) * number * (config.train.steps - config.rewind_steps),
-            unit="step",
-            disable=not config.train.progress,
-            dynamic_ncols=True,
-        ) as bar,
-    ):
-        for seed in seeds:
-            for ticket, accuracy in _tickets(config, each, seed, stop, bar):
-                found = granet_jax.sparsity(ticket.masks)
-                weights, masks = jax.device_get((ticket.start, ticket.masks))
-                tickets.write(config.out, seed, weights, masks)
-                bar.write(
-                    f"seed {seed}, {found.overall:.2%} sparse: {100 * accuracy:.2f} %",
-                    file=sys.stdout,
+    settings = config.train
+    each = trainer.create(settings, load(settings.data.dataset, settings.data.data_dir))
+    train.claim(config.out, config.to_dict())
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    steps = settings.steps - config.rewind_steps
+    try:
+        with (
+            train.StopSignal() as stop,
+            tqdm.tqdm(
+                total=len(seeds) * (1 + len(config.sparsities)) * steps,
+                unit="step",
+                disable=not settings.progress,
+                dynamic_ncols=True,
+            ) as bar,
+        ):
+            for seed in seeds:
+                rounds = zip(
+                    (0.0, *config.sparsities),
+                    _tickets(config, each, seed, stop.reached, bar),
+                    strict=True,
                 )
+                for sparsity, (ticket, accuracy) in rounds:
+                    bar.write(
+                        f"seed {seed}, {sparsity:.10g} sparse: {100 * accuracy:.2f} %",
+                        file=sys.stdout,
+                    )
+                    if sparsity:
+                        start, masks = jax.device_get((ticket.start, ticket.masks))
+                        tickets.write(config.out, seed, sparsity, start, masks)
+    except trainer.StoppedError as stopped:
+        stopped.add_note("Go on with the same command.")
+        raise
 
 
 def _tickets(
     config: LotteryConfig,
     each: trainer.Trainer,
     seed: int,
-    stop: train.StopSignal,
+    stopped: Callable[[int], int | None],
     bar: tqdm.tqdm,
 ) -> Iterator[tuple[mask_sources.Ticket, float]]:
     """The tickets of a seed, each with the test accuracy of its training."""
@@ -128,58 +154,61 @@ def _tickets(
         def begin(program: Program, seeds: Sequence[int]) -> PyTree:
             shardings = jax.tree.map(lambda x: x.sharding, program.abstract())
             state = program.restore(jax.device_put(origin, shardings))
-            return initial.with_weights(
-                program, state, *jax.device_get((params, masks))
-            )
+            host = jax.device_get((params, masks))
+            return initial.with_weights(program, state, *host)
 
-        pruned = granet_jax.sparsity(masks).overall
-        functions = dataclasses.replace(
-            program.functions,
-            config=dataclasses.replace(program.functions.config, sparsity=pruned),
-        )
-        own = each._replace(program=dataclasses.replace(program, functions=functions))
-        folder = config.out / f"seed{seed}" / f"round{len(accuracies)}"
+        number = len(accuracies)
+        bar.set_description(f"seed {seed}, round {number}", refresh=False)
         (records,), state = trainer.fit(
-            own,
+            _with_sparsity(each, (0.0, *config.sparsities)[number]),
             [seed],
-            folder,
+            config.out / f"seed{seed}" / f"round{number}",
             on_step=lambda steps: train.advance(bar, steps),
-            stopped=stop.reached,
+            stopped=stopped,
+            first=config.rewind_steps,
             begin=begin,
         )
         accuracies.append(records[-1].test_accuracy)
-        return program.snapshot(state).params
+        return jax.device_get(program.snapshot(state)).params
 
-    rounds = mask_sources.lottery_tickets(
+    densities = [1 - sparsity for sparsity in (0.0, *config.sparsities)]
+    found = mask_sources.lottery_tickets(
         trained,
         jax.tree.map(jnp.asarray, origin.params),
-        rounds=len(config.fractions),
-        fraction=config.fractions,
+        rounds=len(config.sparsities),
+        fraction=[1 - b / a for a, b in itertools.pairwise(densities)],
         key=jax.random.key(seed),
         where=models.maskable,
     )
-    for ticket in rounds:
+    for ticket in found:
         yield ticket, accuracies[-1]
 
 
+def _with_sparsity(each: trainer.Trainer, sparsity: float) -> trainer.Trainer:
+    """The same programs, for masks of this sparsity: static training keeps them."""
+    program = each.program
+    functions = program.functions
+    changed = dataclasses.replace(
+        functions, config=dataclasses.replace(functions.config, sparsity=sparsity)
+    )
+    return each._replace(program=dataclasses.replace(program, functions=changed))
+
+
 def _origin(config: LotteryConfig, each: trainer.Trainer, seed: int) -> PyTree:
-    """The dense state that weights go back to, with moments of zero."""
+    """The dense state that weights go back to, its moments zero."""
     program = each.program
     state = program.create([seed])
     batches = trainer.batches(each, seed, 0)
     for _ in range(config.rewind_steps):
         state, loss = program.steps(state, next(batches), 1)
         jax.block_until_ready(loss)
-
-    def without_moments(state: TrainState) -> TrainState:
-        found = granet_jax.get_state(state.opt_state)
-        inner = jax.tree.map(
-            lambda x: jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else x,
-            found.inner_state,
-        )
-        return state._replace(opt_state=found._replace(inner_state=inner))
-
-    return without_moments(program.snapshot(state))
+    state = program.snapshot(state)
+    found = granet_jax.get_state(state.opt_state)
+    inner = jax.tree.map(
+        lambda x: jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+        found.inner_state,
+    )
+    return program.restore(state._replace(opt_state=found._replace(inner_state=inner)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,34 +2,29 @@
 
 import math
 import pathlib
+import zipfile
 from typing import Any
 
 import jax
 import numpy as np
 
-import granet_jax
 from experiments.files import complete
 from granet_jax import distributions, masking
 
 PyTree = Any
 
 
-def path_of(folder: pathlib.Path, seed: int, active: int) -> pathlib.Path:
-    """The file of a seed's ticket with so many active weights."""
-    return folder / f"seed{seed}-active{active}.npz"
-
-
-def write(folder: pathlib.Path, seed: int, weights: PyTree, masks: PyTree) -> None:
+def write(
+    folder: pathlib.Path, seed: int, sparsity: float, weights: PyTree, masks: PyTree
+) -> None:
     """Writes a ticket: all parameters, and the masks at 1 bit a weight.
 
     Raises:
       OSError: it cannot be written.
     """
-    arrays: Any = {f"weights/{_name(path)}": x for path, x in _leaves(weights)}
-    arrays |= {f"masks/{_name(path)}": np.packbits(x) for path, x in _leaves(masks)}
-    folder.mkdir(parents=True, exist_ok=True)
-    active = granet_jax.sparsity(masks).active
-    with complete(path_of(folder, seed, active)) as path, path.open("wb") as file:
+    arrays: Any = {f"weights/{name}": x for name, x in _named(weights).items()}
+    arrays |= {f"masks/{name}": np.packbits(x) for name, x in _named(masks).items()}
+    with complete(_path(folder, seed, sparsity)) as path, path.open("wb") as file:
         np.savez(file, **arrays)
 
 
@@ -39,9 +34,9 @@ def read(
     """The ticket of a seed at a sparsity: (weights, masks).
 
     Args:
-      folder: that `experiments.lottery` wrote.
+      folder: that `python -m experiments.lottery` wrote.
       seed: of the run that was pruned.
-      sparsity: of the ticket, to the weight.
+      sparsity: of the ticket.
       params: of the network, for their structure and shapes.
       masks: likewise.
 
@@ -49,42 +44,50 @@ def read(
       FileNotFoundError: there is no such ticket.
       ValueError: it is of another network, or damaged.
     """
-    total = sum(math.prod(x.shape) for x in jax.tree.leaves(masks))
-    path = path_of(folder, seed, distributions.total_count(total, sparsity))
+    path = _path(folder, seed, sparsity)
     if not path.exists():
-        found = sorted(x.name for x in folder.glob("seed*.npz"))
+        found = ", ".join(sorted(x.name for x in folder.glob("seed*.npz")))
         raise FileNotFoundError(
-            f"masks.tickets: {folder} has no ticket of seed {seed} at sparsity "
-            f"{sparsity} ({path.name}), only {', '.join(found) or 'none'}: python -m "
-            "experiments.lottery makes them."
+            f"masks.tickets: {folder} has no ticket {path.name}, only "
+            f"{found or 'none at all'}: python -m experiments.lottery makes them."
         )
+    total = sum(math.prod(x.shape) for x in jax.tree.leaves(masks))
+    expected = distributions.total_count(total, sparsity)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         weights = jax.tree_util.tree_map_with_path(
-            lambda p, x: _of_shape(arrays[f"weights/{_name(p)}"], x), params
+            lambda p, x: _of_shape(arrays[f"weights/{masking.leaf_name(p)}"], x.shape),
+            params,
         )
         bits = jax.tree_util.tree_map_with_path(
-            lambda p, x: _unpacked(arrays[f"masks/{_name(p)}"], x.shape), masks
+            lambda p, x: _unpacked(arrays[f"masks/{masking.leaf_name(p)}"], x.shape),
+            masks,
         )
-    except (KeyError, ValueError, OSError) as error:
+        active = sum(int(x.sum()) for x in jax.tree.leaves(bits))
+        if active != expected:
+            raise ValueError(f"{active} active weights instead of {expected}")
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"masks.tickets: {path} is not a ticket of this network ({error})."
         ) from error
     return weights, bits
 
 
-def _leaves(tree: PyTree) -> list[tuple[Any, np.ndarray]]:
-    return [(p, np.asarray(x)) for p, x in jax.tree_util.tree_leaves_with_path(tree)]
+def _path(folder: pathlib.Path, seed: int, sparsity: float) -> pathlib.Path:
+    return folder / f"seed{seed}-{sparsity}.npz"
 
 
-def _name(path: Any) -> str:
-    return masking.leaf_name(path)
+def _named(tree: PyTree) -> dict[str, np.ndarray]:
+    return {
+        masking.leaf_name(path): np.asarray(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
-def _of_shape(array: np.ndarray, like: Any) -> np.ndarray:
-    if array.shape != like.shape:
-        raise ValueError(f"shape {array.shape} instead of {like.shape}")
+def _of_shape(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if array.shape != shape:
+        raise ValueError(f"shape {array.shape} instead of {shape}")
     return array
 
 
