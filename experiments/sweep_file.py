@@ -35,6 +35,7 @@ class Sweep:
       vmap_seeds: whether all seeds of a cell train as one program; None: what is
         faster.
       cells: the configuration of every cell by its name, which its folder has too.
+      variants: what the names of the variants add to those of the rows, "+variant".
     """
 
     methods: tuple[str, ...]
@@ -42,6 +43,12 @@ class Sweep:
     seeds: int
     vmap_seeds: bool | None
     cells: dict[str, Config]
+    variants: tuple[str, ...] = ()
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """The rows that are not variants of others."""
+        return self.methods[:: 1 + len(self.variants)]
 
     def cell(self, method: str, sparsity: float) -> str:
         """The name of the cell in a row and a column; dense training has but one."""
@@ -120,7 +127,7 @@ def _sweep(values: dict[str, Any]) -> Sweep:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
     vmap_seeds = None if vmap == "auto" else vmap
-    return Sweep(tuple(rows), sparsities, seeds, vmap_seeds, cells)
+    return Sweep(tuple(rows), sparsities, seeds, vmap_seeds, cells, tuple(variants))
 
 
 def _variants(value: Any, methods: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -54,7 +54,8 @@ def read(
     total = sum(math.prod(x.shape) for x in jax.tree.leaves(masks))
     expected = distributions.total_count(total, sparsity)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # NumPy leaves a damaged file open that it has opened itself.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         weights = jax.tree_util.tree_map_with_path(
             lambda p, x: _of_shape(arrays[f"weights/{masking.leaf_name(p)}"], x.shape),
