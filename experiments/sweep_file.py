@@ -265,6 +265,9 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     elif origin is tuple:
         if isinstance(value, list):
             return tuple(_converted(name, item, arguments[0]) for item in value)
+    elif hint is pathlib.Path:
+        if isinstance(value, str):
+            return pathlib.Path(value)
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
@@ -276,7 +279,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
 def _called(hint: Any) -> str:
     """A type in words."""
     words = {int: "an integer", float: "a number", str: "a string"}
-    words |= {bool: "true or false"}
+    words |= {bool: "true or false", pathlib.Path: "a string with a path"}
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_called(a) for a in arguments if a is not types.NoneType)
