@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import signal
 import statistics
 from typing import Any
@@ -562,6 +563,20 @@ def test_variants_are_those_of_every_row(fake, tmp_path):
     )
     assert "dense has" not in text
     assert "set has" not in text
+
+
+def test_what_the_page_says_about_rows_holds(tmp_path):
+    page = (SWEEPS.parent / "README.md").read_text()
+    found = []
+    for block in re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL):
+        head, _, rest = block.partition("\n")
+        assert head.startswith("methods = ")
+        text = f"{head}\nsparsities = [0.9]\nseeds = 1\n{rest}"
+        found.append(written(tmp_path, text).methods)
+    assert found == [
+        ("dense", "rigl", "snip", "snip-labels"),
+        ("dense", "dense+labels", "dense+lrsi", "rigl", "rigl+labels", "rigl+lrsi"),
+    ]
 
 
 def test_gains_are_between_runs_of_one_seed(tmp_path):
