@@ -25,7 +25,7 @@ from jax import Array
 import granet_jax
 from experiments import plasticity_report, report, train, trainer
 from experiments.checkpoints import Checkpoints
-from experiments.config import CheckpointConfig, Config, MaskConfig, check_same
+from experiments.config import CheckpointConfig, Config, MaskConfig
 from experiments.data import Dataset, Stream, load
 from experiments.files import read_json, write_json
 from experiments.parallel import Program
@@ -37,8 +37,6 @@ from granet_jax.selection import Scope
 PyTree = Any
 # A random criterion draws from a stream of its own, apart from those of `step`.
 _STREAM = 4
-# Options of a study of which more may be asked for when it goes on.
-_ADDED = ("rates", "criteria", "scopes", "pruning", "regrow", "lanes")
 # Options of `train` that the study itself decides.
 _DECIDED = ("out", "eval_every", "vmap_seeds", "checkpoint", "distributed")
 _TRAIN = Config(method="dense", baseline=False)
@@ -198,6 +196,11 @@ class Study:
             ),
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The values that all numbers of a study depend on, as JSON holds them."""
+        own = {name: getattr(self, name) for name in ("points", "epochs", "updates")}
+        return own | self.dense.to_dict()
+
 
 class _Job(NamedTuple):
     """A branch to train, of one seed, from one point.
@@ -301,38 +304,10 @@ def open_folder(study: Study) -> pathlib.Path:
       FileExistsError: it has files of something else in it.
       ValueError: its study was configured otherwise.
     """
-    folder = study.out
-    if folder is None:
-        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        folder = train.DEFAULT_FOLDER / f"{now}-plasticity"
-    path = folder / "study.json"
-    values = _to_dict(study)
-    if path.exists():
-        before = read_json(path)
-        for part in ("train", "study"):
-            check_same(
-                before[part],
-                values[part],
-                holder=f"{folder} holds a study",
-                this="this one",
-            )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"out: {folder} exists already and is neither empty nor of a study. "
-            "Results are never overwritten: choose another folder."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, values)
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = study.out or train.DEFAULT_FOLDER / f"{now}-plasticity"
+    train.claim(folder, study.to_dict())
     return folder
-
-
-def _to_dict(study: Study) -> dict[str, Any]:
-    """What the numbers of a study depend on."""
-    names = [f.name for f in dataclasses.fields(study)]
-    own = {name: getattr(study, name) for name in names if name not in _ADDED}
-    for name in ("train", "out", "progress"):
-        own.pop(name)
-    return {"study": own, "train": study.dense.to_dict()}
 
 
 def _points(study: Study, dense: trainer.Trainer) -> list[Point]:
@@ -635,7 +610,7 @@ def write_results(
         ),
         outcomes=outcomes,
     )
-    values = {"study": _to_dict(study), "environment": train.environment()}
+    values = {"config": study.to_dict(), "environment": train.environment()}
     plasticity_report.write(results, values, folder)
     return results
 

@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint
 import pytest
 
 import granet_jax
@@ -15,6 +17,7 @@ from granet_jax import mask_sources as ms
 from tests import trees
 
 KEY = jax.random.key(5)
+STATIC = granet_jax.static(0.0)
 SHAPES = {"a": (6, 7), "bias": (7,), "b": (7, 5)}
 WEIGHTS = 6 * 7 + 7 * 5
 
@@ -136,6 +139,22 @@ def test_resuming_is_bit_identical(rewind: bool, as_numpy: bool) -> None:
     middle = jax.tree.map(np.asarray, whole[1]) if as_numpy else whole[1]
     trees.assert_same(tickets(ticket=middle), whole[2:])
     assert tickets(ticket=whole[3]) == []
+
+
+def test_a_ticket_is_saved_by_orbax_as_it_is(tmp_path: Path) -> None:
+    def tickets(**more: Any) -> Any:
+        return ms.lottery_tickets(train, make(), rounds=3, key=KEY, **more)
+
+    whole = list(tickets())
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "ticket", whole[1])
+        checkpointer.wait_until_finished()
+        # Onto types alone, as a new process would.
+        masks = jax.eval_shape(lambda p: granet_jax.init_masks(STATIC, p), make())
+        like = ms.Ticket(0, masks, jax.eval_shape(make), jax.eval_shape(make))
+        restored = checkpointer.restore(tmp_path / "ticket", like)
+    trees.assert_same(restored, whole[1])
+    trees.assert_same(list(tickets(ticket=restored)), whole[2:])
 
 
 def test_retrain_serves_all_rounds_but_the_first() -> None:

@@ -135,8 +135,8 @@ def test_a_whole_study(tmp_path, capsys):
     one_shot = Branch("magnitude", "global", "one-shot", 0.0, 0.9)
     file = outcome(tmp_path / "study", 16, 1, one_shot)
     # To one test example: the order of the sums is not the same.
-    assert abs(file["after"] - after) <= 1.01 / 360
-    assert abs(file["pruned"] - when_pruned) <= 1.01 / 360
+    assert abs(file["after"] - after) <= 1.01 / 596
+    assert abs(file["pruned"] - when_pruned) <= 1.01 / 596
     assert file["before"] == found["accuracy_before"][1][1]
     assert file["after"] != file["pruned"]
 
@@ -233,7 +233,7 @@ def test_lanes_give_the_same(tmp_path):
     for a, b in zip(one["branches"], four["branches"], strict=True):
         assert a["active_weights"] == b["active_weights"]
         for name in ("accuracy_when_pruned", "accuracy_after"):
-            np.testing.assert_allclose(a[name], b[name], atol=3 / 360)
+            np.testing.assert_allclose(a[name], b[name], atol=3 / 596)
         np.testing.assert_allclose(a["test_loss_after"], b["test_loss_after"], 1e-3)
 
 
@@ -305,9 +305,7 @@ def test_branches_may_be_added_and_nothing_is_trained_twice(tmp_path, monkeypatc
     found = json.loads((tmp_path / "a/results.json").read_text())
     assert [b["scope"] for b in found["branches"]] == ["global", "layer"]
 
-    with pytest.raises(
-        ValueError, match=r"holds a study with epochs=0.45, and this on"
-    ):
+    with pytest.raises(ValueError, match=r"holds a run with epochs=0.45, and this on"):
         plasticity.run(dataclasses.replace(first, epochs=1.0))
     other = OptimizerConfig(drops=(0.5,), learning_rate=0.2)
     with pytest.raises(ValueError, match=r"with optimizer.learning_rate=0.1"):
@@ -316,7 +314,7 @@ def test_branches_may_be_added_and_nothing_is_trained_twice(tmp_path, monkeypatc
     plasticity.open_folder(with_train(first, seeds=3))
     (tmp_path / "b").mkdir()
     (tmp_path / "b/notes").touch()
-    with pytest.raises(FileExistsError, match="neither empty nor of a study"):
+    with pytest.raises(FileExistsError, match="neither empty nor of a run"):
         plasticity.run(dataclasses.replace(first, out=tmp_path / "b"))
 
 
