@@ -28,7 +28,7 @@ from experiments.checkpoints import Checkpoints
 from experiments.config import CheckpointConfig, Config, MaskConfig
 from experiments.data import Dataset, Stream, load
 from experiments.files import read_json, write_json
-from experiments.parallel import Program
+from experiments.parallel import Program, compiled
 from experiments.plasticity_report import Branch, Point, Results
 from experiments.step import Functions, TrainState
 from granet_jax.analysis import plasticity
@@ -39,7 +39,6 @@ PyTree = Any
 _STREAM = 4
 # Options of `train` that the study itself decides.
 _DECIDED = ("out", "eval_every", "vmap_seeds", "checkpoint", "distributed")
-_TRAIN = Config(method="dense", baseline=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +97,9 @@ class Study:
     progress: bool = True
     """Whether to show a progress bar."""
 
-    train: Config = _TRAIN
+    train: Config = dataclasses.field(
+        default_factory=lambda: Config(method="dense", baseline=False)
+    )
     """The dense training, as of `experiments.train`."""
 
     def __post_init__(self) -> None:
@@ -233,12 +234,15 @@ def run(study: Study) -> Results | None:
     dataset = load(study.train.data.dataset, study.train.data.data_dir)
     steps = continued_steps(study, dataset)
     dense = trainer.create(study.dense, dataset)
+    program = dense.program
     # All that can be wrong is to come to light before anything trains.
-    trainer.create(study.continued(study.train.optimizer.learning_rate), dataset)
+    compiled(study.continued(study.train.optimizer.learning_rate), dataset)
     folder = open_folder(study)
     try:
         with train.StopSignal() as stop:
             runs = train.train_all(dense, folder, stop.reached)
+            # So that the devices hold the data once.
+            del dense
             with tqdm.tqdm(
                 total=_calls(study, runs, folder) * steps,
                 unit="step",
@@ -247,8 +251,8 @@ def run(study: Study) -> Results | None:
             ) as bar:
                 pruner = _pruner(study, dataset)
                 each = None
-                for point in _points(study, dense):
-                    jobs = _missing(study, dense, runs, folder, point)
+                for point in _points(study, program):
+                    jobs = _missing(study, program, runs, folder, point)
                     if not jobs:
                         continue
                     config = study.continued(point.learning_rate)
@@ -268,11 +272,11 @@ def run(study: Study) -> Results | None:
                             bar.update,
                             stop.reached,
                         )
-                    write_results(study, dense, runs, folder, steps)
+                    write_results(study, program, runs, folder, steps)
     except trainer.StoppedError as stopped:
         stopped.add_note(f"Go on with the same command and --out {folder}")
         raise
-    results = write_results(study, dense, runs, folder, steps)
+    results = write_results(study, program, runs, folder, steps)
     print((folder / "results.md").read_text())
     print(f"Results in {folder}")
     return results
@@ -284,9 +288,7 @@ def continued_steps(study: Study, dataset: Dataset | Stream) -> int:
     Raises:
       ValueError: too few for gradual pruning.
     """
-    streamed = isinstance(dataset, Stream)
-    size = dataset.train_size if streamed else len(dataset.train.labels)
-    per_epoch = max(1, size // study.train.data.batch_size)
+    per_epoch = _steps_per_epoch(study.train, dataset)
     steps = max(1, round(study.epochs * per_epoch))
     if "gradual" in study.pruning and study.updates > steps // 2:
         raise ValueError(
@@ -310,9 +312,9 @@ def open_folder(study: Study) -> pathlib.Path:
     return folder
 
 
-def _points(study: Study, dense: trainer.Trainer) -> list[Point]:
-    schedule = dense.program.functions.schedule
-    per_epoch = _steps_per_epoch(dense)
+def _points(study: Study, dense: Program) -> list[Point]:
+    schedule = dense.functions.schedule
+    per_epoch = _steps_per_epoch(study.train, dense.functions.dataset)
     # That of the last step before the point: where the schedule drops at this very
     # moment, the network has not been trained at the next one yet.
     return [
@@ -321,11 +323,10 @@ def _points(study: Study, dense: trainer.Trainer) -> list[Point]:
     ]
 
 
-def _steps_per_epoch(dense: trainer.Trainer) -> float:
-    dataset = dense.dataset
+def _steps_per_epoch(config: Config, dataset: Dataset | Stream) -> int:
     streamed = isinstance(dataset, Stream)
     size = dataset.train_size if streamed else len(dataset.train.labels)
-    return max(1, size // dense.config.data.batch_size)
+    return max(1, size // config.data.batch_size)
 
 
 def _path(folder: pathlib.Path, step: int, seed: int, branch: Branch) -> pathlib.Path:
@@ -347,7 +348,7 @@ def _calls(study: Study, runs: report.Runs, folder: pathlib.Path) -> int:
 
 def _missing(
     study: Study,
-    dense: trainer.Trainer,
+    dense: Program,
     runs: report.Runs,
     folder: pathlib.Path,
     point: Point,
@@ -362,7 +363,7 @@ def _missing(
         run_folder = folder / train.run_name("dense", [seed])
         checkpoints = Checkpoints(run_folder / "checkpoints", study.points + 1)
         try:
-            state, _ = checkpoints.restore(point.step, dense.program.abstract())
+            state, _ = checkpoints.restore(point.step, dense.abstract())
         finally:
             checkpoints.close()
         state = jax.device_get(state)
@@ -566,7 +567,7 @@ def _test_size(each: trainer.Trainer) -> int:
 
 def write_results(
     study: Study,
-    dense: trainer.Trainer,
+    dense: Program,
     runs: report.Runs,
     folder: pathlib.Path,
     steps: int,
@@ -595,7 +596,7 @@ def write_results(
         for branch in study.branches
     }
     rates = np.broadcast_to(
-        dense.program.functions.schedule(np.arange(study.train.steps)),
+        dense.functions.schedule(np.arange(study.train.steps)),
         study.train.steps,
     )
     results = Results(
@@ -605,7 +606,7 @@ def write_results(
         steps=steps,
         epochs=study.epochs,
         drops=tuple(
-            (int(i) + 1) / _steps_per_epoch(dense)
+            (int(i) + 1) / _steps_per_epoch(study.train, dense.functions.dataset)
             for i in np.flatnonzero(np.diff(rates))
         ),
         outcomes=outcomes,
