@@ -4,66 +4,19 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.files import complete, write_json
+from experiments.plasticity_config import UNPRUNED, Branch, Point
 from experiments.sweep_report import LOOKS
 from granet_jax.analysis.plasticity import Recovery
-from granet_jax.selection import Scope
 
 # More of them than this are no drops, but a schedule that falls all the time.
 _MOST_DROPS = 10
-
-
-class Branch(NamedTuple):
-    """A way of pruning.
-
-    Attributes:
-      criterion: "magnitude", "gradient" or "random".
-      scope: "global" or "layer".
-      pruning: "one-shot" or "gradual".
-      regrow: share of each layer's weights that are exchanged after pruning.
-      rate: share of all weights that are pruned.
-    """
-
-    criterion: str
-    scope: Scope
-    pruning: str
-    regrow: float
-    rate: float
-
-    @property
-    def name(self) -> str:
-        """Of its files."""
-        if self == UNPRUNED:
-            return "unpruned"
-        return "-".join([*self[:3], f"regrow{self.regrow}", f"rate{self.rate}"])
-
-    @property
-    def way(self) -> str:
-        """In words, without criterion, scope and rate."""
-        return f"{self.pruning}, regrowing" if self.regrow else self.pruning
-
-
-UNPRUNED = Branch("magnitude", "global", "one-shot", 0.0, 0.0)
-
-
-class Point(NamedTuple):
-    """A point in time.
-
-    Attributes:
-      step: optimizer steps done.
-      epoch: the same in epochs.
-      learning_rate: of the last of those steps, and of the training after pruning.
-    """
-
-    step: int
-    epoch: float
-    learning_rate: float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,19 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import data, models, plasticity, plasticity_report, train, trainer
+from experiments import (
+    data,
+    models,
+    plasticity,
+    plasticity_branches,
+    plasticity_report,
+    train,
+    trainer,
+)
 from experiments.checkpoints import Checkpoints
 from experiments.config import Config, DataConfig, OptimizerConfig
-from experiments.plasticity import Study
-from experiments.plasticity_report import UNPRUNED, Branch, Point, Results
+from experiments.plasticity_config import UNPRUNED, Branch, Point, Study
+from experiments.plasticity_report import Results
 
 WEIGHTS = 64 * 40 + 40 * 10
 # An epoch is 18 steps: points at 8, 16 and 24 steps, 8 steps from each. The learning
@@ -206,16 +214,16 @@ def test_gradual_pruning_is_done_in_the_first_half():
     masks = [np.empty((64, 40), bool), np.empty((40, 10), bool)]
     study = dataclasses.replace(STUDY, updates=4)
     gradual = Branch("magnitude", "layer", "gradual", 0.0, 0.8)
-    found = plasticity._keeps(gradual, masks, study, 50)
+    found = plasticity_branches.keep_numbers(gradual, masks, study, 50)
     assert [*found] == [0, 6, 12, 18]
     for j, row in enumerate(found.values(), 1):
         sparsity = 0.8 * (1 - (1 - j / 4) ** 3)
         assert row.sum() == math.floor((1 - sparsity) * WEIGHTS + 0.5)
         np.testing.assert_allclose(row, [(1 - sparsity) * n for n in (2560, 400)], 0, 1)
     at_once = gradual._replace(pruning="one-shot")
-    (row,) = plasticity._keeps(at_once, masks, study, 50).values()
+    (row,) = plasticity_branches.keep_numbers(at_once, masks, study, 50).values()
     assert row.tolist() == [512, 80]
-    assert plasticity._keeps(UNPRUNED, masks, study, 50) == {}
+    assert plasticity_branches.keep_numbers(UNPRUNED, masks, study, 50) == {}
 
 
 def test_lanes_give_the_same(tmp_path):
@@ -266,7 +274,7 @@ def test_a_study_that_is_stopped_again_and_again_ends_like_one_that_is_not(
     class Killed(BaseException):
         pass
 
-    write = plasticity.write_json
+    write = plasticity_branches.write_json
     written: list[pathlib.Path] = []
 
     def killing(path: pathlib.Path, values: Any) -> None:
@@ -277,7 +285,7 @@ def test_a_study_that_is_stopped_again_and_again_ends_like_one_that_is_not(
         write(path, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(plasticity, "write_json", killing)
+        patch.setattr(plasticity_branches, "write_json", killing)
         with pytest.raises(Killed):
             plasticity.run(again)
     plasticity.run(again)
@@ -289,13 +297,13 @@ def test_branches_may_be_added_and_nothing_is_trained_twice(tmp_path, monkeypatc
     first = small(out=tmp_path / "a")
     plasticity.run(first)
     trained: list[str] = []
-    train_jobs = plasticity._train_jobs
+    train_jobs = plasticity.train_jobs
 
     def noting(study: Any, each: Any, pruner: Any, jobs: Any, *rest: Any) -> None:
         trained.extend(f"{job.seed} {job.branch.name}" for job in jobs)
         train_jobs(study, each, pruner, jobs, *rest)
 
-    monkeypatch.setattr(plasticity, "_train_jobs", noting)
+    monkeypatch.setattr(plasticity, "train_jobs", noting)
     plasticity.run(first)
     assert trained == []
     plasticity.run(dataclasses.replace(first, scopes=("global", "layer")))

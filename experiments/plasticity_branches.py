@@ -1,0 +1,242 @@
+"""Trains the branches of a study: prunes states of a dense run, and goes on."""
+
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import granet_jax
+from experiments import trainer
+from experiments.data import Dataset, Stream
+from experiments.files import write_json
+from experiments.parallel import Program
+from experiments.plasticity_config import UNPRUNED, Branch, Study
+from experiments.step import Functions, TrainState
+from granet_jax.analysis import plasticity
+from granet_jax.selection import Scope
+
+PyTree = Any
+# A random criterion draws from a stream of its own, apart from those of `step`.
+_STREAM = 4
+
+
+class Job(NamedTuple):
+    """A branch to train, of one seed, from one point.
+
+    Attributes:
+      branch: how it is pruned.
+      seed: of the dense run.
+      state: of the dense run at that point.
+      before: its number of test examples predicted correctly.
+      path: of the file for the outcome.
+    """
+
+    branch: Branch
+    seed: int
+    state: TrainState
+    before: int
+    path: pathlib.Path
+
+
+class Pruner(NamedTuple):
+    """What prunes states, one at a time, however many lanes there are.
+
+    Compiled once for all points: nothing in it depends on the learning rate.
+
+    Attributes:
+      start: from a dense state to the same with masks, all active.
+      cutter: from (criterion, scope, regrow) to a function of (state, data, keep) that
+        prunes a state down to `keep`.
+    """
+
+    start: Callable[[TrainState], TrainState]
+    cutter: Callable[[str, Scope, float], Callable[..., TrainState]]
+
+
+def pruner_of(study: Study, dataset: Dataset | Stream) -> Pruner:
+    config = study.continued(study.train.optimizer.learning_rate)
+    functions = Functions(config, dataset)
+
+    def start(state: TrainState) -> TrainState:
+        opt_state = functions.optimizer(state.seed).init(state.params)
+        assert isinstance(opt_state, granet_jax.SparseState)
+        opt_state = opt_state._replace(inner_state=state.opt_state)
+        return state._replace(opt_state=opt_state)
+
+    @functools.cache
+    def cutter(
+        criterion: str, scope: Scope, regrow: float
+    ) -> Callable[..., TrainState]:
+        return jax.jit(functools.partial(_cut, functions, criterion, scope, regrow))
+
+    return Pruner(jax.jit(start), cutter)
+
+
+def _cut(
+    functions: Functions,
+    criterion: str,
+    scope: Scope,
+    regrow: float,
+    state: TrainState,
+    data: PyTree,
+    keep: Any,
+) -> TrainState:
+    """A state pruned down to so many weights, `regrow` of them exchanged."""
+    opt_state = state.opt_state
+    assert isinstance(opt_state, granet_jax.SparseState)
+    key = jax.random.fold_in(jax.random.key(state.seed), _STREAM)
+    pruned = plasticity.prune(
+        state.params,
+        opt_state.masks,
+        keep,
+        criterion=criterion,
+        scope=scope,
+        regrow=regrow,
+        # Compiled only if it is of use.
+        grads=functions.gradient(state, data),
+        key=jax.random.fold_in(key, state.step),
+    )
+    params, inner_state = plasticity.apply_pruned(
+        state.params, opt_state.inner_state, pruned
+    )
+    average = state.average
+    if average != ():
+        average = granet_jax.apply_masks(average, pruned.continuing)
+    opt_state = opt_state._replace(masks=pruned.masks, inner_state=inner_state)
+    return state._replace(params=params, opt_state=opt_state, average=average)
+
+
+def train_jobs(
+    study: Study,
+    each: trainer.Trainer,
+    pruner: Pruner,
+    jobs: Sequence[Job],
+    steps: int,
+    on_step: Callable[[int], object],
+    stopped: Callable[[int], int | None],
+) -> None:
+    """Trains one branch, or several at once, and writes the outcome of each."""
+    shapes = [x.shape for x in _masks(pruner.start(jobs[0].state))]
+    masks = [np.empty(shape, bool) for shape in shapes]
+    # A last group that is smaller would be another program: it is filled up.
+    lanes = [*jobs, *[jobs[-1]] * (study.lanes - len(jobs))]
+    keeps = [keep_numbers(job.branch, masks, study, steps) for job in lanes]
+    state, pruned = _trained(each, pruner, lanes, keeps, steps, on_step, stopped)
+    after, loss = trainer.evaluate(each, state, steps)
+    seen = each.program.inspect(state)
+    dataset = each.dataset
+    streamed = isinstance(dataset, Stream)
+    total = dataset.test_size if streamed else dataset.test.labels.size
+    for i, job in enumerate(jobs):
+        rows = [*keeps[i].values()]
+        active = int(rows[-1].sum()) if rows else sum(m.size for m in masks)
+        if int(np.asarray(seen.active)[i].sum()) != active or seen.broken[i].any():
+            raise RuntimeError(f"{job.path.stem} has not exactly {active} weights.")
+        outcome = {
+            "before": job.before / total,
+            "pruned": int(pruned[i]) / total,
+            "after": int(after[i]) / total,
+            "test_loss": float(loss[i]) / total,
+            "active_weights": active,
+        }
+        job.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(job.path, outcome)
+
+
+def _trained(
+    each: trainer.Trainer,
+    pruner: Pruner,
+    jobs: Sequence[Job],
+    keeps: Sequence[dict[int, np.ndarray]],
+    steps: int,
+    on_step: Callable[[int], object],
+    stopped: Callable[[int], int | None],
+) -> tuple[PyTree, np.ndarray]:
+    """Trains a branch a lane, pruning each when it is due.
+
+    Returns:
+      (the program's state after the last step, the number of test examples that each
+      lane predicts correctly just after it is pruned for the last time).
+    """
+    program = each.program
+    cuts = [pruner.cutter(*job.branch.ranking) for job in jobs]
+    states = [pruner.start(job.state) for job in jobs]
+    state = program.restore(_stacked(program, states))
+    pruned = np.asarray([job.before for job in jobs])
+    losses = trainer.Losses(program.lanes)
+    data = trainer.batches(each, jobs[0].seed, int(jobs[0].state.step))
+    ahead, done = trainer.steps_ahead(program), 0
+    while done < steps:
+        if (wish := stopped(done)) is not None:
+            raise trainer.StoppedError(done, wish)
+        batch = next(data)
+        due = [i for i, keep in enumerate(keeps) if done in keep]
+        if due:
+            states = _unstacked(program, state)
+            for i in due:
+                states[i] = cuts[i](states[i], batch, keeps[i][done])
+            state = program.restore(_stacked(program, states))
+            last = [i for i in due if done == max(keeps[i])]
+            if last:
+                pruned[last] = trainer.evaluate(each, state, done)[0][last]
+        later = [at for keep in keeps for at in keep if at > done]
+        left = min([*later, steps]) - done
+        number = each.config.scan_block if left >= each.config.scan_block else 1
+        state, loss = program.steps(state, batch, number)
+        done += number
+        losses.add(loss)
+        on_step(losses.wait(ahead))
+    on_step(losses.wait(0))
+    if losses.diverged:
+        names = ", ".join(job.path.stem for job in jobs)
+        raise trainer.DivergedError(
+            f"{names}: a loss is not finite: lower train.optimizer.learning_rate, or "
+            "leave out this way of pruning."
+        )
+    return state, pruned
+
+
+def keep_numbers(
+    branch: Branch, masks: PyTree, study: Study, steps: int
+) -> dict[int, np.ndarray]:
+    """The numbers of weights that a branch keeps, by the steps done before it does."""
+    if branch == UNPRUNED:
+        return {}
+    updates = study.updates if branch.pruning == "gradual" else 1
+    rising = plasticity.sparsities(branch.rate, updates)
+    rows = plasticity.keep_counts(masks, rising, scope=branch.scope)
+    return {i * (steps // 2 // updates): row for i, row in enumerate(rows)}
+
+
+def _masks(state: TrainState) -> list[Array]:
+    return jax.tree.leaves(granet_jax.get_masks(state.opt_state))
+
+
+def _stacked(program: Program, states: Sequence[TrainState]) -> TrainState:
+    """Of states of one lane a snapshot of the program's; counters have no lanes."""
+
+    def stack(like: jax.ShapeDtypeStruct, *leaves: Array) -> Any:
+        if len(like.shape) > leaves[0].ndim:
+            return jnp.stack(leaves)
+        return jax.device_put(leaves[0], like.sharding)
+
+    return jax.tree.map(stack, program.abstract(), *states)
+
+
+def _unstacked(program: Program, state: PyTree) -> list[TrainState]:
+    """The states of the lanes."""
+    if program.lanes == 1:
+        return [program.snapshot(state)]
+    one = jax.eval_shape(program.functions.create, np.uint32(0))
+
+    def lane(i: int) -> TrainState:
+        return jax.tree.map(
+            lambda x, like: x[i] if x.ndim > like.ndim else jnp.copy(x), state, one
+        )
+
+    return [lane(i) for i in range(program.lanes)]
