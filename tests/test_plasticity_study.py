@@ -170,10 +170,9 @@ def by_hand(
             for name, layer in tree.items()
         }
 
-    def loss(params: Any, statistics: Any, rows: np.ndarray) -> Any:
-        inputs = functions.inputs(train_data.inputs[rows])
+    def loss(params: Any, statistics: Any, images: Any, labels: Any) -> Any:
+        inputs = functions.inputs(images)
         logits, changed = functions.logits(params, statistics, inputs, 0)
-        labels = train_data.labels[rows]
         found = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return found.mean(), changed
 
@@ -194,7 +193,9 @@ def by_hand(
         size = len(train_data.labels)
         order = jax.random.permutation(jax.random.fold_in(stream, epoch), size)
         rows = np.asarray(order)[batch * 64 : (batch + 1) * 64]
-        grads, statistics = gradient(params, statistics, rows)
+        grads, statistics = gradient(
+            params, statistics, train_data.inputs[rows], train_data.labels[rows]
+        )
         grads = {
             name: layer | {"kernel": layer["kernel"] + 5e-4 * params[name]["kernel"]}
             if name in masks
