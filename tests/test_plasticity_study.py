@@ -1,9 +1,12 @@
 """The study of pruning plasticity, reduced, on digits: end to end, and going on."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import pathlib
+import shutil
 import signal
 from typing import Any
 
@@ -62,26 +65,34 @@ class Small(nn.Module):
         return nn.Dense(self.classes, name="output")(nn.relu(x))
 
 
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def _small():
     """Networks of any name are small ones, on one device."""
 
     def create(name: str, *, classes: int, dtype: Any, axis_name: str | None) -> Small:
         return Small(classes, axis_name)
 
-    create_trainer = trainer.create
-    monkeypatch.setattr(models, "create", create)
-    monkeypatch.setattr(
-        trainer,
-        "create",
-        lambda config, dataset: create_trainer(config, dataset, jax.devices()[:1]),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "create", create)
+        one = jax.devices()[:1]
+        for module, name in ((trainer, "create"), (plasticity, "compiled")):
+            function = getattr(module, name)
+            patch.setattr(module, name, functools.partial(function, devices=one))
+        yield
 
 
 def small(**changes: Any) -> Study:
     """A study of few branches: two on each of two points."""
     given = {"points": 2, "rates": (0.9,), "pruning": ("one-shot",), "regrow": (0.5,)}
     return dataclasses.replace(STUDY, **(given | changes))
+
+
+@pytest.fixture(scope="module")
+def straight(_small, tmp_path_factory) -> pathlib.Path:
+    """The folder of a small study that went through to its end."""
+    folder = tmp_path_factory.mktemp("study") / "straight"
+    plasticity.run(small(out=folder))
+    return folder
 
 
 def with_train(study: Study, **changes: Any) -> Study:
@@ -227,19 +238,15 @@ def test_gradual_pruning_is_done_in_the_first_half():
     assert plasticity_branches.keep_numbers(UNPRUNED, masks, study, 50) == {}
 
 
-def test_lanes_give_the_same(tmp_path):
-    """Branches of several seeds in one program; the last group is not full."""
-    study = small(rates=(0.5, 0.9), pruning=("gradual",), criteria=("random",))
-    for lanes in (1, 4):
-        plasticity.run(dataclasses.replace(study, out=tmp_path / f"{lanes}"))
-        plasticity.run(
-            dataclasses.replace(study, lanes=lanes, out=tmp_path / f"{lanes}")
-        )
-    one, four = (
-        json.loads((tmp_path / lanes / "results.json").read_text()) for lanes in "14"
+def test_lanes_give_the_same(straight, tmp_path):
+    """Branches of two seeds in one program of three lanes; the last is not full."""
+    plasticity.run(small(out=tmp_path / "lanes", lanes=3))
+    one, three = (
+        json.loads((folder / "results.json").read_text())
+        for folder in (straight, tmp_path / "lanes")
     )
-    assert one["points"] == four["points"]
-    for a, b in zip(one["branches"], four["branches"], strict=True):
+    assert one["points"] == three["points"]
+    for a, b in zip(one["branches"], three["branches"], strict=True):
         assert a["active_weights"] == b["active_weights"]
         for name in ("accuracy_when_pruned", "accuracy_after"):
             np.testing.assert_allclose(a[name], b[name], atol=3 / 596)
@@ -249,28 +256,24 @@ def test_lanes_give_the_same(tmp_path):
 # --- going on
 
 
-def test_a_study_that_is_stopped_again_and_again_ends_like_one_that_is_not(
-    tmp_path, monkeypatch
+def test_a_study_that_is_stopped_and_killed_ends_like_one_that_is_not(
+    straight, tmp_path, monkeypatch
 ):
-    """By a signal, and killed while it trains, evaluates and writes."""
-    study = small()
-    plasticity.run(dataclasses.replace(study, out=tmp_path / "straight"))
-    again = dataclasses.replace(study, out=tmp_path / "stopped")
-    asked = iter(range(10_000))
-    # In the dense run; in a branch; in a later one.
-    for number in (5, 60, 110):
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                train.StopSignal,
-                "reached",
-                lambda self, step, n=number: (
-                    signal.SIGTERM if next(asked) > n else None
-                ),
-            )
-            with pytest.raises(trainer.StoppedError) as caught:
-                plasticity.run(again)
-        assert "--out" in caught.value.__notes__[0]
-        assert not (tmp_path / "stopped/results.json").exists() or number == 110
+    again = small(out=tmp_path / "stopped")
+    asked = itertools.count()
+    with monkeypatch.context() as patch:
+        # Some fifty times in the dense runs, and eight in every branch.
+        patch.setattr(
+            train.StopSignal,
+            "reached",
+            lambda self, step: signal.SIGTERM if next(asked) > 70 else None,
+        )
+        with pytest.raises(trainer.StoppedError) as caught:
+            plasticity.run(again)
+    assert caught.value.signal == signal.SIGTERM
+    assert "--out" in caught.value.__notes__[0]
+    finished = [*(tmp_path / "stopped/branches").rglob("*.json")]
+    assert 0 < len(finished) < 4
 
     class Killed(BaseException):
         pass
@@ -280,7 +283,7 @@ def test_a_study_that_is_stopped_again_and_again_ends_like_one_that_is_not(
 
     def killing(path: pathlib.Path, values: Any) -> None:
         written.append(path)
-        if len(written) == 4:
+        if len(written) == 3:
             path.with_name(path.name + ".partial").write_text('{"before": 0.')
             raise Killed
         write(path, values)
@@ -289,14 +292,17 @@ def test_a_study_that_is_stopped_again_and_again_ends_like_one_that_is_not(
         patch.setattr(plasticity_branches, "write_json", killing)
         with pytest.raises(Killed):
             plasticity.run(again)
+    assert not set(finished) & set(written)
     plasticity.run(again)
-    expected, found = (text(tmp_path / name) for name in ("straight", "stopped"))
-    assert found == expected
+    assert text(tmp_path / "stopped") == text(straight)
 
 
-def test_branches_may_be_added_and_nothing_is_trained_twice(tmp_path, monkeypatch):
-    first = small(out=tmp_path / "a")
-    plasticity.run(first)
+def test_branches_may_be_added_and_nothing_is_trained_twice(
+    straight, tmp_path, monkeypatch
+):
+    folder = tmp_path / "added"
+    shutil.copytree(straight, folder)
+    first = small(out=folder)
     trained: list[str] = []
     train_jobs = plasticity.train_jobs
 
@@ -307,24 +313,29 @@ def test_branches_may_be_added_and_nothing_is_trained_twice(tmp_path, monkeypatc
     monkeypatch.setattr(plasticity, "train_jobs", noting)
     plasticity.run(first)
     assert trained == []
+    assert text(folder) == text(straight)
     plasticity.run(dataclasses.replace(first, scopes=("global", "layer")))
     added = Branch("magnitude", "layer", "one-shot", 0.5, 0.9).name
     assert trained == [f"{seed} {added}" for _ in (12, 24) for seed in (0, 1)]
-    assert (tmp_path / "a/criteria.png").exists()
-    found = json.loads((tmp_path / "a/results.json").read_text())
+    assert (folder / "criteria.png").exists()
+    found = json.loads((folder / "results.json").read_text())
     assert [b["scope"] for b in found["branches"]] == ["global", "layer"]
 
+
+def test_another_study_is_not_gone_on_with(tmp_path):
+    first = small(out=tmp_path / "a")
+    plasticity.open_folder(first)
     with pytest.raises(ValueError, match=r"holds a run with epochs=0.45, and this on"):
-        plasticity.run(dataclasses.replace(first, epochs=1.0))
+        plasticity.open_folder(dataclasses.replace(first, epochs=1.0))
     other = OptimizerConfig(drops=(0.5,), learning_rate=0.2)
     with pytest.raises(ValueError, match=r"with optimizer.learning_rate=0.1"):
-        plasticity.run(with_train(first, optimizer=other))
+        plasticity.open_folder(with_train(first, optimizer=other))
     # More seeds may come.
-    plasticity.open_folder(with_train(first, seeds=3))
+    assert plasticity.open_folder(with_train(first, seeds=3)) == first.out
     (tmp_path / "b").mkdir()
     (tmp_path / "b/notes").touch()
     with pytest.raises(FileExistsError, match="neither empty nor of a run"):
-        plasticity.run(dataclasses.replace(first, out=tmp_path / "b"))
+        plasticity.open_folder(dataclasses.replace(first, out=tmp_path / "b"))
 
 
 # --- the tables
@@ -411,6 +422,8 @@ def test_the_command_line_says_what_is_wrong(tmp_path, capsys):
     base = ["--train.steps", "24", "--out", str(tmp_path / "a")]
     assert plasticity.main([*base, "--epochs", "0.2"]) == 2
     assert "updates must be at most 2, half of the 4 steps" in capsys.readouterr().err
-    assert plasticity.main([*base, "--points", "25"]) == 2
-    assert "points must be at most" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        plasticity.main([*base, "--points", "25"])
+    assert caught.value.code == 2
+    assert "points must be at most train.steps" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
