@@ -5,7 +5,10 @@ from granet_jax._transform import get_masks as get_masks
 from granet_jax._transform import get_state as get_state
 from granet_jax._transform import init_masks as init_masks
 from granet_jax._transform import set_masks as set_masks
+from granet_jax._transform import sparse_view as sparse_view
 from granet_jax._transform import transform as transform
+from granet_jax.cyclic_methods import acdc as acdc
+from granet_jax.cyclic_methods import cyclical as cyclical
 from granet_jax.masking import PackedMask as PackedMask
 from granet_jax.masking import Sparsity as Sparsity
 from granet_jax.masking import apply_masks as apply_masks

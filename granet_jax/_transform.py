@@ -6,7 +6,7 @@ package's `transform` is the function.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,12 @@ from granet_jax import updates as mask_updates
 from granet_jax.elementwise import is_elementwise
 from granet_jax.masking import PyTree, Where
 from granet_jax.methods import Method
-from granet_jax.moments import masked_moments, refuse_flattened, zero_moments
+from granet_jax.moments import (
+    masked_moments,
+    refuse_flattened,
+    restart_moments,
+    zero_moments,
+)
 from granet_jax.scores import Score, ScoreInputs
 from granet_jax.scores import random as random_score
 from granet_jax.selection import counter_dtype, top_k
@@ -38,8 +43,8 @@ class SparseState(NamedTuple):
       accumulator: moving average of the dense gradient, of the structure of `masks`,
         for a method with `accumulator_decay`; else the empty tuple.
       continuing: the weights that the last step updated: `masks`, but for those that
-        entered with it. Of the structure of `masks`, for a method that grows under
-        `inner`; else the empty tuple. (Held in the state, it costs a step between
+        entered with it. Of the structure of `masks`, for a method whose masks grow
+        under `inner`; else the empty tuple. (Held in the state, it costs a step between
         updates nothing: made in the step, it would be written and read in all.)
     """
 
@@ -54,6 +59,7 @@ class _Plan(NamedTuple):
     """Integer tables of a method on given leaves, one row per update (host)."""
 
     prunes: np.ndarray  # bool (J,): whether this update prunes
+    revives: np.ndarray  # bool (J,): whether weights come back
     keep: np.ndarray  # unsigned (J,) with global scope, (J, leaves) with layer scope
     fraction: np.ndarray  # uint32 (J,): prune fraction in fixed point
 
@@ -94,6 +100,12 @@ def transform(
     zero with zero moments. Those dropped and regrown continue.) Masks are the same on
     all replicas, without communication beyond the gradient mean.
 
+    Methods that choose masks anew among all weights (`Method.weights` other than
+    "sparse") differ: `inner` steps with the dense gradient, and the stepped weights
+    decide the masks. Those that are "projected" leave exact zeros outside; those with
+    "dense" weights leave `params` dense, and `sparse_view` gives the sparse ones, at
+    which the gradient is to be taken.
+
     Under `vmap`, an update runs in all lanes whenever one of them updates.
 
     Args:
@@ -126,7 +138,17 @@ def transform(
     _check_arguments(method, inner, where, masks, seed)
     wrapped = None if inner is None else optax.with_extra_args_support(inner)
 
-    regrows = wrapped is not None and method.grow is not None
+    if wrapped is None and method.resets.steps():
+        raise ValueError(
+            f"{method.name} starts the optimizer's moments anew, which are out of "
+            "reach without inner: give it the optimizer, transform(method, "
+            "inner=optimizer), or leave them, "
+            "dataclasses.replace(method, resets=granet_jax.schedules.NEVER)."
+        )
+
+    # Whether weights enter: zero, with zero moments, and moved from the next step on.
+    enters = method.weights == "sparse" and method.grows
+    regrows = wrapped is not None and enters
 
     @functools.lru_cache(maxsize=8)
     def plan(shapes: tuple[tuple[int, ...], ...]) -> _Plan:
@@ -152,6 +174,27 @@ def transform(
             grads,
             accumulators,
             count=count,
+            key=_key(seed, count),
+        )
+
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    def choose_masks(
+        names: tuple[str, ...],
+        leaves: list[Array],
+        stepped: list[Array],
+        grads: list[Array] | None,
+        accumulators: list[Array] | None,
+        count: Array,
+    ) -> list[Array]:
+        shapes = tuple(tuple(x.shape) for x in leaves)
+        return _choose_masks(
+            method,
+            jnp.asarray(_numbers(method, shapes))[method.updates.done(count)],
+            names,
+            leaves,
+            stepped,
+            grads,
+            accumulators,
             key=_key(seed, count),
         )
 
@@ -225,16 +268,52 @@ def transform(
         ) -> tuple[PyTree, PyTree]:
             dense = None if grads is None else masking.maskable_leaves(grads, masks_)
             leaves, treedef = jax.tree.flatten(masks_)
-            paths = jax.tree_util.tree_leaves_with_path(masks_)
+            stepped = _stepped(params, inner_updates, masks_)
             changed, kept = update_masks(
-                tuple(masking.leaf_name(path) for path, _ in paths),
+                _names(masks_),
                 leaves,
-                _stepped(params, inner_updates, masks_),
+                list(map(_masked, leaves, stepped)),
                 dense,
                 jax.tree.leaves(accumulator) or None,
                 count,
             )
             return treedef.unflatten(changed), treedef.unflatten(kept)
+
+        def finish(
+            emitted: PyTree, new: PyTree, inner_state: Any, continuing: PyTree
+        ) -> tuple[PyTree, SparseState]:
+            if wrapped is not None and method.resets.steps():
+                stepped = optax.apply_updates(params, emitted)
+                fresh = zero_moments(wrapped.init(stepped), new)
+                restart = method.resets.contains(count)
+                inner_state = restart_moments(inner_state, fresh, params, restart)
+            state = SparseState(count, new, inner_state, accumulator, continuing)
+            return emitted, state
+
+        if method.weights != "sparse":
+            inner_updates, inner_state = step_inner(updates, state.inner_state, params)
+
+            def choose(masks_: PyTree) -> PyTree:
+                leaves, treedef = jax.tree.flatten(masks_)
+                chosen = choose_masks(
+                    _names(masks_),
+                    leaves,
+                    list(_stepped(params, inner_updates, masks_)),
+                    None if grads is None else masking.maskable_leaves(grads, masks_),
+                    jax.tree.leaves(accumulator) or None,
+                    count,
+                )
+                return treedef.unflatten(chosen)
+
+            if method.refresh == 1:
+                new = choose(old)
+            else:
+                due = (count % method.refresh == 0) | method.updates.contains(count)
+                new = _if(due, choose, old)
+            if method.weights == "dense":
+                return finish(inner_updates, new, inner_state, ())
+            emitted = masking.map_masked(_emit, new, inner_updates, params)
+            return finish(emitted, new, zero_moments(inner_state, new), ())
 
         updating = method.updates.contains(count)
         # In the step after an update too: what has entered continues now.
@@ -266,10 +345,7 @@ def transform(
                 masking.map_masked(_masked, keep, params),
             )
             emitted = masking.map_masked(_emit, keep, inner_updates, params)
-            continuing = keep if regrows else ()
-            return emitted, SparseState(
-                count, new, inner_state, accumulator, continuing
-            )
+            return finish(emitted, new, inner_state, keep if regrows else ())
 
         masked = grads
         if wrapped is not None:
@@ -294,7 +370,7 @@ def transform(
         elif method.updates.steps():
             now = _if(updating, change_last, now)
         new, emitted, inner_state, continuing = now
-        return emitted, SparseState(count, new, inner_state, accumulator, continuing)
+        return finish(emitted, new, inner_state, continuing)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -305,12 +381,14 @@ def init_masks(
     """The masks that `transform(method, where=where, seed=seed)` starts from.
 
     All weights active at sparsity 0; else random masks with exactly the number of
-    active weights that the method's distribution gives every leaf.
+    active weights that the method's distribution gives every leaf. But the masks of a
+    method that chooses them anew (`Method.weights` other than "sparse") are the choice
+    among the parameters themselves.
 
     Args:
       method: a record of a method.
       params: pytree of arrays or `jax.ShapeDtypeStruct`s; only shapes, dtypes and
-        shardings are read.
+        shardings are read, unless the masks are chosen among the parameters.
       where: which leaves carry a mask, as in `transform`.
       seed: of the random masks, as in `transform`.
 
@@ -329,12 +407,42 @@ def init_masks(
     ]
     shapes = tuple(tuple(p.shape) for p in chosen)
     counts = distributions.counts(shapes, method.sparsity(0), method.distribution)
-    drawn = iter(_random_masks(shapes, counts, seed))
+    if method.weights != "sparse" and sum(counts) < sum(map(math.prod, shapes)):
+        drawn = iter(_chosen_masks(method, params, selected, seed))
+    else:
+        drawn = iter(_random_masks(shapes, counts, seed))
     return jax.tree.map(
         lambda p, s: masking.placed_like(next(drawn), p) if s else optax.MaskedNode(),
         params,
         selected,
     )
+
+
+def sparse_view(params: PyTree, opt_state: optax.OptState) -> PyTree:
+    """The sparse parameters: those of the forward pass, and those to keep.
+
+    For a method that keeps its weights dense (`straight_through`, `top_kast`, or any
+    with `weights="dense"`) this is what the loss, its gradient, and every evaluation
+    are to see; what training ends with is the view of the last state:
+
+        sparse = granet_jax.sparse_view(params, opt_state)
+        grads = jax.grad(loss)(sparse, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+
+    For the others it is the parameters as they are after a step.
+
+    Args:
+      params: pytree of arrays.
+      opt_state: any nest of optax states with one `SparseState`.
+
+    Returns:
+      `params` with exact zeros outside the masks of `opt_state`.
+
+    Raises:
+      ValueError: no or several sparse states; parameters of another structure.
+    """
+    return masking.apply_masks(params, get_masks(opt_state))
 
 
 def get_state(opt_state: optax.OptState) -> SparseState:
@@ -426,10 +534,14 @@ def _plan(method: Method, shapes: tuple[tuple[int, ...], ...]) -> _Plan:
     present = distributions.counts(shapes, method.sparsity(0), method.distribution)
     keep: list[Any] = []
     prunes: list[bool] = []
+    revives: list[bool] = []
     for step in method.updates.steps():
         sparsity = method.sparsity(step)
-        active = min(distributions.total_count(total, sparsity), sum(present))
+        active = distributions.total_count(total, sparsity)
+        if method.revive is None:
+            active = min(active, sum(present))
         prunes.append(active < sum(present))
+        revives.append(active > sum(present))
         if method.scope == "global":
             present = [active]
             keep.append(active)
@@ -438,16 +550,82 @@ def _plan(method: Method, shapes: tuple[tuple[int, ...], ...]) -> _Plan:
                 present = distributions.counts(
                     shapes, sparsity, method.distribution, caps=present
                 )
+            elif revives[-1]:
+                present = distributions.counts(
+                    shapes, sparsity, method.distribution, floors=present
+                )
             keep.append(present)
     dtype = np.uint32 if total < 2**32 else np.uint64
     return _Plan(
         prunes=np.asarray(prunes, bool),
+        revives=np.asarray(revives, bool),
         keep=np.asarray(keep, dtype),
         fraction=np.asarray(
             [schedules.fixed_point(method.fraction(t)) for t in method.updates.steps()],
             np.uint32,
         ),
     )
+
+
+def _numbers(method: Method, shapes: tuple[tuple[int, ...], ...]) -> np.ndarray:
+    """How many weights are active from step 0 and from every update step on (host).
+
+    Unsigned, (1 + J,) with global scope, (1 + J, leaves) with layer scope.
+    """
+    total = sum(math.prod(s) for s in shapes)
+    rows = [
+        distributions.total_count(total, sparsity)
+        if method.scope == "global"
+        else distributions.counts(shapes, sparsity, method.distribution)
+        for sparsity in map(method.sparsity, (0, *method.updates.steps()))
+    ]
+    return np.asarray(rows, np.uint32 if total < 2**32 else np.uint64)
+
+
+def _choose_masks(
+    method: Method,
+    keep: Array | np.ndarray,
+    names: tuple[str, ...],
+    masks: list[Array],
+    params: list[Array],
+    grads: list[Array] | None,
+    accumulators: list[Array] | None,
+    *,
+    key: Array,
+) -> list[Array]:
+    """The `keep` best of all weights, whatever the present masks."""
+    ranked = _scored(
+        method.prune, names, masks, params, params, grads, accumulators, key
+    )
+    return top_k(ranked, keep, scope=method.scope)
+
+
+def _scored(
+    score: Score,
+    names: tuple[str, ...],
+    masks: list[Array],
+    params: list[Array],
+    weights: list[Array],
+    grads: list[Array] | None,
+    accumulators: list[Array] | None,
+    key: Array,
+) -> list[Array]:
+    """The score of every leaf; see `ScoreInputs` for its arguments."""
+    by_name = dict(zip(names, weights, strict=True))
+    return [
+        score(
+            ScoreInputs(
+                param=p,
+                grad=None if grads is None else grads[i],
+                mask=m,
+                accumulator=None if accumulators is None else accumulators[i],
+                key=jax.random.fold_in(key, i),
+                name=name,
+                weights=by_name,
+            )
+        )
+        for i, (name, p, m) in enumerate(zip(names, params, masks, strict=True))
+    ]
 
 
 def _update_masks(
@@ -471,34 +649,30 @@ def _update_masks(
     def rank(score: Score) -> Callable[[list[Array]], list[Array]]:
         def ranked(present: list[Array]) -> list[Array]:
             # Of leaves that the score does not look at, nothing is computed.
-            left = map(_masked, present, params)
-            weights = dict(zip(names, left, strict=True))
-            return [
-                score(
-                    ScoreInputs(
-                        param=p,
-                        grad=None if grads is None else grads[i],
-                        mask=m,
-                        accumulator=None if accumulators is None else accumulators[i],
-                        key=jax.random.fold_in(key, i),
-                        name=name,
-                        weights=weights,
-                    )
-                )
-                for i, (name, p, m) in enumerate(
-                    zip(names, params, present, strict=True)
-                )
-            ]
+            left = list(map(_masked, present, params))
+            return _scored(
+                score, names, present, params, left, grads, accumulators, key
+            )
 
         return ranked
 
-    ranks = {s: rank(s) for s in (method.prune, method.drop, method.grow) if s}
-    prunes = bool(plan.prunes.any())
+    parts = (method.prune, method.revive, method.drop, method.grow)
+    ranks = {s: rank(s) for s in parts if s}
+    prunes, revives = bool(plan.prunes.any()), bool(plan.revives.any())
     phases = []
     if prunes:
         keep = jnp.asarray(plan.keep)[index]
         phases.append(
             mask_updates.prune_phase(ranks[method.prune], keep, scope=method.scope)
+        )
+    if revives and method.revive is not None:
+        phases.append(
+            mask_updates.revive_phase(
+                ranks[method.revive],
+                jnp.asarray(plan.keep)[index],
+                sizes=[m.size for m in masks],
+                scope=method.scope,
+            )
         )
     if method.grow is not None:
         weights = None
@@ -513,8 +687,22 @@ def _update_masks(
     if not phases:
         return masks, masks
     # Between updates that prune to the same number, only the exchange is left.
-    first = 1 - jnp.asarray(plan.prunes)[index] if prunes and len(phases) > 1 else 0
+    first: Array | int = 0
+    if revives:
+        first = jnp.asarray(_first_phase(plan))[index]
+    elif prunes and len(phases) > 1:
+        first = 1 - jnp.asarray(plan.prunes)[index]
     return mask_updates.run_phases(masks, phases, first=first)
+
+
+def _first_phase(plan: _Plan) -> np.ndarray:
+    """Where an update begins, of the phases that prune, revive, and exchange: (J,).
+
+    After pruning there is nothing to revive, and the phase for it passes.
+    """
+    prunes = int(plan.prunes.any())
+    otherwise = np.where(plan.revives, prunes, prunes + 1)
+    return np.where(plan.prunes, 0, otherwise).astype(np.int32)
 
 
 def _if(predicate: Array, change: Callable[[PyTree], PyTree], value: PyTree) -> PyTree:
@@ -551,21 +739,24 @@ def _can_mask_inputs(
     )
 
 
+def _names(masks: PyTree) -> tuple[str, ...]:
+    """The names of the leaves that carry a mask."""
+    paths = jax.tree_util.tree_leaves_with_path(masks)
+    return tuple(masking.leaf_name(path) for path, _ in paths)
+
+
 def _masked(mask: Array, x: Array) -> Array:
     return jnp.where(mask, x, jnp.zeros_like(x))
 
 
-def _stepped(params: PyTree, inner_updates: PyTree, masks: PyTree) -> list[Array]:
-    """Maskable weights after the inner optimizer's step, zero where pruned."""
-    return [
-        _masked(m, (p + u).astype(p.dtype))
-        for m, p, u in zip(
-            jax.tree.leaves(masks),
-            masking.maskable_leaves(params, masks),
-            masking.maskable_leaves(inner_updates, masks),
-            strict=True,
-        )
-    ]
+def _stepped(params: PyTree, inner_updates: PyTree, masks: PyTree) -> Iterator[Array]:
+    """Maskable weights after the inner optimizer's step."""
+    for p, u in zip(
+        masking.maskable_leaves(params, masks),
+        masking.maskable_leaves(inner_updates, masks),
+        strict=True,
+    ):
+        yield (p + u).astype(p.dtype)
 
 
 def _emit(keep: Array, inner_update: Array, param: Array) -> Array:
@@ -590,6 +781,35 @@ def _accumulate(
 
 def _accumulator_dtype(param: Any) -> jnp.dtype:
     return jnp.promote_types(param.dtype, jnp.float32)
+
+
+def _chosen_masks(
+    method: Method, params: PyTree, selected: PyTree, seed: int | Array
+) -> list[Array]:
+    """The masks that `method` chooses among the parameters at step 0."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    chosen = [
+        (masking.leaf_name(path), p)
+        for (path, p), s in zip(leaves, jax.tree.leaves(selected), strict=True)
+        if s
+    ]
+    names, weights = tuple(n for n, _ in chosen), [p for _, p in chosen]
+    if any(isinstance(p, jax.ShapeDtypeStruct) for p in weights):
+        raise TypeError(
+            f"params must be arrays: {method.name} chooses its masks among them. For "
+            "shapes only, use jax.eval_shape(tx.init, params)."
+        )
+    weights = [jnp.asarray(p) for p in weights]
+    return _choose_masks(
+        method,
+        _numbers(method, tuple(tuple(p.shape) for p in weights))[0],
+        names,
+        [jnp.ones_like(p, bool) for p in weights],
+        weights,
+        None,
+        None,
+        key=_key(seed, 0),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -7,11 +7,13 @@ and what is grown. To write one's own, take a record and replace a part:
 """
 
 import dataclasses
+import itertools
 import math
-from typing import Any
+from typing import Any, Literal
 
 from granet_jax import schedules, scores
 from granet_jax.checks import (
+    check_choice,
     check_decay,
     check_fraction,
     check_sparsity,
@@ -19,7 +21,7 @@ from granet_jax.checks import (
     is_number,
 )
 from granet_jax.distributions import Distribution, check_distribution
-from granet_jax.schedules import Schedule, UpdateSteps
+from granet_jax.schedules import Schedule, Steps, UpdateSteps
 from granet_jax.scores import Score
 from granet_jax.selection import Scope, check_scope
 
@@ -30,6 +32,9 @@ _GROW: dict[str, Score] = {
 }
 
 
+Weights = Literal["sparse", "projected", "dense"]
+WEIGHTS: tuple[str, ...] = ("sparse", "projected", "dense")
+
 _NO_EXCHANGE = schedules.constant(0.0)
 
 
@@ -37,9 +42,12 @@ _NO_EXCHANGE = schedules.constant(0.0)
 class Method:
     """A sparse-training method, as the parts that `transform` puts together.
 
-    At an update step: prune down to `sparsity` if it has risen since the last update;
-    then, with a `grow` score, drop a fraction of every leaf's active weights and
-    regrow as many.
+    At an update step: prune down to `sparsity` if it has risen since the last update,
+    or revive weights, with a `revive` score, if it has fallen; then, with a `grow`
+    score, drop a fraction of every leaf's active weights and regrow as many.
+
+    With `weights` other than "sparse" nothing is exchanged: masks are chosen anew,
+    among all weights.
 
     Attributes:
       name: for messages and reports.
@@ -50,6 +58,9 @@ class Method:
         every update with scope "layer".
       scope: whether pruning ranks weights across leaves or within each.
       prune: score by which pruning ranks (the highest stay).
+      revive: score by which weights come back where the sparsity falls (the highest
+        come, with value and moments zero); None if none do, and a sparsity that falls
+        changes nothing.
       drop: score by which the exchange drops (the lowest go).
       grow: score by which the exchange regrows (the highest come); None for no
         exchange.
@@ -59,11 +70,19 @@ class Method:
       accumulator_decay: decay of a moving average of the dense gradient, in [0, 1),
         kept in the state for the scores; None for none.
       needs_gradient: whether a score reads the dense gradient.
+      resets: the steps at whose end the moments of all parameters start anew.
+      weights: what becomes of weights outside the mask. "sparse": they are zero, and
+        the optimizer sees the masked gradient. "projected": it sees the dense one and
+        moves all weights; the mask is then chosen among all, and the others become
+        zero (projected gradient descent). "dense": they live on, and the forward pass
+        takes the sparse ones (`granet_jax.sparse_view`).
+      refresh: steps from one choice of masks to the next, with `weights` other than
+        "sparse".
     """
 
     name: str
     sparsity: Schedule
-    updates: UpdateSteps = schedules.NEVER
+    updates: Steps = schedules.NEVER
     distribution: Distribution = "erk"
     scope: Scope = "global"
     prune: Score = scores.magnitude
@@ -73,6 +92,10 @@ class Method:
     redistribute: bool = False
     accumulator_decay: float | None = None
     needs_gradient: bool = False
+    revive: Score | None = None
+    resets: Steps = schedules.NEVER
+    weights: Weights = "sparse"
+    refresh: int = 1
 
     def __post_init__(self) -> None:
         """Raises ValueError or TypeError for a part that cannot be used."""
@@ -85,11 +108,30 @@ class Method:
                 raise TypeError(
                     f"{field} must be a function, got {getattr(self, field)!r}."
                 )
-        if self.grow is not None and not callable(self.grow):
-            raise TypeError(f"grow must be a function or None, got {self.grow!r}.")
+        for field in ("grow", "revive"):
+            score = getattr(self, field)
+            if score is not None and not callable(score):
+                raise TypeError(f"{field} must be a function or None, got {score!r}.")
+        check_choice("weights", self.weights, WEIGHTS)
+        check_steps("refresh", self.refresh)
+        if self.weights != "sparse" and self.grow is not None:
+            raise ValueError(
+                f'grow must be None with weights="{self.weights}": all weights compete '
+                "for the mask, and none are exchanged."
+            )
         for step in (0, *self.updates.steps()):
             check_sparsity(f"sparsity({step})", self.sparsity(step))
             check_fraction(f"fraction({step})", self.fraction(step))
+
+    @property
+    def grows(self) -> bool:
+        """Whether an update may activate weights."""
+        steps = (0, *self.updates.steps())
+        falls = self.revive is not None and any(
+            self.sparsity(after) < self.sparsity(before)
+            for before, after in itertools.pairwise(steps)
+        )
+        return self.grow is not None or falls
 
 
 def granet(
@@ -144,7 +186,7 @@ def granet(
     """
     check_steps("total_steps", total_steps, least=1)
     end_step = total_steps // 2 if end_step is None else end_step
-    pruning = _gradual(sparsity, initial_sparsity, begin_step, end_step, interval)
+    pruning = gradual(sparsity, initial_sparsity, begin_step, end_step, interval)
     if end_step > total_steps:
         raise ValueError(
             f"end_step must be at most total_steps, got end_step={end_step} with "
@@ -204,7 +246,7 @@ def gmp(
     References:
       Zhu & Gupta, To Prune, or Not to Prune, 2017.
     """
-    pruning = _gradual(sparsity, initial_sparsity, begin_step, end_step, interval)
+    pruning = gradual(sparsity, initial_sparsity, begin_step, end_step, interval)
     return Method(
         name="gmp",
         sparsity=pruning,
@@ -372,10 +414,10 @@ def static(sparsity: float, *, distribution: Distribution = "erk") -> Method:
     )
 
 
-def _gradual(
+def gradual(
     final: float, initial: float, begin: int, end: int, interval: int
 ) -> Schedule:
-    """The checked cubic schedule that GraNet and GMP share."""
+    """The checked cubic schedule of GraNet, GMP and a cycle of `cyclical`."""
     check_sparsity("sparsity", final)
     check_sparsity("initial_sparsity", initial)
     if initial > final:
