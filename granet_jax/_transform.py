@@ -27,6 +27,7 @@ from granet_jax.moments import (
     restart_moments,
     zero_moments,
 )
+from granet_jax.penalties import Penalty, PenaltyInputs
 from granet_jax.scores import Score, ScoreInputs
 from granet_jax.scores import random as random_score
 from granet_jax.selection import counter_dtype, top_k
@@ -46,6 +47,8 @@ class SparseState(NamedTuple):
         entered with it. Of the structure of `masks`, for a method whose masks grow
         under `inner`; else the empty tuple. (Held in the state, it costs a step between
         updates nothing: made in the step, it would be written and read in all.)
+      marked: a second tree of masks, of the structure of `masks`, for a method with
+        `marked_sparsity`; else the empty tuple.
     """
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -53,6 +56,7 @@ class SparseState(NamedTuple):
     inner_state: optax.OptState
     accumulator: PyTree
     continuing: PyTree
+    marked: PyTree = ()
 
 
 class _Plan(NamedTuple):
@@ -138,12 +142,11 @@ def transform(
     _check_arguments(method, inner, where, masks, seed)
     wrapped = None if inner is None else optax.with_extra_args_support(inner)
 
-    if wrapped is None and method.resets.steps():
+    if wrapped is None and (method.resets.steps() or method.penalty is not None):
         raise ValueError(
-            f"{method.name} starts the optimizer's moments anew, which are out of "
-            "reach without inner: give it the optimizer, transform(method, "
-            "inner=optimizer), or leave them, "
-            "dataclasses.replace(method, resets=granet_jax.schedules.NEVER)."
+            f"{method.name} resets the optimizer's moments or adds to its gradient, "
+            "and as the last link of a chain it only sees updates: give it the "
+            "optimizer, transform(method, inner=optimizer)."
         )
 
     # Whether weights enter: zero, with zero moments, and moved from the next step on.
@@ -163,6 +166,7 @@ def transform(
         stepped: list[Array],
         grads: list[Array] | None,
         accumulators: list[Array] | None,
+        marked: list[Array] | None,
         count: Array,
     ) -> tuple[list[Array], list[Array]]:
         return _update_masks(
@@ -173,6 +177,7 @@ def transform(
             stepped,
             grads,
             accumulators,
+            marked,
             count=count,
             key=_key(seed, count),
         )
@@ -185,18 +190,36 @@ def transform(
         grads: list[Array] | None,
         accumulators: list[Array] | None,
         count: Array,
-    ) -> list[Array]:
-        shapes = tuple(tuple(x.shape) for x in leaves)
-        return _choose_masks(
-            method,
-            jnp.asarray(_numbers(method, shapes))[method.updates.done(count)],
-            names,
-            leaves,
-            stepped,
-            grads,
-            accumulators,
-            key=_key(seed, count),
+    ) -> tuple[list[Array], list[Array]]:
+        """The masks among all weights, and the marked weights."""
+        row, key = method.updates.done(count), _key(seed, count)
+        ranked = _scored(
+            method.prune, names, leaves, stepped, stepped, grads, accumulators, key
         )
+        shapes = tuple(tuple(x.shape) for x in leaves)
+        keep = jnp.asarray(_numbers(method, shapes))[row]
+        chosen = top_k(ranked, keep, scope=method.scope)
+        if method.marked_sparsity is None:
+            return chosen, []
+        marked = _numbers(method, shapes, method.marked_sparsity)
+        return chosen, top_k(ranked, marked, scope=method.scope)
+
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    def choose_marked(
+        names: tuple[str, ...],
+        leaves: list[Array],
+        stepped: list[Array],
+        count: Array | int,
+    ) -> list[Array]:
+        """The marked weights among the active ones."""
+        assert method.marked_sparsity is not None
+        ranked = _scored(
+            method.prune, names, leaves, stepped, stepped, None, None, _key(seed, count)
+        )
+        shapes = tuple(tuple(x.shape) for x in leaves)
+        number = _numbers(method, shapes, method.marked_sparsity)
+        among = None if method.weights == "dense" else leaves
+        return top_k(ranked, number, among=among, scope=method.scope)
 
     def init(params: PyTree) -> SparseState:
         if masks is None:
@@ -224,7 +247,14 @@ def transform(
         if regrows:
             # A buffer of its own, so that both can be donated.
             continuing = jax.tree.map(jnp.copy, initial)
-        return SparseState(count, initial, inner_state, accumulator, continuing)
+        marked = ()
+        if method.marked_sparsity is not None:
+            leaves, treedef = jax.tree.flatten(initial)
+            weights = masking.maskable_leaves(params, initial)
+            weights = [jnp.asarray(p) for p in weights]
+            chosen = choose_marked(_names(initial), leaves, weights, 0)
+            marked = treedef.unflatten(map(masking.placed_like, chosen, weights))
+        return SparseState(count, initial, inner_state, accumulator, continuing, marked)
 
     def update(
         updates: PyTree,
@@ -275,45 +305,76 @@ def transform(
                 list(map(_masked, leaves, stepped)),
                 dense,
                 jax.tree.leaves(accumulator) or None,
+                jax.tree.leaves(state.marked) or None,
                 count,
             )
             return treedef.unflatten(changed), treedef.unflatten(kept)
 
+        given = updates
+        if method.penalty is not None:
+            given = _penalised(method.penalty, updates, state, params)
+
         def finish(
-            emitted: PyTree, new: PyTree, inner_state: Any, continuing: PyTree
+            emitted: PyTree,
+            new: PyTree,
+            inner_state: Any,
+            continuing: PyTree,
+            marked: PyTree,
         ) -> tuple[PyTree, SparseState]:
+            if method.marks.steps():
+
+                def mark(_: PyTree) -> PyTree:
+                    leaves, treedef = jax.tree.flatten(new)
+                    stepped = list(_stepped(params, emitted, new))
+                    return treedef.unflatten(
+                        choose_marked(_names(new), leaves, stepped, count)
+                    )
+
+                marked = _if(method.marks.contains(count), mark, marked)
             if wrapped is not None and method.resets.steps():
                 stepped = optax.apply_updates(params, emitted)
                 fresh = zero_moments(wrapped.init(stepped), new)
                 restart = method.resets.contains(count)
                 inner_state = restart_moments(inner_state, fresh, params, restart)
-            state = SparseState(count, new, inner_state, accumulator, continuing)
-            return emitted, state
+            return emitted, SparseState(
+                count, new, inner_state, accumulator, continuing, marked
+            )
 
         if method.weights != "sparse":
-            inner_updates, inner_state = step_inner(updates, state.inner_state, params)
+            # With dense weights, only those marked are moved, where some are.
+            reach = state.marked if method.weights == "dense" else ()
+            if jax.tree.leaves(reach):
+                given = masking.map_masked(_masked, reach, given)
+            inner_updates, inner_state = step_inner(given, state.inner_state, params)
+            if jax.tree.leaves(reach):
+                inner_updates = masking.map_masked(_masked, reach, inner_updates)
 
-            def choose(masks_: PyTree) -> PyTree:
-                leaves, treedef = jax.tree.flatten(masks_)
-                chosen = choose_masks(
-                    _names(masks_),
+            def choose(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+                leaves, treedef = jax.tree.flatten(now[0])
+                chosen, marked = choose_masks(
+                    _names(old),
                     leaves,
-                    list(_stepped(params, inner_updates, masks_)),
-                    None if grads is None else masking.maskable_leaves(grads, masks_),
+                    list(_stepped(params, inner_updates, old)),
+                    None if grads is None else masking.maskable_leaves(grads, old),
                     jax.tree.leaves(accumulator) or None,
                     count,
                 )
-                return treedef.unflatten(chosen)
+                marked = treedef.unflatten(marked) if marked else ()
+                return treedef.unflatten(chosen), marked
 
+            now = (old, state.marked)
             if method.refresh == 1:
-                new = choose(old)
+                new, marked = choose(now)
             else:
                 due = (count % method.refresh == 0) | method.updates.contains(count)
-                new = _if(due, choose, old)
-            if method.weights == "dense":
-                return finish(inner_updates, new, inner_state, ())
-            emitted = masking.map_masked(_emit, new, inner_updates, params)
-            return finish(emitted, new, zero_moments(inner_state, new), ())
+                new, marked = _if(due, choose, now)
+            if method.weights == "projected":
+                emitted = masking.map_masked(_emit, new, inner_updates, params)
+                inner_state = zero_moments(inner_state, new)
+                return finish(emitted, new, inner_state, (), marked)
+            if jax.tree.leaves(reach):
+                inner_state = zero_moments(inner_state, marked)
+            return finish(inner_updates, new, inner_state, (), marked)
 
         updating = method.updates.contains(count)
         # In the step after an update too: what has entered continues now.
@@ -325,7 +386,7 @@ def transform(
             # in place. (The inner step is computed again inside, on update steps only:
             # handing its result in would force it through memory in every step.)
             def change(masks_: PyTree) -> tuple[PyTree, PyTree]:
-                masked = masking.map_masked(_masked, masks_, grads)
+                masked = masking.map_masked(_masked, masks_, given)
                 inner_updates, _ = step_inner(masked, state.inner_state, params)
                 return change_masks(masks_, inner_updates)
 
@@ -338,18 +399,19 @@ def transform(
                 keep = new = _if(updating, lambda now: change(now)[0], old)
             elif method.updates.steps():
                 new, keep = _if(again, change_both, (old, state.continuing))
-            masked = masking.map_masked(_masked, keep, grads)
+            masked = masking.map_masked(_masked, keep, given)
             inner_updates, inner_state = step_inner(
                 masked,
                 zero_moments(state.inner_state, keep),
                 masking.map_masked(_masked, keep, params),
             )
             emitted = masking.map_masked(_emit, keep, inner_updates, params)
-            return finish(emitted, new, inner_state, keep if regrows else ())
+            continuing = keep if regrows else ()
+            return finish(emitted, new, inner_state, continuing, state.marked)
 
-        masked = grads
+        masked = given
         if wrapped is not None:
-            masked = masking.map_masked(_masked, old, grads)
+            masked = masking.map_masked(_masked, old, given)
         inner_updates, inner_state = step_inner(masked, state.inner_state, params)
 
         def change_last(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
@@ -370,7 +432,7 @@ def transform(
         elif method.updates.steps():
             now = _if(updating, change_last, now)
         new, emitted, inner_state, continuing = now
-        return finish(emitted, new, inner_state, continuing)
+        return finish(emitted, new, inner_state, continuing, state.marked)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -567,37 +629,26 @@ def _plan(method: Method, shapes: tuple[tuple[int, ...], ...]) -> _Plan:
     )
 
 
-def _numbers(method: Method, shapes: tuple[tuple[int, ...], ...]) -> np.ndarray:
-    """How many weights are active from step 0 and from every update step on (host).
+def _numbers(
+    method: Method, shapes: tuple[tuple[int, ...], ...], sparsity: float | None = None
+) -> np.ndarray:
+    """Numbers of active weights, where they are chosen among all (host).
 
-    Unsigned, (1 + J,) with global scope, (1 + J, leaves) with layer scope.
+    Unsigned: at one sparsity, a scalar with global scope and (leaves,) with layer
+    scope; without one, as many rows of these as updates and one before, (1 + J, ...).
     """
     total = sum(math.prod(s) for s in shapes)
-    rows = [
-        distributions.total_count(total, sparsity)
-        if method.scope == "global"
-        else distributions.counts(shapes, sparsity, method.distribution)
-        for sparsity in map(method.sparsity, (0, *method.updates.steps()))
-    ]
-    return np.asarray(rows, np.uint32 if total < 2**32 else np.uint64)
 
+    def number(sparsity: float) -> int | list[int]:
+        if method.scope == "global":
+            return distributions.total_count(total, sparsity)
+        return distributions.counts(shapes, sparsity, method.distribution)
 
-def _choose_masks(
-    method: Method,
-    keep: Array | np.ndarray,
-    names: tuple[str, ...],
-    masks: list[Array],
-    params: list[Array],
-    grads: list[Array] | None,
-    accumulators: list[Array] | None,
-    *,
-    key: Array,
-) -> list[Array]:
-    """The `keep` best of all weights, whatever the present masks."""
-    ranked = _scored(
-        method.prune, names, masks, params, params, grads, accumulators, key
-    )
-    return top_k(ranked, keep, scope=method.scope)
+    dtype = np.uint32 if total < 2**32 else np.uint64
+    if sparsity is not None:
+        return np.asarray(number(sparsity), dtype)
+    steps = (0, *method.updates.steps())
+    return np.asarray([number(method.sparsity(t)) for t in steps], dtype)
 
 
 def _scored(
@@ -609,6 +660,7 @@ def _scored(
     grads: list[Array] | None,
     accumulators: list[Array] | None,
     key: Array,
+    marked: list[Array] | None = None,
 ) -> list[Array]:
     """The score of every leaf; see `ScoreInputs` for its arguments."""
     by_name = dict(zip(names, weights, strict=True))
@@ -622,6 +674,7 @@ def _scored(
                 key=jax.random.fold_in(key, i),
                 name=name,
                 weights=by_name,
+                marked=None if marked is None else marked[i],
             )
         )
         for i, (name, p, m) in enumerate(zip(names, params, masks, strict=True))
@@ -636,6 +689,7 @@ def _update_masks(
     params: list[Array],
     grads: list[Array] | None,
     accumulators: list[Array] | None,
+    marked: list[Array] | None,
     *,
     count: Array,
     key: Array,
@@ -651,7 +705,7 @@ def _update_masks(
             # Of leaves that the score does not look at, nothing is computed.
             left = list(map(_masked, present, params))
             return _scored(
-                score, names, present, params, left, grads, accumulators, key
+                score, names, present, params, left, grads, accumulators, key, marked
             )
 
         return ranked
@@ -745,6 +799,26 @@ def _names(masks: PyTree) -> tuple[str, ...]:
     return tuple(masking.leaf_name(path) for path, _ in paths)
 
 
+def _penalised(
+    penalty: Penalty, grads: PyTree, state: SparseState, params: PyTree
+) -> PyTree:
+    """Gradients with that of the penalty, at leaves that carry a mask."""
+    leaves, treedef = jax.tree.flatten(state.masks)
+    marked = jax.tree.leaves(state.marked) or [None] * len(leaves)
+    weights = masking.maskable_leaves(params, state.masks)
+    terms = []
+    for p, m, k in zip(weights, leaves, marked, strict=True):
+        wide = p.astype(jnp.promote_types(p.dtype, jnp.float32))
+        terms.append(penalty(PenaltyInputs(p, m, k, state.count)) * wide)
+    return masking.map_masked(
+        lambda _, g, term: g + term.astype(g.dtype),
+        state.masks,
+        grads,
+        # In the order of the leaves that carry a mask.
+        treedef.unflatten(terms),
+    )
+
+
 def _masked(mask: Array, x: Array) -> Array:
     return jnp.where(mask, x, jnp.zeros_like(x))
 
@@ -800,16 +874,13 @@ def _chosen_masks(
             "shapes only, use jax.eval_shape(tx.init, params)."
         )
     weights = [jnp.asarray(p) for p in weights]
-    return _choose_masks(
-        method,
-        _numbers(method, tuple(tuple(p.shape) for p in weights))[0],
-        names,
-        [jnp.ones_like(p, bool) for p in weights],
-        weights,
-        None,
-        None,
-        key=_key(seed, 0),
+    masks = [jnp.ones_like(p, bool) for p in weights]
+    key = _key(seed, 0)
+    ranked = _scored(method.prune, names, masks, weights, weights, None, None, key)
+    number = _numbers(
+        method, tuple(tuple(p.shape) for p in weights), method.sparsity(0)
     )
+    return top_k(ranked, number, scope=method.scope)
 
 
 @functools.partial(jax.jit, static_argnums=0)

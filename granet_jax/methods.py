@@ -21,6 +21,7 @@ from granet_jax.checks import (
     is_number,
 )
 from granet_jax.distributions import Distribution, check_distribution
+from granet_jax.penalties import Penalty
 from granet_jax.schedules import Schedule, Steps, UpdateSteps
 from granet_jax.scores import Score
 from granet_jax.selection import Scope, check_scope
@@ -78,6 +79,12 @@ class Method:
         takes the sparse ones (`granet_jax.sparse_view`).
       refresh: steps from one choice of masks to the next, with `weights` other than
         "sparse".
+      marked_sparsity: sparsity of a second tree of masks, the `marked` weights, chosen
+        by `prune` among the active ones; with dense weights among all, whenever the
+        masks are chosen, and then the optimizer moves no others. None for none.
+      marks: the steps that choose the marked weights anew; the first choice is that
+        among the weights at init.
+      penalty: extra L2 coefficient of each weight, see `penalties`; None for none.
     """
 
     name: str
@@ -96,6 +103,9 @@ class Method:
     resets: Steps = schedules.NEVER
     weights: Weights = "sparse"
     refresh: int = 1
+    marked_sparsity: float | None = None
+    marks: Steps = schedules.NEVER
+    penalty: Penalty | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError or TypeError for a part that cannot be used."""
@@ -108,10 +118,10 @@ class Method:
                 raise TypeError(
                     f"{field} must be a function, got {getattr(self, field)!r}."
                 )
-        for field in ("grow", "revive"):
-            score = getattr(self, field)
-            if score is not None and not callable(score):
-                raise TypeError(f"{field} must be a function or None, got {score!r}.")
+        for field in ("grow", "revive", "penalty"):
+            part = getattr(self, field)
+            if part is not None and not callable(part):
+                raise TypeError(f"{field} must be a function or None, got {part!r}.")
         check_choice("weights", self.weights, WEIGHTS)
         check_steps("refresh", self.refresh)
         if self.weights != "sparse" and self.grow is not None:
@@ -119,6 +129,8 @@ class Method:
                 f'grow must be None with weights="{self.weights}": all weights compete '
                 "for the mask, and none are exchanged."
             )
+        if self.marked_sparsity is not None:
+            check_sparsity("marked_sparsity", self.marked_sparsity)
         for step in (0, *self.updates.steps()):
             check_sparsity(f"sparsity({step})", self.sparsity(step))
             check_fraction(f"fraction({step})", self.fraction(step))

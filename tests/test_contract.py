@@ -72,6 +72,19 @@ METHODS: dict[str, granet_jax.Method] = {
     "static": granet_jax.static(0.5),
     "dense": granet_jax.static(0.0),
 }
+# Whose masks grow by the schedule, or are chosen among all weights, or whose moments or
+# gradients are not the optimizer's alone.
+LATER_METHODS: dict[str, granet_jax.Method] = {
+    "cyclical": granet_jax.cyclical(0.75, 4, cycles=2, ramp=0.5, interval=1),
+    "cyclical_projected": granet_jax.cyclical(
+        0.75, 4, cycles=2, ramp=0.5, interval=1, recovery="projected", scope="layer"
+    ),
+    "acdc": granet_jax.acdc(0.75, (1, 2, 3)),
+    "straight_through": granet_jax.straight_through(0.75, 2, interval=1),
+    "top_kast": granet_jax.top_kast(
+        0.75, backward_sparsity=0.5, interval=2, penalty=0.0
+    ),
+}
 # The steps that change the masks.
 UPDATES: dict[str, tuple[int, ...]] = {
     "granet": (2, 4),
@@ -83,6 +96,12 @@ UPDATES: dict[str, tuple[int, ...]] = {
     "snfs": (2, 4),
     "static": (),
     "dense": (),
+    "cyclical": (1, 2, 3),
+    # Every step chooses anew, though the number stays.
+    "cyclical_projected": (1, 2, 3, 4),
+    "acdc": (1, 2, 3),
+    "straight_through": (1, 2, 3, 4),
+    "top_kast": (2, 4),
 }
 
 
@@ -186,21 +205,50 @@ def reference_step(inner: str) -> Callable[..., Any]:
 
 
 def check_step(method: str, inner: str, step: Snapshot) -> None:
+    record = (METHODS | LATER_METHODS)[method]
     old, new = mask_list(step.state.masks), mask_list(step.new_state.masks)
+    # What the gradient moves.
+    reach = step.state.masks
+    if record.weights != "sparse":
+        reach = jax.tree.map(jnp.ones_like, step.state.masks)
+    if record.weights == "dense" and record.marked_sparsity is not None:
+        reach = step.state.marked
     expected_updates, expected_state = reference_step(inner)(
-        masked(step.state.masks, step.grads), step.state.inner_state, step.params
+        masked(reach, step.grads), step.state.inner_state, step.params
     )
+    if int(step.new_state.count) in record.resets.steps():
+        fresh = INNERS[inner]().init(optax.apply_updates(step.params, step.updates))
+        shapes = {p.shape for p in leaves(step.params)}
+        expected_state = jax.tree.map(
+            lambda x, new: new if jnp.shape(x) in shapes else x, expected_state, fresh
+        )
     after = leaves(optax.apply_updates(step.params, step.updates))
     before, updates = leaves(step.params), leaves(step.updates)
     keeps = {}
-    for p, a, u, e, o, n in zip(
-        before, after, updates, leaves(expected_updates), old, new, strict=True
+    marked = step.new_state.marked or step.new_state.masks
+    for p, a, u, e, o, n, r, m in zip(
+        before,
+        after,
+        updates,
+        leaves(expected_updates),
+        old,
+        new,
+        mask_list(reach),
+        mask_list(marked),
+        strict=True,
     ):
         assert a.dtype == p.dtype
-        if o is None:
+        if o is None or r is None:
             assert (u.dtype, u.tobytes()) == (e.dtype, e.tobytes())
             continue
-        keep = o & n
+        if record.weights == "dense":
+            # Weights out of reach keep their values, and have no moments.
+            assert u.dtype == e.dtype
+            assert u[r].tobytes() == e[r].tobytes()
+            assert not np.any(u[~r])
+            keeps[p.shape] = m if record.marked_sparsity is not None else r
+            continue
+        keep = o & n if record.weights == "sparse" else n
         if method.startswith("granet"):
             # What gradual pruning removes starts anew even if regrowth takes it back.
             stepped = np.where(o, (p + e).astype(p.dtype), p.dtype.type(0))
@@ -240,9 +288,24 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("method", "inner", "dtype"), CASES)
+# Elementwise or not, with moments that are no zeros at first, factored, wrapped.
+LATER_CASES = [
+    pytest.param(method, inner, dtype, id=f"{inner}-{method}-{dtype}")
+    for inner, dtype in (
+        ("momentum", "float32"),
+        ("adamw", "bfloat16"),
+        ("muon", "float32"),
+        ("adafactor", "float32"),
+        ("schedule_free", "float32"),
+    )
+    for method in LATER_METHODS
+]
+
+
+@pytest.mark.parametrize(("method", "inner", "dtype"), CASES + LATER_CASES)
 def test_contract(method: str, inner: str, dtype: str) -> None:
-    tx = granet_jax.transform(METHODS[method], INNERS[inner](), seed=1)
+    record = (METHODS | LATER_METHODS)[method]
+    tx = granet_jax.transform(record, INNERS[inner](), seed=1)
     params = trees.parameters(dtype)
     state = tx.init(params)
     kinds = trees.types(state)
@@ -251,7 +314,8 @@ def test_contract(method: str, inner: str, dtype: str) -> None:
     assert trees.types(foretold) == kinds
     shardings = [x.sharding for x in jax.tree.leaves(state)]
 
-    params = granet_jax.apply_masks(params, granet_jax.get_masks(state))
+    if record.weights != "dense":
+        params = granet_jax.apply_masks(params, granet_jax.get_masks(state))
     update = jax.jit(tx.update, compiler_options=STRICT)
     changed = []
     for count in range(1, STEPS + 1):

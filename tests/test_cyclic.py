@@ -379,7 +379,7 @@ def test_every_run_ends_at_its_sparsity(cycles, period, data) -> None:
     total = cycles * period
     assert method.sparsity(total) == method.sparsity(total - 1) == 0.8
     starts = [c * period for c in range(cycles)]
-    assert [method.sparsity(t) for t in starts] == [0.1] * cycles
+    assert all(math.isclose(method.sparsity(t), 0.1) for t in starts)
     steps = method.updates.steps()
     assert set(starts[1:]) <= set(steps)
     assert max(steps) < total
@@ -482,7 +482,7 @@ def test_bad_arguments_of_acdc(switches, error, message) -> None:
 
 def test_bad_records_and_uses() -> None:
     acdc = granet_jax.acdc(0.9, (1, 2, 3))
-    with pytest.raises(ValueError, match="out of reach without inner"):
+    with pytest.raises(ValueError, match="acdc resets the optimizer's moments"):
         granet_jax.transform(acdc)
     rigl = granet_jax.rigl(0.5, 10, interval=1)
     with pytest.raises(ValueError, match="grow must be None with weights"):
