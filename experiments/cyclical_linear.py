@@ -10,10 +10,10 @@ counted how much of it comes back, under each schedule and rule of recovery. All
 a method (seeds and correlations) are lanes of one `vmap`.
 
 The set-up is our own (the paper's linear experiment is not described where we could
-read it): rows of X from N(0, S) with S_ij = rho^|i - j|; the true vector has k non-zeros
-in random places, of random sign, uniform in size over [1, 2]; no noise; full batches;
-the step size is 1 / lambda_max(X'X / n); the start is zero; all methods have the same
-number of steps.
+read it): rows of X from N(0, S) with S_ij = rho^|i - j|; the true vector has k
+non-zeros in random places, of random sign, uniform in size over [1, 2]; no noise; full
+batches; the step size is 1 / lambda_max(X'X / n); the start is zero; all methods have
+the same number of steps.
 """
 
 import concurrent.futures
