@@ -188,7 +188,7 @@ def trainer(method: granet_jax.Method, steps: int) -> Callable[[Problem], Outcom
             return carry, carry[2]["weights"]
 
         params = {"weights": jnp.zeros_like(problem.cross)}
-        state = tx.init(params)
+        state: Any = tx.init(params)
         carry = (params, state, state.masks)
         (params, state, _), masks = jax.lax.scan(part, carry, length=PARTS)
         view = granet_jax.sparse_view(params, state)

@@ -1,5 +1,7 @@
 """Functional sparse training for JAX: GraNet and the field around it."""
 
+from granet_jax import schedules as schedules
+from granet_jax import structures as structures
 from granet_jax._transform import SparseState as SparseState
 from granet_jax._transform import get_masks as get_masks
 from granet_jax._transform import get_state as get_state

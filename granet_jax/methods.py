@@ -1,4 +1,4 @@
-"""The methods: GraNet, GMP, RigL, SET, SNFS, static; each a record of the same parts.
+"""The record of a method, and GraNet, GMP, RigL, SET, SNFS and static as such records.
 
 A method is data: which sparsity at which step, when masks are updated, what is dropped
 and what is grown. To write one's own, take a record and replace a part:

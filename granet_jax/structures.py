@@ -49,7 +49,7 @@ def n_of_m(n: int, m: int, *, axis: int = -2, score: Score = scores.magnitude) -
             raise TypeError(f"{name} must be an integer, got {value!r}.")
     if not 1 <= n < m:
         raise ValueError(
-            f"n must be at least 1 and below m, got n={n} with m={m}: {n} of {m} are no "
+            f"n must be at least 1 and below m, got n={n} with m={m}: that is no "
             "sparsity."
         )
 

@@ -118,7 +118,7 @@ def test_bad_arguments(arguments, error, message) -> None:
 
 def test_shapes_that_do_not_divide() -> None:
     score = functools.partial(structures.n_of_m, 2, 4)
-    with pytest.raises(ValueError, match="'head/kernel' has shape .*leave it out"):
+    with pytest.raises(ValueError, match=r"'head/kernel' has shape .*leave it out"):
         score()(inputs(np.ones((6, 8), np.float32), "head/kernel"))
     with pytest.raises(ValueError, match="along axis -2"):
         score()(inputs(np.ones(8, np.float32)))
