@@ -18,8 +18,10 @@ MethodName = Literal[
     "granet", "granet-st", "gmp", "rigl", "set", "snfs", "static", "dense"
 ]
 
-SourceName = Literal["magnitude", "snip", "iterative-snip", "grasp", "force", "synflow"]
-# Which of `rounds` and `images` each source has.
+SourceName = Literal[
+    "magnitude", "snip", "iterative-snip", "grasp", "force", "synflow", "tickets"
+]
+# Which of `rounds`, `images` and `tickets` each source has.
 _SOURCES: dict[str | None, frozenset[str]] = {
     None: frozenset(),
     "magnitude": frozenset(),
@@ -28,10 +30,11 @@ _SOURCES: dict[str | None, frozenset[str]] = {
     "iterative-snip": frozenset({"rounds", "images"}),
     "force": frozenset({"rounds", "images"}),
     "synflow": frozenset({"rounds"}),
+    "tickets": frozenset({"tickets"}),
 }
 
 # Which of the options in MaskConfig each method has.
-_START = frozenset({"distribution", "source", "rounds", "images"})
+_START = frozenset({"distribution", "source", "rounds", "images", "tickets"})
 OPTIONS: dict[str, frozenset[str]] = {
     "granet": _START | {"interval", "fraction", "initial_sparsity", "pruning_end"},
     "gmp": _START | {"interval", "initial_sparsity", "pruning_end"},
@@ -223,8 +226,8 @@ class MaskConfig:
     source: SourceName | None = None
     """Where the initial masks come from, instead of being drawn: scores
     of the initial weights by magnitude, snip, iterative-snip, grasp,
-    force or synflow, ranked over all layers. All methods that start
-    sparse."""
+    force or synflow, ranked over all layers; or lottery tickets. All
+    methods that start sparse."""
 
     rounds: int | None = None
     """Rounds in which the source prunes; by default 100 for synflow, and
@@ -233,6 +236,10 @@ class MaskConfig:
     images: int | None = None
     """Training examples that the source sees, not augmented; by default
     ten a class. snip, iterative-snip, grasp, force."""
+
+    tickets: pathlib.Path | None = None
+    """Folder that `python -m experiments.lottery` wrote. Weights are
+    those of the ticket, too. tickets."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -589,7 +596,7 @@ def build_method(config: Config) -> granet_jax.Method | None:
                 f"masks.{name} is not an option of method {config.method!r}, only of "
                 f"{', '.join(having)}."
             )
-    for name in ("source", "rounds", "images"):
+    for name in ("source", "rounds", "images", "tickets"):
         options.pop(name, None)
     method = _method(config, options)
     if method is not None:
@@ -645,13 +652,15 @@ def _method(config: Config, options: dict[str, Any]) -> granet_jax.Method | None
 
 
 def _check_source(masks: MaskConfig, method: granet_jax.Method) -> None:
-    for name in ("rounds", "images"):
+    for name in ("rounds", "images", "tickets"):
         if getattr(masks, name) is not None and name not in _SOURCES[masks.source]:
             having = [str(s) for s, has in _SOURCES.items() if name in has]
             raise ValueError(
                 f"masks.{name} is an option of the sources {', '.join(having)}, and "
                 f"masks.source is {masks.source}."
             )
+    if masks.source == "tickets" and masks.tickets is None:
+        raise ValueError("masks.tickets is missing: the folder with the tickets.")
     if masks.source is not None and method.sparsity(0) == 0:
         raise ValueError(
             f"masks.source is {masks.source}, and {method.name} starts dense: give "

@@ -71,14 +71,14 @@ class Leaf(NamedTuple):
       shape: of the array.
       maskable: whether weights of it are pruned.
       macs: multiply-accumulates of an example's forward pass through it, dense.
-      start: weights active at step 0, exactly.
+      start: weights active at step 0, exactly; None where a source of masks decides.
     """
 
     name: str
     shape: tuple[int, ...]
     maskable: bool
     macs: int
-    start: int
+    start: int | None
 
     @property
     def size(self) -> int:
@@ -110,6 +110,11 @@ class DryRun:
         return self.functions.method
 
     @property
+    def fixed(self) -> bool:
+        """Whether every layer keeps a number of active weights that is known."""
+        return self.config.method in _FIXED and self.config.masks.source is None
+
+    @property
     def masked(self) -> list[Leaf]:
         """The parameters that are pruned."""
         return [leaf for leaf in self.leaves if leaf.maskable]
@@ -123,6 +128,12 @@ class DryRun:
     def active(self) -> int:
         """Number of those active at the end, exactly."""
         sparsity = 0.0 if self.method is None else self.config.sparsity
+        return distributions.total_count(self.maskable, sparsity)
+
+    @property
+    def start(self) -> int:
+        """Number of weights active at step 0, exactly."""
+        sparsity = 0.0 if self.method is None else self.method.sparsity(0)
         return distributions.total_count(self.maskable, sparsity)
 
     @property
@@ -370,8 +381,12 @@ def _stand_in(config: Config, facts: Facts) -> Dataset | Stream:
     return Dataset(config.data.dataset, split, split, facts.classes, mean, std)
 
 
-def _active(functions: Functions, shapes: Sequence[tuple[int, ...]]) -> list[int]:
+def _active(
+    functions: Functions, shapes: Sequence[tuple[int, ...]]
+) -> Sequence[int | None]:
     method = functions.method
+    if functions.config.masks.source is not None:
+        return [None] * len(shapes)
     if method is None:
         return [math.prod(shape) for shape in shapes]
     return distributions.counts(shapes, method.sparsity(0), method.distribution)
@@ -396,6 +411,8 @@ def _costs(result: DryRun) -> dict[str, int]:
 def _published(recipe: Recipe, config: Config) -> str:
     if changed := recipe.changes(config):
         return f"The recipe, but for {', '.join(changed)}: no published accuracy."
+    if recipe.ours:
+        return "Its settings are ours: those of the paper were not at hand."
     if recipe.published is None:
         return "No published accuracy is known for it."
     return f"Published accuracy: {recipe.published:.2f} % ({recipe.provenance})."
@@ -422,6 +439,10 @@ def _settings(result: DryRun) -> list[str]:
         rows.append(
             ("epochs", f"{config.steps / epoch:.4g}, of {epoch:,.6g} steps each")
         )
+    if config.masks.source is not None:
+        rows.append(("masks from", config.masks.source))
+    if given := _techniques(config):
+        rows.append(("ToST", given))
     updates, prunings = result.updates, result.prunings
     if updates:
         method = result.method
@@ -460,9 +481,22 @@ def _settings(result: DryRun) -> list[str]:
     return [f"{key:15}{value}" for key, value in rows]
 
 
+def _techniques(config: Config) -> str:
+    """The techniques of ToST that are used, in words."""
+    tost = config.tost
+    parts = [] if tost.neurons is None else [f"{tost.neurons} neurons"]
+    parts += [] if tost.skips is None else [f"{tost.skips} skips"]
+    if parts:
+        kept = config.ghost_steps > config.steps
+        parts[-1] += " throughout" if kept else f" for {config.ghost_steps:,} steps"
+    parts += ["LRsI"] if tost.lrsi else []
+    parts += [] if tost.labels is None else [f"labels smoothed by {tost.labels:g}"]
+    return ", ".join(parts)
+
+
 def _table(result: DryRun) -> list[str]:
     """A row for each masked array; those of a layer that are not share one."""
-    fixed = result.config.method in _FIXED
+    fixed = result.fixed
     active = "active" if fixed else "at start"
     rows = [("parameter", "shape", "number", "masked", "MACs", active)]
     layers = itertools.groupby(
@@ -475,7 +509,8 @@ def _table(result: DryRun) -> list[str]:
                 cost = f"{leaf.macs:,}" if leaf.macs else "-"
                 shape = "x".join(map(str, leaf.shape))
                 number = f"{leaf.size:,}"
-                rows.append((leaf.name, shape, number, "yes", cost, f"{leaf.start:,}"))
+                start = "?" if leaf.start is None else f"{leaf.start:,}"
+                rows.append((leaf.name, shape, number, "yes", cost, start))
             continue
         kinds = ",".join(leaf.name.rpartition("/")[2] for leaf in leaves)
         shapes = ", ".join("x".join(map(str, leaf.shape)) for leaf in leaves)
@@ -489,13 +524,16 @@ def _table(result: DryRun) -> list[str]:
         f"{sum(leaf.size for leaf in result.leaves):,}",
         f"{result.maskable:,}",
         f"{sum(leaf.macs for leaf in result.leaves):,}",
-        f"{sum(leaf.start for leaf in result.masked):,}",
+        f"{result.start:,}",
     )
-    meaning = (
-        "Active: weights that are not zero, the whole time in every layer."
-        if fixed
-        else "At start: active weights. Which layer keeps how many, training decides."
-    )
+    if fixed:
+        meaning = "Active: weights that are not zero, the whole time in every layer."
+    elif result.config.masks.source is not None:
+        meaning = "At start: active weights. The source of the masks splits them."
+    else:
+        meaning = (
+            "At start: active weights. Which layer keeps how many, training decides."
+        )
     return [
         *columns([*rows, total], "<<>>>>"),
         "",
@@ -522,16 +560,17 @@ def _exact(result: DryRun) -> list[str]:
     ]
     if data:
         lines.append(f"- training data, on every device: {_mebibytes(data)}")
-    if result.config.method in _FIXED:
+    if result.fixed:
         lines += _sparse_costs(result, [_distribution(result)])
     return _wrapped(lines)
 
 
 def _estimates(result: DryRun) -> list[str]:
     lines = ["Not known ahead:"]
-    if result.config.method not in _FIXED:
+    if not result.fixed:
         lines = [
-            "Estimates, since training decides which layer keeps how many weights:"
+            "Estimates, since data and training decide which layer keeps how many "
+            "weights:"
         ]
         lines += _sparse_costs(result, ["uniform", "erk"])
     lines.append(
@@ -550,7 +589,7 @@ def _sparse_costs(result: DryRun, rules: Sequence[str]) -> list[str]:
     lines = []
     for rule in rules:
         forward = forward_cost(result, rule)
-        told = "" if result.config.method in _FIXED else f", layers split by {rule!r}"
+        told = "" if result.fixed else f", layers split by {rule!r}"
         lines.append(
             f"- at the final sparsity{told}: {forward:,.0f} multiply-accumulates in a "
             f"forward pass ({forward / dense:.4f} of dense); training FLOPs "

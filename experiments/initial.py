@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 import granet_jax
-from experiments import models, sources
+from experiments import models, sources, tickets
 from experiments.data import Stream
 from experiments.parallel import Program
 from experiments.step import Functions, TrainState
@@ -24,20 +24,20 @@ from granet_jax import mask_sources, masking, tost
 PyTree = Any
 
 
-def replaced(program: Program, state: PyTree, seeds: Sequence[int]) -> PyTree:
-    """A state at step 0 with the configured masks and scales, if there are some.
+def state(program: Program, seeds: Sequence[int]) -> PyTree:
+    """The state at step 0, with the configured masks and scales, if there are some.
 
     Args:
       program: for step 0.
-      state: of the program, at step 0.
       seeds: of its lanes.
 
     Raises:
       ValueError: the data, or the network, is not for the source of masks.
     """
     config = program.functions.config
+    drawn = program.create(seeds)
     if config.masks.source is None and not config.tost.lrsi:
-        return state
+        return drawn
     functions = Functions(
         config, program.functions.dataset, ghosts=program.functions.ghosts
     )
@@ -46,6 +46,20 @@ def replaced(program: Program, state: PyTree, seeds: Sequence[int]) -> PyTree:
         params, masks = jax.tree.map(lambda *lanes: np.stack(lanes), *found)
     else:
         ((params, masks),) = found
+    return with_weights(program, drawn, params, masks)
+
+
+def with_weights(
+    program: Program, state: PyTree, params: PyTree, masks: PyTree | None
+) -> PyTree:
+    """A state with these parameters and masks, on the program's devices.
+
+    Args:
+      program: of the state.
+      state: its moments are left as they are.
+      params: on the host, with an axis of lanes where the program has several.
+      masks: likewise; None for dense training.
+    """
 
     def put(state: TrainState, params: PyTree, masks: PyTree) -> TrainState:
         average = () if state.average == () else jax.tree.map(jnp.copy, params)
@@ -84,8 +98,18 @@ def weights(functions: Functions, seed: int) -> tuple[PyTree, PyTree]:
         else:
             plain = Functions(config, functions.dataset)
             kept, kept_statistics = tost.drop_ghosts((params, statistics))
-            found = sources.masks(plain, kept, kept_statistics, seed)
-            masks = _as_in(jax.eval_shape(draw, params), found)
+            if config.masks.tickets is not None:
+                kept, found = tickets.read(
+                    config.masks.tickets,
+                    seed,
+                    method.sparsity(0),
+                    kept,
+                    jax.eval_shape(draw, kept),
+                )
+                params = _with(params, kept)
+            else:
+                found = sources.masks(plain, kept, kept_statistics, seed)
+            masks = _with(jax.eval_shape(draw, params), found)
         params = granet_jax.apply_masks(params, masks)
     settings = config.tost.build().lrsi
     if settings is not None:
@@ -99,14 +123,14 @@ def weights(functions: Functions, seed: int) -> tuple[PyTree, PyTree]:
     return jax.device_get((params, masks))
 
 
-def _as_in(tree: PyTree, masks: PyTree) -> PyTree:
-    """Masks at the leaves of a tree of more leaves that have none."""
+def _with(tree: PyTree, leaves: PyTree) -> PyTree:
+    """A tree with those of its leaves replaced that another one has."""
     by_name = {
-        masking.leaf_name(path): mask
-        for path, mask in jax.tree_util.tree_leaves_with_path(masks)
+        masking.leaf_name(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(leaves)
     }
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: by_name[masking.leaf_name(path)], tree
+        lambda path, leaf: by_name.get(masking.leaf_name(path), leaf), tree
     )
 
 

@@ -17,6 +17,14 @@ it open:
 - `gmp` prunes over the same steps as GraNet.
 - Norms and biases do not decay; in the authors' code they do.
 
+For ToST (Jaiswal et al., 2022) METHOD is the source of the masks of static training,
+random, snip, grasp or synflow, and tost-SOURCE with all of the techniques. The training
+is that of the authors' code, where it has one: ResNet-18 on CIFAR-10 and CIFAR-100. (It
+holds 5,000 training images out to choose an epoch by; here all train, and masks are
+ranked over all kernels, the classifier's among them.) The settings of the paper's other
+networks and data were not at hand: those recipes have the same and are marked "ours".
+Lottery tickets are `--masks.source tickets` in place of another source.
+
 The published accuracies are recalled, not looked up: leads, shown with that mark.
 """
 
@@ -32,6 +40,8 @@ from experiments.config import (
     MaskConfig,
     MethodName,
     OptimizerConfig,
+    SourceName,
+    ToSTConfig,
     differences,
 )
 
@@ -48,7 +58,12 @@ MINI = "-mini"
 MINI_EPOCHS = 10
 
 # Train sizes, by which epochs become steps.
-_TRAIN_SIZES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet2012": 1_281_167}
+_TRAIN_SIZES = {
+    "cifar10": 50_000,
+    "cifar100": 50_000,
+    "tiny_imagenet": 100_000,
+    "imagenet2012": 1_281_167,
+}
 _FASHION_MNIST_SIZE = 60_000
 
 # What stands in for each network in a twin, and its learning rate, lower than that of
@@ -57,6 +72,10 @@ _SMALL = {
     "vgg-19": ("cnn", 0.05),
     "resnet-50-cifar": ("lenet-5", 0.01),
     "resnet-50": ("lenet-5", 0.01),
+    "resnet-18-cifar": ("cnn-bn-small", 0.1),
+    "resnet-32": ("cnn-bn-small", 0.1),
+    "vgg-16": ("cnn-bn-small", 0.1),
+    "mobilenet-v2": ("cnn-bn-small", 0.1),
 }
 
 
@@ -69,12 +88,14 @@ class Recipe:
       config: what it stands for.
       published: best test accuracy in percent that a paper gives for it, if known.
       provenance: where `published` is from, and how sure that is; "" without one.
+      ours: whether the settings are ours, for want of the paper's.
     """
 
     name: str
     config: Config
     published: float | None = None
     provenance: str = ""
+    ours: bool = False
 
     def changes(self, config: Config) -> list[str]:
         """The options in which `config` differs, save those that bear on no result."""
@@ -136,6 +157,37 @@ _IMAGENET = _Setting(
     ),
 )
 
+# ResNet-18 in the code of ToST.
+_TOST = dataclasses.replace(
+    _CIFAR,
+    epochs=182,
+    optimizer=dataclasses.replace(
+        _CIFAR.optimizer,
+        drops=(90 / 182, 135 / 182),
+        nesterov=False,
+        weight_decay=2e-4,
+    ),
+)
+_TOST_SOURCES: dict[str, SourceName | None] = {
+    "random": None,
+    "snip": "snip",
+    "grasp": "grasp",
+    "synflow": "synflow",
+}
+_TOST_NETWORKS = {
+    ("cifar10", "cifar10"): ("resnet18", "resnet32", "vgg16"),
+    ("cifar100", "cifar100"): ("resnet18", "resnet32", "vgg16"),
+    ("tiny_imagenet", "tiny"): ("resnet18", "mobilenetv2"),
+}
+_TOST_MODELS = {
+    "resnet18": "resnet-18-cifar",
+    "resnet32": "resnet-32",
+    "vgg16": "vgg-16",
+    "mobilenetv2": "mobilenet-v2",
+}
+_IN_THE_CODE_OF_TOST = (("cifar10", "resnet18"), ("cifar100", "resnet18"))
+_ALL_OF_TOST = ToSTConfig(neurons="swish", skips="identity", lrsi=True, labels=0.1)
+
 # By data set: its name in recipes, its setting, its models by their names in recipes.
 _DATA: dict[str, tuple[str, _Setting, dict[str, str]]] = {
     "cifar10": ("cifar10", _CIFAR, {"vgg19": "vgg-19", "resnet50": "resnet-50-cifar"}),
@@ -195,7 +247,7 @@ _OTHER_TABLES = {
 @functools.cache
 def recipes() -> dict[str, Recipe]:
     """All recipes by name, the twins after the others."""
-    full = list(_full())
+    full = [*_full(), *_tost()]
     return {recipe.name: recipe for recipe in [*full, *map(_twin, full)]}
 
 
@@ -230,7 +282,7 @@ def listing(text: str = "") -> str:
     ]
     if not chosen:
         raise ValueError(f"no recipe has {text!r} in its name.")
-    rows = [("recipe", "model", "data set", "method", "sparse", "steps", "paper/%")]
+    rows = [("recipe", "model", "data set", "method", "steps", "paper/%")]
     for recipe in chosen:
         config = recipe.config
         rows.append(
@@ -239,12 +291,11 @@ def listing(text: str = "") -> str:
                 config.model,
                 config.data.dataset,
                 config.method,
-                "-" if config.method == "dense" else f"{config.sparsity:.0%}",
                 f"{config.steps:,}",
-                "-" if recipe.published is None else f"{recipe.published:.2f} *",
+                _mark(recipe),
             )
         )
-    lines = columns(rows, "<<<<>>>")
+    lines = columns(rows, "<<<<>>")
     number = f"{len(chosen)} recipe" + ("s" if len(chosen) > 1 else "")
     if twins:
         lines += [
@@ -258,8 +309,15 @@ def listing(text: str = "") -> str:
             f"{number}. Each has a small twin, NAME{MINI} (--list-recipes mini).",
             f"* Published best test accuracy, {UNVERIFIED}: a lead, nothing more;",
             "  --recipe NAME --dry-run says which paper it should be in.",
+            "ours: settings of ours; those of the paper were not at hand.",
         ]
     return "\n".join(lines)
+
+
+def _mark(recipe: Recipe) -> str:
+    if recipe.published is not None:
+        return f"{recipe.published:.2f} *"
+    return "ours" if recipe.ours else "-"
 
 
 def columns(rows: list[tuple[str, ...]], alignment: str) -> list[str]:
@@ -295,6 +353,23 @@ def _full() -> Iterator[Recipe]:
                         _config(setting, dataset, model, method, sparsity),
                         *_published(dataset, label, method, i),
                     )
+
+
+def _tost() -> Iterator[Recipe]:
+    for (dataset, data), networks in _TOST_NETWORKS.items():
+        for label in networks:
+            plain = _config(_TOST, dataset, _TOST_MODELS[label], "static", 0.0)
+            for prefix, tost in (("", ToSTConfig()), ("tost-", _ALL_OF_TOST)):
+                for name, source in _TOST_SOURCES.items():
+                    masks = dataclasses.replace(plain.masks, source=source)
+                    for sparsity in _TOST.sparsities:
+                        yield Recipe(
+                            f"{prefix}{name}-{data}-{label}-{sparsity * 100:.0f}",
+                            dataclasses.replace(
+                                plain, sparsity=sparsity, masks=masks, tost=tost
+                            ),
+                            ours=(dataset, label) not in _IN_THE_CODE_OF_TOST,
+                        )
 
 
 def _published(

@@ -29,12 +29,13 @@ class Sweep:
 
     Attributes:
       methods: the rows, in the order of the file: methods, or the file's own names for
-        methods with options.
+        methods with options; each followed by its variants, called "row+variant".
       sparsities: in rising order.
       seeds: number of seeds, from 0.
       vmap_seeds: whether all seeds of a cell train as one program; None: what is
         faster.
       cells: the configuration of every cell by its name, which its folder has too.
+      variants: what the names of the variants add to those of the rows, "+variant".
     """
 
     methods: tuple[str, ...]
@@ -42,6 +43,12 @@ class Sweep:
     seeds: int
     vmap_seeds: bool | None
     cells: dict[str, Config]
+    variants: tuple[str, ...] = ()
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """The rows that are not variants of others."""
+        return self.methods[:: 1 + len(self.variants)]
 
     def cell(self, method: str, sparsity: float) -> str:
         """The name of the cell in a row and a column; dense training has but one."""
@@ -77,6 +84,7 @@ def _cell_name(method: str, sparsity: float) -> str:
 
 def _sweep(values: dict[str, Any]) -> Sweep:
     known = ("methods", "sparsities", "seeds", "vmap_seeds", "train", "method")
+    known += ("variants",)
     _check_keys("", values, known)
     for name in known[:3]:
         if name not in values:
@@ -84,6 +92,7 @@ def _sweep(values: dict[str, Any]) -> Sweep:
     own = _table("method", values.get("method", {}))
     methods = _distinct("methods", values["methods"], tuple[str, ...])
     bases = {name: _base(name, own) for name in methods}
+    variants = _variants(values.get("variants", {}), methods)
     sparsities = _distinct("sparsities", values["sparsities"], tuple[float, ...])
     seeds = _converted("seeds", values["seeds"], int)
     vmap = _converted(
@@ -102,25 +111,58 @@ def _sweep(values: dict[str, Any]) -> Sweep:
                 "methods, sparsities, seeds and vmap_seeds."
             )
     _check_used(options.get("masks", {}), list(bases.values()))
-    cells = {}
+    rows = {}
     for method in methods:
         table = {k: v for k, v in own.get(method, {}).items() if k != "method"}
-        extra = _options(f"method.{method}", table, Config)
-        for name in extra:
-            if name not in _OWN:
-                raise ValueError(
-                    f"method.{method}.{name} must be the same for all methods: set "
-                    f"it in [train]. A method has its own {' and '.join(_OWN)} only."
-                )
-        base = bases[method]
+        extra = _own_options(f"method.{method}", table)
+        for suffix, more in {"": {}, **variants}.items():
+            rows[method + suffix] = (bases[method], _merged(extra, more))
+    cells = {}
+    for row, (base, extra) in rows.items():
         for sparsity in (0.0,) if base == "dense" else sparsities:
-            name = method if base == "dense" else _cell_name(method, sparsity)
+            name = row if base == "dense" else _cell_name(row, sparsity)
             given = {"method": base, "sparsity": sparsity, "seeds": seeds}
             try:
                 cells[name] = _config(given, options, extra, bool(vmap is True))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-    return Sweep(methods, sparsities, seeds, None if vmap == "auto" else vmap, cells)
+    vmap_seeds = None if vmap == "auto" else vmap
+    return Sweep(tuple(rows), sparsities, seeds, vmap_seeds, cells, tuple(variants))
+
+
+def _variants(value: Any, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The options of each variant of the rows, by what its name adds to theirs."""
+    result = {}
+    for name, table in _table("variants", value).items():
+        _check_label("variants", name)
+        for method in methods:
+            if f"{method}+{name}" in methods:
+                raise ValueError(
+                    f"methods has {method}+{name}, which is also the name of variant "
+                    f"{name} of {method}: leave one of the two out."
+                )
+        full = f"variants.{name}"
+        result[f"+{name}"] = _own_options(full, _table(full, table))
+    return result
+
+
+def _own_options(name: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of some rows, which are only those that rows may differ in."""
+    options = _options(name, table, Config)
+    for key in options:
+        if key not in _OWN:
+            raise ValueError(
+                f"{name}.{key} must be the same for all methods: set it in [train]. "
+                f"A method has its own {' and '.join(_OWN)} only."
+            )
+    return options
+
+
+def _merged(
+    options: Mapping[str, dict[str, Any]], later: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    names = {**options, **later}
+    return {name: options.get(name, {}) | later.get(name, {}) for name in names}
 
 
 def _base(name: str, own: Mapping[str, Any]) -> str:
@@ -140,14 +182,18 @@ def _base(name: str, own: Mapping[str, Any]) -> str:
             f"methods must be one of {', '.join(METHODS)}, or have a table "
             f'[method.NAME] that says method = "..."; got {name!r}.{hint}'
         )
-    if not _LABEL.fullmatch(name):
-        raise ValueError(
-            f"methods has {name!r}: the name of a row is that of a folder, and must be "
-            "of letters, digits, '_', '.', '+' and '-'."
-        )
+    _check_label("methods", name)
     if "method" not in table:
         raise ValueError(f"method.{name}.method is missing: which method is it?")
     return _converted(f"method.{name}.method", table["method"], MethodName)
+
+
+def _check_label(key: str, name: str) -> None:
+    if not _LABEL.fullmatch(name):
+        raise ValueError(
+            f"{key} has {name!r}: the name of a row is that of a folder, and must be "
+            "of letters, digits, '_', '.', '+' and '-'."
+        )
 
 
 def _config(
@@ -219,6 +265,9 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     elif origin is tuple:
         if isinstance(value, list):
             return tuple(_converted(name, item, arguments[0]) for item in value)
+    elif hint is pathlib.Path:
+        if isinstance(value, str):
+            return pathlib.Path(value)
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
@@ -230,7 +279,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
 def _called(hint: Any) -> str:
     """A type in words."""
     words = {int: "an integer", float: "a number", str: "a string"}
-    words |= {bool: "true or false"}
+    words |= {bool: "true or false", pathlib.Path: "a string with a path"}
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_called(a) for a in arguments if a is not types.NoneType)

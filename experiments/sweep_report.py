@@ -5,8 +5,9 @@ import itertools
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.config import Config
@@ -110,6 +111,12 @@ def _markdown(
         "test data, as papers often do, and so optimistic):",
         _table_of(sweep, runs, diverged, lambda run: run.best),
     ]
+    if sweep.variants:
+        paragraphs += [
+            "What a variant gains over its row, in points after the last step (mean ± "
+            "std of the differences between runs of one seed):",
+            _table_of_gains(sweep, runs),
+        ]
     if any(config.method == "dense" for config in sweep.cells.values()):
         paragraphs.append(
             "The dense network has no sparsity: its numbers are repeated in each "
@@ -123,28 +130,37 @@ def _title(sweep: Sweep) -> str:
 
 
 def _own(sweep: Sweep) -> str:
-    """In a sentence each, what rows have of their own."""
-    common = dataclasses.asdict(sweep.first.optimizer)
+    """In a sentence each, what rows and variants have of their own."""
+
+    def of(row: str) -> Config:
+        return sweep.cells[sweep.cell(row, sweep.sparsities[0])]
+
+    # Those that differ in the method too are described in full.
+    default = Config(method="dense", optimizer=sweep.first.optimizer)
     sentences = ""
-    for method in sweep.methods:
-        config = sweep.cells[sweep.cell(method, sweep.sparsities[0])]
-        options = dataclasses.asdict(config.optimizer)
-        changed = [f"{k} {v}" for k, v in options.items() if common[k] != v]
-        if method != config.method:
-            changed = [config.method, *_given(config), *changed]
+    for method in sweep.plain:
+        config = of(method)
+        named = method != config.method
+        changed = [config.method] if named else []
+        changed += _changed(default, config, ("masks", "tost") if named else ())
         if changed:
             sentences += f" {method} has {', '.join(changed)}."
+    for variant in sweep.variants:
+        row = sweep.plain[0]
+        changed = _changed(of(row), of(row + variant), ("masks", "tost"))
+        sentences += f" {variant} adds {', '.join(changed)}."
     return sentences
 
 
-def _given(config: Config) -> list[str]:
-    """The options of masks and of ToST that are not the default ones."""
-    return [
-        f"{name}.{field.name} {getattr(record, field.name)}"
-        for name, record in (("masks", config.masks), ("tost", config.tost))
-        for field in dataclasses.fields(record)
-        if getattr(record, field.name) != field.default
-    ]
+def _changed(before: Config, config: Config, parts: Sequence[str]) -> list[str]:
+    """The options of the optimizer, and of these parts, in which two differ."""
+    found = []
+    for part in (*parts, "optimizer"):
+        prefix = "" if part == "optimizer" else f"{part}."
+        old = dataclasses.asdict(getattr(before, part))
+        new = dataclasses.asdict(getattr(config, part))
+        found += [f"{prefix}{k} {v}" for k, v in new.items() if old[k] != v]
+    return found
 
 
 def _weights(sweep: Sweep, runs: Mapping[str, Runs]) -> str:
@@ -187,64 +203,121 @@ def _table_of(
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _table_of_gains(sweep: Sweep, runs: Mapping[str, Runs]) -> str:
+    def accuracies(name: str, sparsity: float) -> dict[int, float]:
+        run = runs.get(sweep.cell(name, sparsity))
+        if run is None:
+            return {}
+        pairs = zip(run.seeds, run.last, strict=True)
+        return {seed: record.test_accuracy for seed, record in pairs}
+
+    def entry(row: str, variant: str, sparsity: float) -> str:
+        plain, other = (accuracies(n, sparsity) for n in (row, row + variant))
+        gains = [other[seed] - plain[seed] for seed in other if seed in plain]
+        return cell(gains, sign="+") if gains else "-"
+
+    lines = [
+        ["method", "sparsity", *sweep.variants],
+        ["---", "---:", *["---:"] * len(sweep.variants)],
+    ]
+    for row in sweep.plain:
+        for sparsity in (0.0,) if row in sweep.cells else sweep.sparsities:
+            gains = [entry(row, variant, sparsity) for variant in sweep.variants]
+            lines.append([row, _percent(sparsity), *gains])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def plot(sweep: Sweep, runs: Mapping[str, Runs], path: pathlib.Path) -> None:
-    """Accuracy against sparsity, a line a method, as a PNG image."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    sparse = [method for method in sweep.methods if method not in sweep.cells]
+    """Accuracy against sparsity, a line a method, as a PNG image.
+
+    With variants there is a panel for every row that they are variants of.
+    """
+    rows = [row for row in sweep.plain if row not in sweep.cells]
+    panels = [("", {row: row for row in rows})]
+    if sweep.variants:
+        named = {"": "plain"} | {variant: variant for variant in sweep.variants}
+        panels = [(row, {label: row + v for v, label in named.items()}) for row in rows]
+    labels = panels[0][1]
     # Rows with names of their own look as methods that are not there.
-    free = itertools.cycle([m for m in LOOKS if m not in sparse] or LOOKS)
-    looks = {m: LOOKS[m if m in LOOKS else next(free)] for m in sparse}
-    for i, method in enumerate(sparse):
-        points = []
-        for x, sparsity in enumerate(sweep.sparsities):
-            run = runs.get(sweep.cell(method, sparsity))
-            if run is not None:
-                values = [100 * record.test_accuracy for record in run.last]
-                # Side by side, so that error bars do not hide one another.
-                shift = 0.035 * (i - (len(sparse) - 1) / 2)
-                points.append((x + shift, statistics.mean(values), _std(values) or 0))
-        if points:
-            xs, means, errors = zip(*points, strict=True)
-            colour, marker = looks[method]
-            axes.errorbar(
-                xs,
-                means,
-                yerr=errors if any(errors) else None,
-                color=colour,
-                marker=marker,
-                markersize=7,
-                markeredgecolor="white",
-                markeredgewidth=0.6,
-                linewidth=1.6,
-                elinewidth=1.2,
-                capsize=2.5,
-                label=method,
-            )
-    if "dense" in runs:
-        values = [100 * record.test_accuracy for record in runs["dense"].last]
-        mean, std = statistics.mean(values), _std(values) or 0
-        axes.axhline(mean, color="black", linestyle="--", linewidth=1.2, label="dense")
-        axes.axhspan(mean - std, mean + std, color="black", alpha=0.12, linewidth=0)
+    free = itertools.cycle([m for m in LOOKS if m not in labels] or LOOKS)
+    looks = {name: LOOKS[name if name in LOOKS else next(free)] for name in labels}
+    width = 8 if len(panels) == 1 else 3 * len(panels) + 2
+    figure = Figure(figsize=(width, 5), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axes, (title, lines) in zip(grid[0], panels, strict=True):
+        for i, (label, row) in enumerate(lines.items()):
+            # Side by side, so that error bars do not hide one another.
+            shift = 0.035 * (i - (len(lines) - 1) / 2)
+            _line(axes, sweep, runs, row, shift, looks[label], label)
+        if "dense" in runs:
+            _band(axes, [record.test_accuracy for record in runs["dense"].last])
+        axes.set_title(title)
+        axes.set_xlim(-0.4, len(sweep.sparsities) - 0.6)
+        axes.set_xticks(range(len(sweep.sparsities)), map(_percent, sweep.sparsities))
+        axes.grid(axis="y", alpha=0.3)
     spread = ", mean ± std" if sweep.seeds > 1 else ""
     number = "1 seed" if sweep.seeds == 1 else f"{sweep.seeds} seeds"
-    axes.set(
-        title=f"{_title(sweep)}, {sweep.first.steps:,} steps ({number})",
-        xlabel="sparsity at the end (share of all weights that are zero)",
-        ylabel=f"test accuracy after the last step / %{spread}",
-        xlim=(-0.4, len(sweep.sparsities) - 0.6),
-    )
-    axes.set_xticks(range(len(sweep.sparsities)), map(_percent, sweep.sparsities))
-    axes.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False)
+    figure.suptitle(f"{_title(sweep)}, {sweep.first.steps:,} steps ({number})")
+    figure.supxlabel("sparsity at the end (share of all weights that are zero)")
+    grid[0, 0].set_ylabel(f"test accuracy after the last step / %{spread}")
+    lines, names = [], []
+    for axes in grid[0]:
+        for line, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            if name not in names:
+                lines.append(line)
+                names.append(name)
+    figure.legend(lines, names, loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150, format="png")
 
 
-def cell(accuracies: Sequence[float]) -> str:
-    """Mean and standard deviation, in percent."""
+def _line(
+    axes: Axes,
+    sweep: Sweep,
+    runs: Mapping[str, Runs],
+    row: str,
+    shift: float,
+    look: tuple[str, str],
+    label: str,
+) -> None:
+    points = []
+    for x, sparsity in enumerate(sweep.sparsities):
+        run = runs.get(sweep.cell(row, sparsity))
+        if run is not None:
+            values = [100 * record.test_accuracy for record in run.last]
+            points.append((x + shift, statistics.mean(values), _std(values) or 0))
+    if not points:
+        return
+    xs, means, errors = zip(*points, strict=True)
+    colour, marker = look
+    axes.errorbar(
+        xs,
+        means,
+        yerr=errors if any(errors) else None,
+        color=colour,
+        marker=marker,
+        markersize=7,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        linewidth=1.6,
+        elinewidth=1.2,
+        capsize=2.5,
+        label=label,
+    )
+
+
+def _band(axes: Axes, accuracies: Sequence[float]) -> None:
+    """Mean and standard deviation of dense training, across the whole width."""
+    values = [100 * accuracy for accuracy in accuracies]
+    mean, std = statistics.mean(values), _std(values) or 0
+    axes.axhline(mean, color="black", linestyle="--", linewidth=1.2, label="dense")
+    axes.axhspan(mean - std, mean + std, color="black", alpha=0.12, linewidth=0)
+
+
+def cell(accuracies: Sequence[float], sign: Literal["-", "+"] = "-") -> str:
+    """Mean and standard deviation, in percent; "+" shows the sign of all means."""
     std = _std(accuracies)
     spread = "" if std is None else f" ± {100 * std:.2f}"
-    return f"{100 * statistics.mean(accuracies):.2f}{spread}"
+    return f"{100 * statistics.mean(accuracies):{sign}.2f}{spread}"
 
 
 def _std(values: Sequence[float]) -> float | None:

@@ -113,7 +113,7 @@ def train_seeds(
         each,
         seeds,
         folder / name,
-        on_step=lambda steps: _advance(bar, steps),
+        on_step=lambda steps: advance(bar, steps),
         on_records=lambda new: bar.set_postfix(_postfix(new[0]), refresh=False),
         stopped=stopped,
     )
@@ -178,34 +178,40 @@ def open_folder(config: Config) -> pathlib.Path:
         if jax.process_count() > 1:
             raise ValueError("several processes need one folder: give --out.")
         return _new_folder(config)
-    if not distributed.is_first():
-        return config.out
-    path = config.out / "config.json"
+    if distributed.is_first():
+        claim(config.out, config.to_dict())
+    return config.out
+
+
+def claim(folder: pathlib.Path, values: dict[str, Any]) -> None:
+    """Makes the folder of a run, or looks whether it is that of this one.
+
+    Args:
+      folder: for the results.
+      values: all options, as JSON holds them, for its config.json.
+
+    Raises:
+      FileExistsError: it has files of something else in it.
+      ValueError: its run was configured otherwise.
+    """
+    path = folder / "config.json"
     if path.exists():
         check_same(
-            read_json(path),
-            config.to_dict(),
-            holder=f"{config.out} holds a run",
-            this="this one",
+            read_json(path), values, holder=f"{folder} holds a run", this="this one"
         )
-        return config.out
-    if config.out.exists() and (not config.out.is_dir() or _others(config.out)):
+        return
+    if folder.exists() and (not folder.is_dir() or _others(folder)):
         raise FileExistsError(
-            f"out: {config.out} exists already and is neither empty nor of a run. "
+            f"out: {folder} exists already and is neither empty nor of a run. "
             "Results are never overwritten: choose another folder."
         )
-    _write_config(config, config.out)
-    return config.out
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, values)
 
 
 def _others(folder: pathlib.Path) -> bool:
     """Whether it has files beside a config.json that a killed run did not finish."""
     return any(path.name != "config.json.partial" for path in folder.iterdir())
-
-
-def _write_config(config: Config, folder: pathlib.Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config.to_dict())
 
 
 def _new_folder(config: Config) -> pathlib.Path:
@@ -217,7 +223,7 @@ def _new_folder(config: Config) -> pathlib.Path:
             folder.mkdir()
         except FileExistsError:
             continue
-        _write_config(config, folder)
+        write_json(folder / "config.json", config.to_dict())
         return folder
     raise FileExistsError(f"{DEFAULT_FOLDER} has 99 runs of {now} already.")
 
@@ -235,7 +241,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _advance(bar: tqdm.tqdm, steps: int) -> None:
+def advance(bar: tqdm.tqdm, steps: int) -> None:
     bar.update(steps)
 
 

@@ -128,6 +128,8 @@ def fit(
     on_step: Callable[[int], None] = lambda steps: None,
     on_records: Callable[[Sequence[Record]], None] = lambda records: None,
     stopped: Callable[[int], int | None] = lambda step: None,
+    first: int = 0,
+    begin: Callable[[Program, Sequence[int]], PyTree] = initial.state,
 ) -> tuple[list[list[Record]], PyTree]:
     """Trains for the configured steps, or for those that are left of them.
 
@@ -139,6 +141,8 @@ def fit(
       on_records: called with the new records of all seeds, at every evaluation.
       stopped: asked before every step, by the number of those done, for the signal
         that says to stop, if there is one.
+      first: step that a new run starts from.
+      begin: its state at that step, from the program for it and the seeds.
 
     Returns:
       (the records of every seed, the final state).
@@ -152,7 +156,9 @@ def fit(
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     log = Log(folder, config.method, seeds, writes=jax.process_index() == 0)
     try:
-        return _fit(trainer, seeds, checkpoints, log, on_step, on_records, stopped)
+        return _fit(
+            trainer, seeds, checkpoints, log, on_step, on_records, stopped, first, begin
+        )
     finally:
         log.close()
         checkpoints.close()
@@ -166,29 +172,31 @@ def _fit(
     on_step: Callable[[int], None],
     on_records: Callable[[Sequence[Record]], None],
     stopped: Callable[[int], int | None],
+    first: int,
+    begin: Callable[[Program, Sequence[int]], PyTree],
 ) -> tuple[list[list[Record]], PyTree]:
     config = trainer.config
     interval, saving = config.evaluation_interval, config.checkpoint_interval
     start = time.perf_counter()
-    step, saved = 0, checkpoints.latest
-    program = trainer.at(saved or 0)
+    saved = checkpoints.latest
+    step = first if saved is None else saved
+    program = trainer.at(step)
     losses = Losses(program.lanes)
     if saved is None:
-        state = program.create(seeds)
-        state = initial.replaced(program, state, seeds)
+        state = begin(program, seeds)
         log.resume(-1)
     else:
         snapshot, progress = checkpoints.restore(saved, program.abstract())
         state = program.restore(snapshot)
         del snapshot
-        step, start = saved, start - progress.seconds
+        start -= progress.seconds
         losses.values = progress.losses
-        evaluated = [*range(0, step + 1, interval)]
+        evaluated = [s for s in range(0, step + 1, interval) if s >= first]
         if step == config.steps and step % interval:
             evaluated.append(step)
         log.resume(step, evaluated)
-        on_step(step)
-    data = _data(trainer, seeds[0], step)
+        on_step(step - first)
+    data = batches(trainer, seeds[0], step)
     ahead = _AHEAD if _may_run_ahead(program) else 0
     while True:
         if trainer.at(step) is not program:
@@ -307,7 +315,7 @@ def padded(split: Split, largest: int, multiple: int) -> list[Split]:
     return [Split(*pair) for pair in zip(inputs, labels, strict=True)]
 
 
-def _data(trainer: Trainer, seed: int, start: int) -> Iterator[PyTree]:
+def batches(trainer: Trainer, seed: int, start: int) -> Iterator[PyTree]:
     """What every step is given, from step `start` on."""
     dataset = trainer.dataset
     if not isinstance(dataset, Stream):

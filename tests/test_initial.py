@@ -66,8 +66,7 @@ def started(config: Config, of: list[int], devices: int = 1, **form: Any) -> Any
             shared.functions, config=dataclasses.replace(config, **form)
         ),
     )
-    state = initial.replaced(own, shared.create(of), of)
-    return jax.device_get(shared.snapshot(state))
+    return jax.device_get(shared.snapshot(initial.state(own, of)))
 
 
 @pytest.mark.parametrize("source", SOURCES)

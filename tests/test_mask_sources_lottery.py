@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint
 import pytest
 
 import granet_jax
@@ -15,6 +17,7 @@ from granet_jax import mask_sources as ms
 from tests import trees
 
 KEY = jax.random.key(5)
+STATIC = granet_jax.static(0.0)
 SHAPES = {"a": (6, 7), "bias": (7,), "b": (7, 5)}
 WEIGHTS = 6 * 7 + 7 * 5
 
@@ -108,6 +111,17 @@ def test_counts_and_nesting(scope: Any) -> None:
                 assert abs(after.masks[k].mean() - 0.8**after.round) < 1 / 35
 
 
+def test_every_round_may_have_a_fraction_of_its_own() -> None:
+    def active(fraction: Any) -> list[int]:
+        found = ms.lottery_tickets(train, make(), rounds=3, fraction=fraction, key=KEY)
+        return [granet_jax.sparsity(t.masks).active for t in found]
+
+    densities = [1.0, 0.5, 0.5 * 0.9, 0.5 * 0.9 * 0.25]
+    expected = [math.floor(d * WEIGHTS + 0.5) for d in densities]
+    assert active([0.5, 0.1, 0.75]) == active(np.array([0.5, 0.1, 0.75])) == expected
+    assert active((0.3, 0.3, 0.3)) == active(0.3)
+
+
 def test_rewinding_is_exact() -> None:
     params = make()
     tickets = list(ms.lottery_tickets(train, params, rounds=2, key=KEY))
@@ -136,6 +150,22 @@ def test_resuming_is_bit_identical(rewind: bool, as_numpy: bool) -> None:
     middle = jax.tree.map(np.asarray, whole[1]) if as_numpy else whole[1]
     trees.assert_same(tickets(ticket=middle), whole[2:])
     assert tickets(ticket=whole[3]) == []
+
+
+def test_a_ticket_is_saved_by_orbax_as_it_is(tmp_path: Path) -> None:
+    def tickets(**more: Any) -> Any:
+        return ms.lottery_tickets(train, make(), rounds=3, key=KEY, **more)
+
+    whole = list(tickets())
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "ticket", whole[1])
+        checkpointer.wait_until_finished()
+        # Onto types alone, as a new process would.
+        masks = jax.eval_shape(lambda p: granet_jax.init_masks(STATIC, p), make())
+        like = ms.Ticket(0, masks, jax.eval_shape(make), jax.eval_shape(make))
+        restored = checkpointer.restore(tmp_path / "ticket", like)
+    trees.assert_same(restored, whole[1])
+    trees.assert_same(list(tickets(ticket=restored)), whole[2:])
 
 
 def test_retrain_serves_all_rounds_but_the_first() -> None:
@@ -188,6 +218,8 @@ def test_bad_training(result: Any, match: str) -> None:
         ({"rounds": 1.5}, TypeError, "rounds must be an integer"),
         ({"fraction": 0.0}, ValueError, r"fraction must be in \(0, 1\)"),
         ({"fraction": "half"}, TypeError, "fraction must be a number"),
+        ({"fraction": [0.2, 0.2]}, ValueError, "one for each of the 1 rounds, got 2"),
+        ({"fraction": [1.0]}, ValueError, r"fraction must be in \(0, 1\), got 1.0"),
         ({"scope": "x"}, ValueError, "scope must be"),
         ({"on_collapse": "x"}, ValueError, "on_collapse must be"),
         ({"key": 3}, TypeError, "key must be one jax.random.key"),

@@ -19,7 +19,7 @@ from experiments.models.resnet import Block, ResNet
 from granet_jax import masking
 
 LARGE = ("resnet-50", "mobilenet-v1", "mobilenet-v2", "vit-s-16")
-GREY = ("lenet-300-100", "lenet-5", "cnn", "cnn-bn")
+GREY = ("lenet-300-100", "lenet-5", "cnn", "cnn-bn", "cnn-bn-small")
 
 # Trainable parameters as published, with the number of classes of `classes`.
 PUBLISHED = {
@@ -91,6 +91,10 @@ BY_HAND = {
     + conv_norm(3, 16, 32)
     + conv_norm(3, 32, 64)
     + (7 * 7 * 640 + 10),
+    "cnn-bn-small": conv_norm(3, 1, 16)
+    + conv_norm(3, 16, 32)
+    + conv_norm(3, 32, 64)
+    + (4 * 4 * 640 + 10),
     "resnet-104": thin_resnet(17),
     "wrn-22-2": wide_resnet(3, 2),
     "gpt": gpt(128, 4),

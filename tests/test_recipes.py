@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 
 from experiments import data, dry_run, recipes, schedules, train
-from experiments.config import Config, DataConfig, MaskConfig, build_method
+from experiments.config import (
+    Config,
+    DataConfig,
+    MaskConfig,
+    ToSTConfig,
+    build_method,
+)
 from experiments.data import builders
 from experiments.step import Functions
 
@@ -25,6 +31,8 @@ LENET = Config(
     data=DataConfig("fashion_mnist", batch_size=100),
     masks=MaskConfig(interval=100),
 )
+TOST_SOURCES = ("random", "snip", "grasp", "synflow")
+TOST_CIFAR = ("resnet18", "resnet32", "vgg16")
 # 784 x 300, 300 x 100 and 100 x 10 weights, and as many multiply-accumulates.
 LENET_WEIGHTS = 235_200 + 30_000 + 1_000
 
@@ -39,8 +47,9 @@ def run(capsys, *arguments):
     return status, out, err
 
 
-# Two data sets with two models, and one with one; dense, and 6 methods at 3 sparsities;
-# and a twin of each.
+# Of GraNet: two data sets with two models, and one with one; dense, and 6 methods at 3
+# sparsities. Of ToST: two data sets with three models, and one with two; 4 sources at 3
+# sparsities, plain and with its techniques. And a twin of each.
 def test_every_row_is_there():
     names = [f"{d}-{m}" for d in ("cifar10", "cifar100") for m in ("vgg19", "resnet50")]
     rows = {f"dense-{n}" for n in [*names, "imagenet-resnet50"]}
@@ -48,6 +57,12 @@ def test_every_row_is_there():
         rows |= {f"{method}-{n}-{s}" for n in names for s in (90, 95, 98)}
         rows |= {f"{method}-imagenet-resnet50-{s}" for s in (80, 90, 95)}
     assert len(rows) == 5 * (1 + 6 * 3)
+    networks = [f"{d}-{m}" for d in ("cifar10", "cifar100") for m in TOST_CIFAR]
+    for name in (*networks, "tiny-resnet18", "tiny-mobilenetv2"):
+        for source in TOST_SOURCES:
+            for s in (90, 95, 98):
+                rows |= {f"{source}-{name}-{s}", f"tost-{source}-{name}-{s}"}
+    assert len(rows) == 5 * (1 + 6 * 3) + 8 * 4 * 3 * 2
     assert set(FULL) == rows
     assert set(ALL) == rows | {f"{row}-mini" for row in rows}
 
@@ -55,10 +70,24 @@ def test_every_row_is_there():
 @pytest.mark.parametrize("name", ALL)
 def test_name_says_what_it_is(name):
     config = ALL[name].config
-    method, _, rest = name.removesuffix("-mini").rpartition("-resnet50")
-    if not method:
-        method, _, rest = name.removesuffix("-mini").rpartition("-vgg19")
-    assert method.rpartition("-")[0] == config.method
+    pattern = r"(.+)-(cifar100?|imagenet|tiny)-([a-z0-9]+?)(-\d\d)?(-mini)?"
+    method, data, label, rest, mini = re.fullmatch(pattern, name).groups(default="")
+    if not mini:
+        assert config.model.replace("-", "").removesuffix("cifar") == label
+        assert config.data.dataset.partition("_")[0].removesuffix("2012") == data
+    source = method.removeprefix("tost-")
+    if source in TOST_SOURCES:
+        assert config.method == "static"
+        assert config.masks.source == (None if source == "random" else source)
+        techniques = ToSTConfig("swish", "identity", lrsi=True, labels=0.1)
+        assert config.tost == (techniques if method != source else ToSTConfig())
+        of_the_code = label == "resnet18" and data != "tiny"
+        assert ALL[name].ours == (not mini and not of_the_code)
+    else:
+        assert config.method == method
+        assert config.masks.source is None
+        assert config.tost == ToSTConfig()
+        assert not ALL[name].ours
     built = build_method(config)
     if config.method == "dense":
         assert built is None
@@ -69,10 +98,13 @@ def test_name_says_what_it_is(name):
 
 
 def test_steps():
-    # 160 epochs of 390 batches; 100 of 10,009; 10 of 468.
+    # 160 epochs of 390 batches, or 182; 182 of 781; 100 of 10,009; 10 of 468.
     steps = {"cifar10": 62_400, "cifar100": 62_400, "imagenet2012": 1_000_900}
-    for recipe in FULL.values():
-        assert recipe.config.steps == steps[recipe.config.data.dataset]
+    tost = {"cifar10": 70_980, "cifar100": 70_980, "tiny_imagenet": 142_142}
+    for name, recipe in FULL.items():
+        of_tost = name.removeprefix("tost-").startswith(TOST_SOURCES)
+        expected = (tost if of_tost else steps)[recipe.config.data.dataset]
+        assert recipe.config.steps == expected
         assert recipe.config.data.batch_size == 128
         assert ALL[f"{recipe.name}-mini"].config.steps == 4_680
 
@@ -98,6 +130,11 @@ def test_steps():
                 900_810: 1e-4,
                 1_000_899: 1e-4,
             },
+        ),
+        # Epochs 90 and 135.
+        (
+            "tost-snip-cifar10-resnet18-95",
+            {35_099: 0.1, 35_100: 1e-2, 52_649: 1e-2, 52_650: 1e-3},
         ),
         # The same shares of 4,680 steps.
         ("granet-cifar10-vgg19-90-mini", {2_339: 0.05, 2_340: 5e-3, 3_510: 5e-4}),
@@ -152,6 +189,8 @@ def test_optimizers():
     cifar = ALL["granet-cifar100-resnet50-90"].config.optimizer
     assert (cifar.momentum, cifar.nesterov, cifar.weight_decay) == (0.9, True, 5e-4)
     assert (cifar.label_smoothing, cifar.warmup_steps) == (0.0, 0)
+    tost = ALL["tost-grasp-cifar100-resnet18-98"].config.optimizer
+    assert (tost.momentum, tost.nesterov, tost.weight_decay) == (0.9, False, 2e-4)
     imagenet = ALL["rigl-imagenet-resnet50-90"].config.optimizer
     assert (imagenet.momentum, imagenet.nesterov) == (0.9, False)
     assert (imagenet.weight_decay, imagenet.label_smoothing) == (1e-4, 0.1)
@@ -163,7 +202,9 @@ def test_twin_keeps_the_shares(name):
     full, small = FULL[name].config, ALL[f"{name}-mini"].config
     assert (small.method, small.sparsity) == (full.method, full.sparsity)
     assert small.data == DataConfig("fashion_mnist", batch_size=128)
-    assert small.model == {"vgg-19": "cnn"}.get(full.model, "lenet-5")
+    models = {"vgg-19": "cnn", "resnet-50": "lenet-5", "resnet-50-cifar": "lenet-5"}
+    assert small.model == models.get(full.model, "cnn-bn-small")
+    assert (small.masks.source, small.tost) == (full.masks.source, full.tost)
     assert ALL[f"{name}-mini"].published is None
     scale = full.steps / small.steps
     for option in ("fraction", "initial_sparsity", "pruning_end", "stop"):
@@ -200,11 +241,11 @@ def test_list(capsys):
         config = recipe.config
         cells = listed[name].split()
         assert cells[1:4] == [config.model, config.data.dataset, config.method]
-        assert cells[5] == f"{config.steps:,}"
+        assert cells[4] == f"{config.steps:,}"
         if recipe.published is None:
-            assert cells[6:] == ["-"]
+            assert cells[5:] == ["ours" if recipe.ours else "-"]
         else:
-            assert cells[6:] == [f"{recipe.published:.2f}", "*"]
+            assert cells[5:] == [f"{recipe.published:.2f}", "*"]
     assert "* Published best test accuracy, recalled, unverified" in out
 
 
@@ -372,7 +413,7 @@ def test_dry_run_needs_no_data(capsys, tmp_path, monkeypatch):
         "62, every 1,000 steps, from step 1,000 to 62,000",
         "31, the last one at 31,000",
         "20,035,018 parameters; masks cover 20,024,000, of which 1,001,200 are active",
-        "Estimates, since training decides",
+        "Estimates, since data and training decide",
     ):
         assert part in words
 
@@ -386,6 +427,37 @@ def test_dry_run_of_a_constant_split_is_exact(capsys, tmp_path):
     assert "Estimates" not in out
     assert "No published accuracy is known" in out
     assert "mask updates   none" in out
+
+
+def test_dry_run_leaves_to_a_source_what_it_decides(capsys, tmp_path):
+    arguments = ("--recipe", "tost-snip-tiny-mobilenetv2-95", "--dry-run")
+    status, out, _ = run(capsys, *arguments, "--out", str(tmp_path / "x"))
+    assert status == 0
+    words = " ".join(out.split())
+    for part in (
+        "Its settings are ours: those of the paper were not at hand.",
+        "masks from snip",
+        "ToST swish neurons, identity skips for 35,535 steps, LRsI, labels smoothed by "
+        "0.1",
+        "At start: active weights. The source of the masks splits them.",
+        "Estimates, since data and training decide",
+    ):
+        assert part in words
+    rows = [line.split() for line in out.splitlines() if " yes " in line]
+    assert {row[-1] for row in rows} == {"?"}
+    # 5% of all.
+    (total,) = [line.split() for line in out.splitlines() if line.startswith("all ")]
+    masked = sum(int(row[2].replace(",", "")) for row in rows)
+    assert int(total[2].replace(",", "")) == masked
+    assert int(total[-1].replace(",", "")) == math.floor(0.05 * masked + 0.5)
+    for changes, told in (
+        ((), "swish neurons, identity skips throughout"),
+        (("--tost.neurons", "None"), "ToST identity skips throughout"),
+        (("--tost.neurons", "None", "--tost.skips", "None"), "ToST LRsI, labels"),
+    ):
+        more = (*arguments, "--out", str(tmp_path / "x"), "--tost.as-in-code", *changes)
+        _, out, _ = run(capsys, *more)
+        assert told in " ".join(out.split())
 
 
 def test_an_option_changes_a_recipe(capsys, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import signal
 import statistics
 from typing import Any
@@ -247,14 +248,16 @@ def test_no_file_is_an_error(tmp_path, capsys):
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.toml")), ids=lambda p: p.stem)
 def test_the_sweeps_there_are_give_all_methods_one_budget(path):
     found = read(path)
-    assert set(found.methods) == set(sweep_file.METHODS) - {"snfs"}
-    assert len(found.cells) == 1 + 6 * len(found.sparsities)
+    if not path.stem.startswith("fashion-tost"):
+        assert set(found.methods) == set(sweep_file.METHODS) - {"snfs"}
+        assert len(found.cells) == 1 + 6 * len(found.sparsities)
     for config in found.cells.values():
-        same = {"method": "dense", "sparsity": 0.0}
-        masks = {"masks": found.first.masks}
-        assert dataclasses.replace(config, **same, **masks) == found.first
+        first = found.first
+        same = {"method": first.method, "sparsity": first.sparsity}
+        own = {"masks": first.masks, "tost": first.tost}
+        assert dataclasses.replace(config, **same, **own) == first
     dynamic = [c for c in found.cells.values() if c.method not in ("dense", "static")]
-    assert len({config.mask_interval for config in dynamic}) == 1
+    assert len({config.mask_interval for config in dynamic}) <= 1
 
 
 # --- going on
@@ -512,6 +515,152 @@ def test_rows_may_have_names_and_options_of_their_own(fake, tmp_path):
     # It goes on where it stopped, by name.
     sweep.run(found, out, progress=False)
     assert len(fake.done) == len(found.cells)
+
+
+VARIANTS = (
+    NAMED.partition("[method.")[0]
+    .replace(
+        '"dense", "dense+labels", "rigl", "snip", "snip+labels"',
+        '"dense", "set", "snip"',
+    )
+    .replace("seeds = 1", "seeds = 2")
+    + """
+[method.snip]
+method = "static"
+masks.source = "snip"
+optimizer.momentum = 0.5
+[variants]
+labels = { tost.labels = 0.1 }
+slow = { optimizer.learning-rate = 0.01, optimizer.momentum = 0.8 }
+"""
+)
+
+
+def test_variants_are_those_of_every_row(fake, tmp_path):
+    found, out = written(tmp_path, VARIANTS), tmp_path / "out"
+    assert found.methods == tuple(
+        row + variant
+        for row in ("dense", "set", "snip")
+        for variant in ("", "+labels", "+slow")
+    )
+    assert found.plain == ("dense", "set", "snip")
+    assert len(found.cells) == 3 + 3 * 2 + 3 * 2
+    for name, config in found.cells.items():
+        assert config.method == {"d": "dense", "s": "set"}.get(
+            name[0] if name[1] != "n" else "", "static"
+        )
+        assert config.masks.source == ("snip" if name.startswith("snip") else None)
+        assert config.tost.labels == (0.1 if "labels" in name else None)
+        optimizer = config.optimizer
+        assert optimizer.learning_rate == (0.01 if "slow" in name else 0.1)
+        momentum = 0.5 if name.startswith("snip") else 0.9
+        assert optimizer.momentum == (0.8 if "slow" in name else momentum)
+    sweep.run(found, out, progress=False)
+    text = (out / "results.md").read_text()
+    assert (
+        " snip has static, masks.source snip, momentum 0.5. +labels adds tost.labels "
+        "0.1. +slow adds learning_rate 0.01, momentum 0.8. Test" in text
+    )
+    assert "dense has" not in text
+    assert "set has" not in text
+
+
+def test_what_the_page_says_about_rows_holds(tmp_path):
+    page = (SWEEPS.parent / "README.md").read_text()
+    found = []
+    for block in re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL):
+        head, _, rest = block.partition("\n")
+        assert head.startswith("methods = ")
+        text = f"{head}\nsparsities = [0.9]\nseeds = 1\n{rest}"
+        found.append(written(tmp_path, text).methods)
+    assert found == [
+        ("dense", "rigl", "snip", "snip-labels"),
+        ("dense", "dense+labels", "dense+lrsi", "rigl", "rigl+labels", "rigl+lrsi"),
+    ]
+
+
+def test_gains_are_between_runs_of_one_seed(tmp_path):
+    found = written(tmp_path, VARIANTS)
+
+    def runs(name, *accuracies, seeds=(0, 1)):
+        method = found.cells[name].method
+        records = tuple((record(6, a, kept(0.9)),) for a in accuracies)
+        return report.Runs(method, seeds, records)
+
+    done = {
+        "dense": runs("dense", 0.9, 0.8),
+        "dense+labels": runs("dense+labels", 0.85, 0.9),
+        "set-0.9": runs("set-0.9", 0.5, 0.7),
+        "set+slow-0.9": runs("set+slow-0.9", 0.75, seeds=(1,)),
+        "snip+slow-0.95": runs("snip+slow-0.95", 0.5, 0.5),
+    }
+    sweep_report.write(found, done, {}, {}, tmp_path)
+    text = (tmp_path / "results.md").read_text().partition("What a variant gains")[2]
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert table == [
+        "| method | sparsity | +labels | +slow |",
+        "| --- | ---: | ---: | ---: |",
+        "| dense | 0% | +2.50 ± 10.61 | - |",
+        "| set | 90% | - | +5.00 |",
+        "| set | 95% | - | - |",
+        "| snip | 90% | - | - |",
+        "| snip | 95% | - | - |",
+    ]
+
+
+def test_variants_have_a_panel_for_every_sparse_row(tmp_path, monkeypatch):
+    found = written(tmp_path, VARIANTS)
+    done = {
+        name: report.Runs(
+            config.method, (0,), ((record(6, 0.9 - 0.01 * i, kept(0.9)),),)
+        )
+        for i, (name, config) in enumerate(found.cells.items())
+    }
+    drawn = []
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self)
+    )
+    sweep_report.plot(found, done, tmp_path / "plot.png")
+    (figure,) = drawn
+    assert [axes.get_title() for axes in figure.axes] == ["set", "snip"]
+    for axes, row in zip(figure.axes, ("set", "snip"), strict=True):
+        lines, labels = axes.get_legend_handles_labels()
+        shown = dict(zip(labels, lines, strict=True))
+        assert list(shown) == ["dense", "plain", "+labels", "+slow"]
+        for variant, label in (("", "plain"), ("+labels", "+labels")):
+            expected = [
+                100 * done[f"{row}{variant}-{s}"].last[0].test_accuracy
+                for s in found.sparsities
+            ]
+            assert list(shown[label][0].get_ydata()) == pytest.approx(expected)
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["dense", "plain", "+labels", "+slow"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"snip"]', '"snip", "snip+slow"]', r"methods has snip\+slow, which is also"),
+        ("slow =", '"a/b" =', "variants has 'a/b'"),
+        (
+            "tost.labels = 0.1",
+            "steps = 6",
+            "variants.labels.steps must be the same for all",
+        ),
+        ("{ tost.labels = 0.1 }", "0.1", r"variants.labels must be a table"),
+        ("tost.labels", "tost.label", "variants.labels.tost.label is unknown"),
+        ("tost.labels = 0.1", "tost.labels = 2.0", r"dense\+labels: "),
+    ],
+)
+def test_what_is_wrong_in_variants_is_named(old, new, message, tmp_path):
+    text = VARIANTS.replace(old, new, 1)
+    if "snip+slow" in new:
+        text = text.replace(
+            "[variants]", '[method."snip+slow"]\nmethod = "set"\n[variants]'
+        )
+    with pytest.raises(ValueError, match=message):
+        written(tmp_path, text)
 
 
 def test_rows_with_names_have_colours_of_their_own(tmp_path):

@@ -34,6 +34,7 @@ _PLAIN: dict[str, Callable[..., nn.Module]] = {
 }
 _WITH_BATCH_NORM: dict[str, Callable[..., nn.Module]] = {
     "cnn-bn": NormedCNN,
+    "cnn-bn-small": functools.partial(NormedCNN, stem_strides=2),
     "resnet-20": resnet.thin(20),
     "resnet-32": resnet.thin(32),
     "resnet-56": resnet.thin(56),

@@ -47,11 +47,14 @@ class NormedCNN(nn.Module):
       classes: number of logits.
       dtype: of the convolutions.
       axis_name: mapped axis of the batch.
+      stem_strides: of the first convolution. With 2 a step takes a fifth of the time
+        on a CPU.
     """
 
     classes: int
     dtype: jnp.dtype
     axis_name: str | None
+    stem_strides: int = 1
 
     @nn.compact
     def __call__(
@@ -60,7 +63,7 @@ class NormedCNN(nn.Module):
         """Logits (n, classes) of images (n, height, width, channels)."""
         layers.check_images("cnn-bn", x)
         for i, features in enumerate((16, 32, 64)):
-            strides = 1 if i == 0 else 2
+            strides = self.stem_strides if i == 0 else 2
             y = layers.conv(
                 features,
                 3,

@@ -1,7 +1,7 @@
 """Lottery tickets: train, prune the smallest weights, go back, and again."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,7 +48,7 @@ def lottery_tickets(
     params: PyTree,
     *,
     rounds: int,
-    fraction: float = 0.2,
+    fraction: float | Sequence[float] = 0.2,
     scope: Scope = "global",
     rewind: bool = True,
     retrain: Train | None = None,
@@ -60,8 +60,9 @@ def lottery_tickets(
     """Iterative magnitude pruning: trains densely, then prunes and trains, in rounds.
 
     Before each round but the first, the weights that are left and smallest after the
-    last are pruned, so that round r has density (1 - fraction)^r, exactly
-    `distributions.total_count` of it (no rounding adds up); then the weights go back:
+    last are pruned, so that round r has density (1 - fraction)^r (or the product over
+    the rounds' fractions), exactly `distributions.total_count` of it (no rounding adds
+    up); then the weights go back:
 
     - the original lottery ticket: `params` of initialisation, `rewind=True`;
     - weight rewinding to step k: `params` of step k, `rewind=True`, and a `train` that
@@ -84,7 +85,8 @@ def lottery_tickets(
         masks=masks)` does).
       params: pytree of arrays to start from, and to go back to.
       rounds: number of prunings; trains one more time than that.
-      fraction: share of the remaining weights to prune each time, in (0, 1).
+      fraction: share of the remaining weights to prune each time, in (0, 1); or one
+        for every round.
       scope: "global": weights compete across leaves; "layer": within each.
       rewind: whether weights go back to `params`, or else on from where they are.
       retrain: as `train`, for all rounds but the dense one; default `train`.
@@ -109,7 +111,8 @@ def lottery_tickets(
       Renda et al., Comparing Rewinding and Fine-tuning in Neural Network Pruning, ICLR
       2020 (learning-rate rewinding).
     """
-    _check_arguments(train, retrain, rounds, fraction, ticket)
+    _check_arguments(train, retrain, rounds, ticket)
+    densities = _densities(fraction, int(rounds))
     check_scope(scope)
     check_action(on_collapse)
     check_key(key)
@@ -129,7 +132,7 @@ def lottery_tickets(
         for number in range(start, int(rounds) + 1):
             masks, weights = full, params
             if last is not None:
-                masks = _pruned(last, 1.0 - (1.0 - fraction) ** number, scope)
+                masks = _pruned(last, 1.0 - densities[number], scope)
                 weights = params if rewind else last.trained
                 report(masks, on_collapse)
             weights = masking.apply_masks(weights, masks)
@@ -178,19 +181,35 @@ def _check_trained(trained: PyTree, masks: PyTree, params: PyTree, what: str) ->
             )
 
 
-def _check_arguments(
-    train: Any, retrain: Any, rounds: Any, fraction: Any, ticket: Any
-) -> None:
+def _densities(fraction: float | Sequence[float], rounds: int) -> list[float]:
+    """Density of every round, 1 in the first."""
+    several = isinstance(fraction, Sequence | np.ndarray)
+    given = list(fraction) if several else [fraction]
+    for each in given:
+        if not is_number(each):
+            raise TypeError(
+                "fraction must be a number in (0, 1), or a sequence of them, got "
+                f"{fraction!r}."
+            )
+        if not 0.0 < each < 1.0:
+            raise ValueError(f"fraction must be in (0, 1), got {each}.")
+    if not several:
+        return [(1.0 - given[0]) ** number for number in range(rounds + 1)]
+    if len(given) != rounds:
+        raise ValueError(
+            f"fraction must be one number, or one for each of the {rounds} rounds, got "
+            f"{len(given)} of them."
+        )
+    return [math.prod(1.0 - f for f in given[:number]) for number in range(rounds + 1)]
+
+
+def _check_arguments(train: Any, retrain: Any, rounds: Any, ticket: Any) -> None:
     if not callable(train) or not (retrain is None or callable(retrain)):
         raise TypeError(
             "train and retrain must be functions (params, masks, key) -> params, got "
             f"{train!r} and {retrain!r}."
         )
     check_rounds(rounds, least=0)
-    if not is_number(fraction):
-        raise TypeError(f"fraction must be a number in (0, 1), got {fraction!r}.")
-    if not 0.0 < fraction < 1.0:
-        raise ValueError(f"fraction must be in (0, 1), got {fraction}.")
     if ticket is not None and not isinstance(ticket, Ticket):
         raise TypeError(
             f"ticket must be a Ticket, got {type(ticket).__name__}: restore a "

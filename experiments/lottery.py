@@ -1,0 +1,226 @@
+"""Lottery tickets by iterative magnitude pruning: `python -m experiments.lottery`.
+
+For every seed the dense network is trained; then, round by round, the smallest weights
+of all layers are pruned, the others go back to what they were initially (or after
+`--rewind-steps` steps), and the network is trained again from there. After each round
+a file has the masks and the weights that its training starts from, for
+`python -m experiments.train --masks.source tickets`.
+
+References:
+  Frankle & Carbin, The Lottery Ticket Hypothesis, ICLR 2019. Frankle et al., Linear
+  Mode Connectivity and the Lottery Ticket Hypothesis, ICML 2020 (rewinding to a step).
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tqdm
+import tyro
+
+import granet_jax
+from experiments import initial, models, tickets, train, trainer
+from experiments.config import Config, DistributedConfig, MaskConfig, ToSTConfig
+from experiments.data import load
+from experiments.parallel import Program
+from granet_jax import mask_sources
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LotteryConfig:
+    """Finds lottery tickets by iterative magnitude pruning.
+
+    The same command goes on where it stopped.
+    """
+
+    sparsities: tyro.conf.Positional[tuple[float, ...]]
+    """Sparsity after every round of pruning, in (0, 1), rising."""
+
+    out: pathlib.Path
+    """Folder for the tickets, and for the training of every round."""
+
+    rewind_steps: int = 0
+    """Step of the dense training that weights go back to; 0 for the
+    initial ones."""
+
+    train: Config = dataclasses.field(
+        default_factory=lambda: Config(method="static", sparsity=0.0, baseline=False)
+    )
+    """Of the training in each round. (Its method is static, and the
+    round says its sparsity.)"""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value that cannot be used."""
+        if not self.sparsities:
+            raise ValueError("sparsities must not be empty.")
+        for before, after in itertools.pairwise((0.0, *self.sparsities, 1.0)):
+            if not before < after:
+                raise ValueError(
+                    "sparsities must lie in (0, 1) and rise, got "
+                    f"{', '.join(map(str, self.sparsities))}."
+                )
+        if not 0 <= self.rewind_steps < self.train.steps:
+            raise ValueError(
+                f"rewind_steps must lie in [0, train.steps), got {self.rewind_steps} "
+                f"of {self.train.steps}."
+            )
+        fixed = {
+            "method": "static",
+            "sparsity": 0.0,
+            "masks": MaskConfig(),
+            "tost": ToSTConfig(),
+            "vmap_seeds": False,
+            "baseline": False,
+            "out": None,
+            "distributed": DistributedConfig(),
+        }
+        for name, value in fixed.items():
+            if getattr(self.train, name) != value:
+                raise ValueError(
+                    f"train.{name} is not for lottery tickets: leave it out. They are "
+                    "found in one process, and trained otherwise afterwards, with "
+                    "python -m experiments.train --masks.source tickets."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, as JSON holds them."""
+        own = {"sparsities": self.sparsities, "rewind_steps": self.rewind_steps}
+        return json.loads(json.dumps(own)) | self.train.to_dict()
+
+
+def run(config: LotteryConfig) -> None:
+    """Finds the tickets of all seeds, or goes on from where that stopped.
+
+    Raises:
+      Those of `experiments.train.run`.
+    """
+    settings = config.train
+    each = trainer.create(settings, load(settings.data.dataset, settings.data.data_dir))
+    train.claim(config.out, config.to_dict())
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    steps = settings.steps - config.rewind_steps
+    try:
+        with (
+            train.StopSignal() as stop,
+            tqdm.tqdm(
+                total=len(seeds) * (1 + len(config.sparsities)) * steps,
+                unit="step",
+                disable=not settings.progress,
+                dynamic_ncols=True,
+            ) as bar,
+        ):
+            for seed in seeds:
+                rounds = zip(
+                    (0.0, *config.sparsities),
+                    _tickets(config, each, seed, stop.reached, bar),
+                    strict=True,
+                )
+                for sparsity, (ticket, accuracy) in rounds:
+                    bar.write(
+                        f"seed {seed}, {sparsity:.10g} sparse: {100 * accuracy:.2f} %",
+                        file=sys.stdout,
+                    )
+                    if sparsity:
+                        start, masks = jax.device_get((ticket.start, ticket.masks))
+                        tickets.write(config.out, seed, sparsity, start, masks)
+    except trainer.StoppedError as stopped:
+        stopped.add_note("Go on with the same command.")
+        raise
+
+
+def _tickets(
+    config: LotteryConfig,
+    each: trainer.Trainer,
+    seed: int,
+    stopped: Callable[[int], int | None],
+    bar: tqdm.tqdm,
+) -> Iterator[tuple[mask_sources.Ticket, float]]:
+    """The tickets of a seed, each with the test accuracy of its training."""
+    program = each.program
+    origin = jax.device_get(program.snapshot(_origin(config, each, seed)))
+    accuracies: list[float] = []
+
+    def trained(params: PyTree, masks: PyTree, key: jax.Array) -> PyTree:
+        del key  # All random numbers follow from the seed and the step.
+
+        def begin(program: Program, seeds: Sequence[int]) -> PyTree:
+            shardings = jax.tree.map(lambda x: x.sharding, program.abstract())
+            state = program.restore(jax.device_put(origin, shardings))
+            host = jax.device_get((params, masks))
+            return initial.with_weights(program, state, *host)
+
+        number = len(accuracies)
+        bar.set_description(f"seed {seed}, round {number}", refresh=False)
+        (records,), state = trainer.fit(
+            _with_sparsity(each, (0.0, *config.sparsities)[number]),
+            [seed],
+            config.out / f"seed{seed}" / f"round{number}",
+            on_step=lambda steps: train.advance(bar, steps),
+            stopped=stopped,
+            first=config.rewind_steps,
+            begin=begin,
+        )
+        accuracies.append(records[-1].test_accuracy)
+        return jax.device_get(program.snapshot(state)).params
+
+    densities = [1 - sparsity for sparsity in (0.0, *config.sparsities)]
+    found = mask_sources.lottery_tickets(
+        trained,
+        jax.tree.map(jnp.asarray, origin.params),
+        rounds=len(config.sparsities),
+        fraction=[1 - b / a for a, b in itertools.pairwise(densities)],
+        key=jax.random.key(seed),
+        where=models.maskable,
+    )
+    for ticket in found:
+        yield ticket, accuracies[-1]
+
+
+def _with_sparsity(each: trainer.Trainer, sparsity: float) -> trainer.Trainer:
+    """The same programs, for masks of this sparsity: static training keeps them."""
+    program = each.program
+    functions = program.functions
+    changed = dataclasses.replace(
+        functions, config=dataclasses.replace(functions.config, sparsity=sparsity)
+    )
+    return each._replace(program=dataclasses.replace(program, functions=changed))
+
+
+def _origin(config: LotteryConfig, each: trainer.Trainer, seed: int) -> PyTree:
+    """The dense state that weights go back to, its moments zero."""
+    program = each.program
+    state = program.create([seed])
+    batches = trainer.batches(each, seed, 0)
+    for _ in range(config.rewind_steps):
+        state, loss = program.steps(state, next(batches), 1)
+        jax.block_until_ready(loss)
+    state = program.snapshot(state)
+    found = granet_jax.get_state(state.opt_state)
+    inner = jax.tree.map(
+        lambda x: jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+        found.inner_state,
+    )
+    return program.restore(state._replace(opt_state=found._replace(inner_state=inner)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status, as `experiments.train.main` does."""
+    return train.exit_status(
+        lambda: run(
+            tyro.cli(
+                LotteryConfig, args=arguments, prog="python -m experiments.lottery"
+            )
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Lottery tickets as files: masks, and the weights that are trained under them."""
+
+import math
+import pathlib
+import zipfile
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.files import complete
+from granet_jax import distributions, masking
+
+PyTree = Any
+
+
+def write(
+    folder: pathlib.Path, seed: int, sparsity: float, weights: PyTree, masks: PyTree
+) -> None:
+    """Writes a ticket: all parameters, and the masks at 1 bit a weight.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    arrays: Any = {f"weights/{name}": x for name, x in _named(weights).items()}
+    arrays |= {f"masks/{name}": np.packbits(x) for name, x in _named(masks).items()}
+    with complete(_path(folder, seed, sparsity)) as path, path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def read(
+    folder: pathlib.Path, seed: int, sparsity: float, params: PyTree, masks: PyTree
+) -> tuple[PyTree, PyTree]:
+    """The ticket of a seed at a sparsity: (weights, masks).
+
+    Args:
+      folder: that `python -m experiments.lottery` wrote.
+      seed: of the run that was pruned.
+      sparsity: of the ticket.
+      params: of the network, for their structure and shapes.
+      masks: likewise.
+
+    Raises:
+      FileNotFoundError: there is no such ticket.
+      ValueError: it is of another network, or damaged.
+    """
+    path = _path(folder, seed, sparsity)
+    if not path.exists():
+        found = ", ".join(sorted(x.name for x in folder.glob("seed*.npz")))
+        raise FileNotFoundError(
+            f"masks.tickets: {folder} has no ticket {path.name}, only "
+            f"{found or 'none at all'}: python -m experiments.lottery makes them."
+        )
+    total = sum(math.prod(x.shape) for x in jax.tree.leaves(masks))
+    expected = distributions.total_count(total, sparsity)
+    try:
+        # NumPy leaves a damaged file open that it has opened itself.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        weights = jax.tree_util.tree_map_with_path(
+            lambda p, x: _of_shape(arrays[f"weights/{masking.leaf_name(p)}"], x.shape),
+            params,
+        )
+        bits = jax.tree_util.tree_map_with_path(
+            lambda p, x: _unpacked(arrays[f"masks/{masking.leaf_name(p)}"], x.shape),
+            masks,
+        )
+        active = sum(int(x.sum()) for x in jax.tree.leaves(bits))
+        if active != expected:
+            raise ValueError(f"{active} active weights instead of {expected}")
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"masks.tickets: {path} is not a ticket of this network ({error})."
+        ) from error
+    return weights, bits
+
+
+def _path(folder: pathlib.Path, seed: int, sparsity: float) -> pathlib.Path:
+    return folder / f"seed{seed}-{sparsity}.npz"
+
+
+def _named(tree: PyTree) -> dict[str, np.ndarray]:
+    return {
+        masking.leaf_name(path): np.asarray(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _of_shape(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if array.shape != shape:
+        raise ValueError(f"shape {array.shape} instead of {shape}")
+    return array
+
+
+def _unpacked(bits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    size = math.prod(shape)
+    if bits.size != math.ceil(size / 8):
+        raise ValueError(f"{bits.size} bytes of a mask of {size} weights")
+    return np.unpackbits(bits, count=size).reshape(shape).astype(bool)
