@@ -37,13 +37,11 @@ from experiments.config import (
     CheckpointConfig,
     Config,
     DataConfig,
-    MaskConfig,
-    MethodName,
     OptimizerConfig,
-    SourceName,
     ToSTConfig,
     differences,
 )
+from experiments.methods import MaskConfig, MethodName, SourceName
 
 METHODS: tuple[MethodName, ...] = (
     "granet",
