@@ -211,11 +211,14 @@ def _record(
         case "static":
             return granet_jax.static(sparsity, **options)
         case "cyclical":
+            options.setdefault("cycles", 4)
+            _check_cycles(steps, options["cycles"])
             return granet_jax.cyclical(sparsity, steps, **options)
         case "acdc":
             return granet_jax.acdc(sparsity, _switches(steps, **options))
         case "sculpt":
             options.setdefault("cycles", 3)
+            _check_cycles(steps, options["cycles"] + 1)
             options.setdefault("initial_sparsity", min(0.8, sparsity))
             return granet_jax.sculpt(sparsity, steps, **options)
         case "straight-through":
@@ -228,6 +231,15 @@ def _record(
             return _growing(sparsity, end, options["interval"], weight_decay)
         case _:
             return None
+
+
+def _check_cycles(steps: int, number: int) -> None:
+    if steps % number:
+        raise ValueError(
+            f"steps must be a multiple of the {number} cycles (masks.cycles, and for "
+            f"sculpt the one after the pruning), got {steps}: {steps % number} fewer, "
+            "say."
+        )
 
 
 def _switches(steps: int, *, cycles: int = 4) -> list[int]:

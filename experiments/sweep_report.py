@@ -25,12 +25,12 @@ LOOKS = {
     "set": ("#CC79A7", "v"),
     "snfs": ("#777777", "P"),
     "static": ("#56B4E9", "X"),
-    "cyclical": ("#332288", "o"),
-    "acdc": ("#44AA99", "s"),
-    "sculpt": ("#AA4499", "v"),
-    "straight-through": ("#882255", "^"),
-    "top-kast": ("#999933", "D"),
-    "greg2": ("#661100", "P"),
+    "cyclical": ("#332288", ">"),
+    "acdc": ("#44AA99", "<"),
+    "sculpt": ("#AA4499", "p"),
+    "straight-through": ("#882255", "h"),
+    "top-kast": ("#999933", "d"),
+    "greg2": ("#661100", "*"),
 }
 
 

@@ -163,7 +163,7 @@ def masks_of(maker: trainer.Trainer, state: step.TrainState) -> Any:
         ({"method": "acdc", "steps": 7}, r"at least 2 \* masks.cycles, 8, got 7"),
         (
             {"method": "cyclical", "steps": 1201},
-            "total_steps must be a multiple of the 4 cycles, got 1201",
+            "steps must be a multiple of the 4 cycles .* got 1201: 1 fewer",
         ),
         (
             {"method": "greg2", "masks": MaskConfig(interval=250)},
