@@ -87,9 +87,7 @@ def update_masks(
             found = scored(
                 score, names, present, params, left, grads, accumulators, key, marked
             )
-            if whole:
-                return [structures.merge(structure, x) for x in found]
-            return found
+            return [structures.merge(structure, x) for x in found]
 
         return ranked
 
@@ -176,8 +174,7 @@ def _spread(
     structure: Structure | None, chosen: Sequence[Array], like: Sequence[Array]
 ) -> list[Array]:
     return [
-        structures.spread(structure, c, x.shape)
-        for c, x in zip(chosen, like, strict=True)
+        structures.spread(structure, c, x) for c, x in zip(chosen, like, strict=True)
     ]
 
 

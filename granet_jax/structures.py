@@ -29,7 +29,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from granet_jax import distributions, selection
+from granet_jax import distributions, masking, selection
 from granet_jax.checks import check_choice
 from granet_jax.distributions import Distribution, Shape
 from granet_jax.selection import Scope
@@ -313,10 +313,7 @@ def select(
         ranked = [merge(structure, s) for s in scores]
         candidates = among and [merge_mask(structure, m) for m in among]
         chosen = selection.top_k(ranked, number, among=candidates, scope=scope)
-        shapes = [s.shape for s in scores]
-        return [
-            spread(structure, c, shape) for c, shape in zip(chosen, shapes, strict=True)
-        ]
+        return [spread(structure, c, x) for c, x in zip(chosen, scores, strict=True)]
     keys = selection.sort_keys(scores, among)
     chosen = [
         _best_of_boxes(structure, k, jnp.asarray(number)[i]) for i, k in enumerate(keys)
@@ -356,8 +353,10 @@ def box_counts(structure: Structure, mask: Array) -> Array:
     return jnp.sum(_reshaped(mask, split), axis=axes, keepdims=True, dtype=jnp.uint32)
 
 
-def merge(structure: Structure, score: Array) -> Array:
-    """The norm of the scores of every box, in at least float32."""
+def merge(structure: Structure | None, score: Array) -> Array:
+    """The norm of the scores of every box, if they are kept whole; else the scores."""
+    if structure is None or not structure.whole:
+        return score
     split, axes = _split(structure, score.shape)
     wide = score.astype(jnp.promote_types(score.dtype, jnp.float32))
     values = _reshaped(wide, split)
@@ -374,13 +373,13 @@ def merge_mask(structure: Structure | None, mask: Array) -> Array:
     return jnp.all(_reshaped(mask, split), axis=axes)
 
 
-def spread(structure: Structure | None, chosen: Array, shape: Shape) -> Array:
-    """The mask of a leaf from what `merge_mask` makes of it."""
+def spread(structure: Structure | None, chosen: Array, like: Array) -> Array:
+    """The mask from what `merge_mask` makes of it, placed like the leaf `like`."""
     if structure is None or not structure.whole:
         return chosen
-    split, axes = _split(structure, shape)
+    split, axes = _split(structure, like.shape)
     wide = jnp.broadcast_to(jnp.expand_dims(chosen, axes), split)
-    return _reshaped(wide, shape)
+    return masking.placed_like(_reshaped(wide, like.shape), like)
 
 
 def _best_of_boxes(structure: Structure, keys: Array, number: ArrayLike) -> Array:
