@@ -186,7 +186,8 @@ METHODS: dict[str, tuple[granet_jax.Method, dict[int, dict[str, int]]]] = {
 def run(method: granet_jax.Method, steps: int = 4) -> Any:
     """Yields params, masks and moments before and after every step."""
     tx = granet_jax.transform(method, optax.sgd(0.25, momentum=0.5), seed=3)
-    params, state = draw(0), tx.init(draw(0))
+    params: Any = draw(0)
+    state: Any = tx.init(params)
     if method.weights == "sparse":
         params = granet_jax.apply_masks(params, state.masks)
     update = jax.jit(tx.update, compiler_options=QUICK)
