@@ -5,19 +5,17 @@ package's `transform` is the function.
 """
 
 import functools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array, lax
 from jax.core import Tracer
 
-from granet_jax import distributions, masking, schedules
-from granet_jax import updates as mask_updates
+from granet_jax import choices, masking, plans, structures
+from granet_jax.choices import step_key, where_active
 from granet_jax.elementwise import is_elementwise
 from granet_jax.masking import PyTree, Where
 from granet_jax.methods import Method
@@ -28,9 +26,6 @@ from granet_jax.moments import (
     zero_moments,
 )
 from granet_jax.penalties import Penalty, PenaltyInputs
-from granet_jax.scores import Score, ScoreInputs
-from granet_jax.scores import random as random_score
-from granet_jax.selection import counter_dtype, top_k
 
 
 class SparseState(NamedTuple):
@@ -57,15 +52,6 @@ class SparseState(NamedTuple):
     accumulator: PyTree
     continuing: PyTree
     marked: PyTree = ()
-
-
-class _Plan(NamedTuple):
-    """Integer tables of a method on given leaves, one row per update (host)."""
-
-    prunes: np.ndarray  # bool (J,): whether this update prunes
-    revives: np.ndarray  # bool (J,): whether weights come back
-    keep: np.ndarray  # unsigned (J,) with global scope, (J, leaves) with layer scope
-    fraction: np.ndarray  # uint32 (J,): prune fraction in fixed point
 
 
 def transform(
@@ -154,8 +140,8 @@ def transform(
     regrows = wrapped is not None and enters
 
     @functools.lru_cache(maxsize=8)
-    def plan(shapes: tuple[tuple[int, ...], ...]) -> _Plan:
-        return _plan(method, shapes)
+    def plan(shapes: tuple[tuple[int, ...], ...]) -> plans.Plan:
+        return plans.plan(method, shapes)
 
     # Compiled also for those who call `update` outside jit: op by op, its loops would
     # be compiled anew at every mask update.
@@ -169,7 +155,7 @@ def transform(
         marked: list[Array] | None,
         count: Array,
     ) -> tuple[list[Array], list[Array]]:
-        return _update_masks(
+        return choices.update_masks(
             method,
             plan(tuple(tuple(x.shape) for x in leaves)),
             names,
@@ -179,7 +165,7 @@ def transform(
             accumulators,
             marked,
             count=count,
-            key=_key(seed, count),
+            key=step_key(seed, count),
         )
 
     @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -191,18 +177,16 @@ def transform(
         accumulators: list[Array] | None,
         count: Array,
     ) -> tuple[list[Array], list[Array]]:
-        """The masks among all weights, and the marked weights."""
-        row, key = method.updates.done(count), _key(seed, count)
-        ranked = _scored(
-            method.prune, names, leaves, stepped, stepped, grads, accumulators, key
+        return choices.choose_masks(
+            method,
+            names,
+            leaves,
+            stepped,
+            grads,
+            accumulators,
+            count=count,
+            key=step_key(seed, count),
         )
-        shapes = tuple(tuple(x.shape) for x in leaves)
-        keep = jnp.asarray(_numbers(method, shapes))[row]
-        chosen = top_k(ranked, keep, scope=method.scope)
-        if method.marked_sparsity is None:
-            return chosen, []
-        marked = _numbers(method, shapes, method.marked_sparsity)
-        return chosen, top_k(ranked, marked, scope=method.scope)
 
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def choose_marked(
@@ -211,21 +195,20 @@ def transform(
         stepped: list[Array],
         count: Array | int,
     ) -> list[Array]:
-        """The marked weights among the active ones."""
-        assert method.marked_sparsity is not None
-        ranked = _scored(
-            method.prune, names, leaves, stepped, stepped, None, None, _key(seed, count)
+        return choices.choose_marked(
+            method, names, leaves, stepped, key=step_key(seed, count)
         )
-        shapes = tuple(tuple(x.shape) for x in leaves)
-        number = _numbers(method, shapes, method.marked_sparsity)
-        among = None if method.weights == "dense" else leaves
-        return top_k(ranked, number, among=among, scope=method.scope)
 
     def init(params: PyTree) -> SparseState:
         if masks is None:
             initial = init_masks(method, params, where=where, seed=seed)
         else:
             initial = masking.check_masks(masks, params)
+            present = list(zip(_names(initial), jax.tree.leaves(initial), strict=True))
+            structures.check_leaves(
+                method.structure, [(name, m.shape) for name, m in present]
+            )
+            structures.check_masks(method.structure, present)
             initial = masking.map_masked(
                 lambda m, _, p: masking.placed_like(m, p), initial, initial, params
             )
@@ -302,7 +285,7 @@ def transform(
             changed, kept = update_masks(
                 _names(masks_),
                 leaves,
-                list(map(_masked, leaves, stepped)),
+                list(map(where_active, leaves, stepped)),
                 dense,
                 jax.tree.leaves(accumulator) or None,
                 jax.tree.leaves(state.marked) or None,
@@ -344,10 +327,10 @@ def transform(
             # With dense weights, only those marked are moved, where some are.
             reach = state.marked if method.weights == "dense" else ()
             if jax.tree.leaves(reach):
-                given = masking.map_masked(_masked, reach, given)
+                given = masking.map_masked(where_active, reach, given)
             inner_updates, inner_state = step_inner(given, state.inner_state, params)
             if jax.tree.leaves(reach):
-                inner_updates = masking.map_masked(_masked, reach, inner_updates)
+                inner_updates = masking.map_masked(where_active, reach, inner_updates)
 
             def choose(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
                 leaves, treedef = jax.tree.flatten(now[0])
@@ -386,7 +369,7 @@ def transform(
             # in place. (The inner step is computed again inside, on update steps only:
             # handing its result in would force it through memory in every step.)
             def change(masks_: PyTree) -> tuple[PyTree, PyTree]:
-                masked = masking.map_masked(_masked, masks_, given)
+                masked = masking.map_masked(where_active, masks_, given)
                 inner_updates, _ = step_inner(masked, state.inner_state, params)
                 return change_masks(masks_, inner_updates)
 
@@ -399,11 +382,11 @@ def transform(
                 keep = new = _if(updating, lambda now: change(now)[0], old)
             elif method.updates.steps():
                 new, keep = _if(again, change_both, (old, state.continuing))
-            masked = masking.map_masked(_masked, keep, given)
+            masked = masking.map_masked(where_active, keep, given)
             inner_updates, inner_state = step_inner(
                 masked,
                 zero_moments(state.inner_state, keep),
-                masking.map_masked(_masked, keep, params),
+                masking.map_masked(where_active, keep, params),
             )
             emitted = masking.map_masked(_emit, keep, inner_updates, params)
             continuing = keep if regrows else ()
@@ -411,7 +394,7 @@ def transform(
 
         masked = given
         if wrapped is not None:
-            masked = masking.map_masked(_masked, old, given)
+            masked = masking.map_masked(where_active, old, given)
         inner_updates, inner_state = step_inner(masked, state.inner_state, params)
 
         def change_last(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
@@ -459,20 +442,21 @@ def init_masks(
       and `optax.MaskedNode()` at dense leaves.
 
     Raises:
-      ValueError, TypeError: as `masking.maskable`.
+      ValueError, TypeError: as `masking.maskable`; shapes that the method's structure
+        does not divide.
     """
     selected = masking.maskable(params, where)
-    chosen = [
-        p
-        for p, s in zip(jax.tree.leaves(params), jax.tree.leaves(selected), strict=True)
+    named = [
+        (masking.leaf_name(path), p)
+        for (path, p), s in zip(
+            jax.tree_util.tree_leaves_with_path(params),
+            jax.tree.leaves(selected),
+            strict=True,
+        )
         if s
     ]
-    shapes = tuple(tuple(p.shape) for p in chosen)
-    counts = distributions.counts(shapes, method.sparsity(0), method.distribution)
-    if method.weights != "sparse" and sum(counts) < sum(map(math.prod, shapes)):
-        drawn = iter(_chosen_masks(method, params, selected, seed))
-    else:
-        drawn = iter(_random_masks(shapes, counts, seed))
+    names, weights = tuple(name for name, _ in named), [p for _, p in named]
+    drawn = iter(choices.initial_masks(method, names, weights, seed=seed))
     return jax.tree.map(
         lambda p, s: masking.placed_like(next(drawn), p) if s else optax.MaskedNode(),
         params,
@@ -590,175 +574,6 @@ def _check_arguments(
         raise TypeError(f"seed must be an integer, got {seed!r}.")
 
 
-def _plan(method: Method, shapes: tuple[tuple[int, ...], ...]) -> _Plan:
-    """The integer tables of `method`, in float64 and Python integers."""
-    total = sum(math.prod(s) for s in shapes)
-    present = distributions.counts(shapes, method.sparsity(0), method.distribution)
-    keep: list[Any] = []
-    prunes: list[bool] = []
-    revives: list[bool] = []
-    for step in method.updates.steps():
-        sparsity = method.sparsity(step)
-        active = distributions.total_count(total, sparsity)
-        if method.revive is None:
-            active = min(active, sum(present))
-        prunes.append(active < sum(present))
-        revives.append(active > sum(present))
-        if method.scope == "global":
-            present = [active]
-            keep.append(active)
-        else:
-            if prunes[-1]:
-                present = distributions.counts(
-                    shapes, sparsity, method.distribution, caps=present
-                )
-            elif revives[-1]:
-                present = distributions.counts(
-                    shapes, sparsity, method.distribution, floors=present
-                )
-            keep.append(present)
-    dtype = np.uint32 if total < 2**32 else np.uint64
-    return _Plan(
-        prunes=np.asarray(prunes, bool),
-        revives=np.asarray(revives, bool),
-        keep=np.asarray(keep, dtype),
-        fraction=np.asarray(
-            [schedules.fixed_point(method.fraction(t)) for t in method.updates.steps()],
-            np.uint32,
-        ),
-    )
-
-
-def _numbers(
-    method: Method, shapes: tuple[tuple[int, ...], ...], sparsity: float | None = None
-) -> np.ndarray:
-    """Numbers of active weights, where they are chosen among all (host).
-
-    Unsigned: at one sparsity, a scalar with global scope and (leaves,) with layer
-    scope; without one, as many rows of these as updates and one before, (1 + J, ...).
-    """
-    total = sum(math.prod(s) for s in shapes)
-
-    def number(sparsity: float) -> int | list[int]:
-        if method.scope == "global":
-            return distributions.total_count(total, sparsity)
-        return distributions.counts(shapes, sparsity, method.distribution)
-
-    dtype = np.uint32 if total < 2**32 else np.uint64
-    if sparsity is not None:
-        return np.asarray(number(sparsity), dtype)
-    steps = (0, *method.updates.steps())
-    return np.asarray([number(method.sparsity(t)) for t in steps], dtype)
-
-
-def _scored(
-    score: Score,
-    names: tuple[str, ...],
-    masks: list[Array],
-    params: list[Array],
-    weights: list[Array],
-    grads: list[Array] | None,
-    accumulators: list[Array] | None,
-    key: Array,
-    marked: list[Array] | None = None,
-) -> list[Array]:
-    """The score of every leaf; see `ScoreInputs` for its arguments."""
-    by_name = dict(zip(names, weights, strict=True))
-    return [
-        score(
-            ScoreInputs(
-                param=p,
-                grad=None if grads is None else grads[i],
-                mask=m,
-                accumulator=None if accumulators is None else accumulators[i],
-                key=jax.random.fold_in(key, i),
-                name=name,
-                weights=by_name,
-                marked=None if marked is None else marked[i],
-            )
-        )
-        for i, (name, p, m) in enumerate(zip(names, params, masks, strict=True))
-    ]
-
-
-def _update_masks(
-    method: Method,
-    plan: _Plan,
-    names: tuple[str, ...],
-    masks: list[Array],
-    params: list[Array],
-    grads: list[Array] | None,
-    accumulators: list[Array] | None,
-    marked: list[Array] | None,
-    *,
-    count: Array,
-    key: Array,
-) -> tuple[list[Array], list[Array]]:
-    """One mask update: prune to the schedule, then exchange.
-
-    Returns the new masks, and which weights continue (see `updates.run_phases`).
-    """
-    index = method.updates.update_index(count)
-
-    def rank(score: Score) -> Callable[[list[Array]], list[Array]]:
-        def ranked(present: list[Array]) -> list[Array]:
-            # Of leaves that the score does not look at, nothing is computed.
-            left = list(map(_masked, present, params))
-            return _scored(
-                score, names, present, params, left, grads, accumulators, key, marked
-            )
-
-        return ranked
-
-    parts = (method.prune, method.revive, method.drop, method.grow)
-    ranks = {s: rank(s) for s in parts if s}
-    prunes, revives = bool(plan.prunes.any()), bool(plan.revives.any())
-    phases = []
-    if prunes:
-        keep = jnp.asarray(plan.keep)[index]
-        phases.append(
-            mask_updates.prune_phase(ranks[method.prune], keep, scope=method.scope)
-        )
-    if revives and method.revive is not None:
-        phases.append(
-            mask_updates.revive_phase(
-                ranks[method.revive],
-                jnp.asarray(plan.keep)[index],
-                sizes=[m.size for m in masks],
-                scope=method.scope,
-            )
-        )
-    if method.grow is not None:
-        weights = None
-        if method.redistribute:
-            weights = mask_updates.mean_score(masks, ranks[method.grow](masks))
-        phases += mask_updates.exchange_phases(
-            ranks[method.drop],
-            ranks[method.grow],
-            jnp.asarray(plan.fraction)[index],
-            layer_weights=weights,
-        )
-    if not phases:
-        return masks, masks
-    # Between updates that prune to the same number, only the exchange is left.
-    first: Array | int = 0
-    if revives:
-        first = jnp.asarray(_first_phase(plan))[index]
-    elif prunes and len(phases) > 1:
-        first = 1 - jnp.asarray(plan.prunes)[index]
-    return mask_updates.run_phases(masks, phases, first=first)
-
-
-def _first_phase(plan: _Plan) -> np.ndarray:
-    """Where an update begins, of the phases that prune, revive, and exchange: (J,).
-
-    After pruning there is nothing to revive, and the phase for it passes.
-    """
-    prunes = int(plan.prunes.any())
-    otherwise = np.where(plan.revives, prunes, prunes + 1)
-    return np.where(plan.prunes, 0, otherwise).astype(np.int32)
-
-
 def _if(predicate: Array, change: Callable[[PyTree], PyTree], value: PyTree) -> PyTree:
     """change(value) where `predicate`, else value: a loop of one trip or none.
 
@@ -819,10 +634,6 @@ def _penalised(
     )
 
 
-def _masked(mask: Array, x: Array) -> Array:
-    return jnp.where(mask, x, jnp.zeros_like(x))
-
-
 def _stepped(params: PyTree, inner_updates: PyTree, masks: PyTree) -> Iterator[Array]:
     """Maskable weights after the inner optimizer's step."""
     for p, u in zip(
@@ -855,64 +666,6 @@ def _accumulate(
 
 def _accumulator_dtype(param: Any) -> jnp.dtype:
     return jnp.promote_types(param.dtype, jnp.float32)
-
-
-def _chosen_masks(
-    method: Method, params: PyTree, selected: PyTree, seed: int | Array
-) -> list[Array]:
-    """The masks that `method` chooses among the parameters at step 0."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    chosen = [
-        (masking.leaf_name(path), p)
-        for (path, p), s in zip(leaves, jax.tree.leaves(selected), strict=True)
-        if s
-    ]
-    names, weights = tuple(n for n, _ in chosen), [p for _, p in chosen]
-    if any(isinstance(p, jax.ShapeDtypeStruct) for p in weights):
-        raise TypeError(
-            f"params must be arrays: {method.name} chooses its masks among them. For "
-            "shapes only, use jax.eval_shape(tx.init, params)."
-        )
-    weights = [jnp.asarray(p) for p in weights]
-    masks = [jnp.ones_like(p, bool) for p in weights]
-    key = _key(seed, 0)
-    ranked = _scored(method.prune, names, masks, weights, weights, None, None, key)
-    number = _numbers(
-        method, tuple(tuple(p.shape) for p in weights), method.sparsity(0)
-    )
-    return top_k(ranked, number, scope=method.scope)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _draw(
-    shapes: tuple[tuple[int, ...], ...], counts: Array, key: Array
-) -> list[Array]:
-    scores = [
-        random_score(
-            ScoreInputs(
-                param=jax.ShapeDtypeStruct(shape, jnp.float32),  # pyright: ignore
-                grad=None,
-                mask=None,  # pyright: ignore
-                accumulator=None,
-                key=jax.random.fold_in(key, i),
-            )
-        )
-        for i, shape in enumerate(shapes)
-    ]
-    return top_k(scores, counts)
-
-
-def _random_masks(
-    shapes: tuple[tuple[int, ...], ...], counts: Sequence[int], seed: int | Array
-) -> list[Array]:
-    if all(n == math.prod(s) for n, s in zip(counts, shapes, strict=True)):
-        return [jnp.ones(shape, bool) for shape in shapes]
-    counter = counter_dtype([math.prod(s) for s in shapes], "layer")
-    return _draw(shapes, jnp.asarray(counts, counter), _key(seed, 0))
-
-
-def _key(seed: int | Array, count: Array | int) -> Array:
-    return jax.random.fold_in(jax.random.key(seed), count)
 
 
 def _is_sparse(x: Any) -> bool:

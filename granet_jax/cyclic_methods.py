@@ -15,6 +15,7 @@ from granet_jax.distributions import Distribution
 from granet_jax.methods import Method, Weights, gradual
 from granet_jax.schedules import UpdateSteps
 from granet_jax.selection import Scope
+from granet_jax.structures import Structure
 
 Recovery = Literal["hard", "projected", "straight_through"]
 _WEIGHTS: dict[str, Weights] = {
@@ -35,6 +36,7 @@ def cyclical(
     recovery: Recovery = "hard",
     scope: Scope = "global",
     distribution: Distribution = "uniform",
+    structure: Structure | None = None,
 ) -> Method:
     """Cyclical pruning: gradual magnitude pruning, again and again from dense.
 
@@ -73,6 +75,7 @@ def cyclical(
       scope: "global": weights compete across layers; "layer": within each, at the
         sparsity that `distribution` gives it.
       distribution: with scope "layer"; and of the initial masks.
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
@@ -118,6 +121,7 @@ def cyclical(
         sparsity=schedules.repeated(rise, period=period, cycles=cycles),
         updates=schedules.listed(steps),
         distribution=distribution,
+        structure=structure,
         scope=scope,
         revive=scores.gradient if partial else scores.magnitude,
         needs_gradient=partial,
@@ -131,6 +135,7 @@ def acdc(
     *,
     scope: Scope = "global",
     distribution: Distribution = "uniform",
+    structure: Structure | None = None,
 ) -> Method:
     """AC/DC: training that alternates between compressed and decompressed phases.
 
@@ -153,6 +158,7 @@ def acdc(
       scope: "global": weights compete across layers; "layer": within each, at the
         sparsity that `distribution` gives it.
       distribution: with scope "layer".
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform(method, inner)`.
@@ -181,6 +187,7 @@ def acdc(
         sparsity=alternating,
         updates=updates,
         distribution=distribution,
+        structure=structure,
         scope=scope,
         revive=scores.magnitude,
         resets=schedules.listed(resets) if resets else schedules.NEVER,
@@ -195,6 +202,7 @@ def sculpt(
     initial_sparsity: float = 0.8,
     scope: Scope = "global",
     distribution: Distribution = "erk",
+    structure: Structure | None = None,
 ) -> Method:
     """SCULPT-ing: cyclic training of a fixed mask, one pruning, and another cycle.
 
@@ -214,6 +222,7 @@ def sculpt(
       scope: of the pruning: "global", as in the code, or "layer".
       distribution: of the random mask; and of the pruning with scope "layer". (The
         code's ERK draws every weight by itself and clips without redistributing.)
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform(method, inner)`.
@@ -240,6 +249,7 @@ def sculpt(
         sparsity=lambda step: sparsity if step >= end else initial_sparsity,
         updates=UpdateSteps(end, end, period),
         distribution=distribution,
+        structure=structure,
         scope=scope,
         resets=UpdateSteps(period, end, period),
     )

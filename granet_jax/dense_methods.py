@@ -11,6 +11,7 @@ from granet_jax.distributions import Distribution
 from granet_jax.methods import Method, gradual
 from granet_jax.schedules import UpdateSteps, constant
 from granet_jax.selection import Scope
+from granet_jax.structures import Structure
 
 
 def straight_through(
@@ -23,6 +24,7 @@ def straight_through(
     penalty: float = 0.0,
     scope: Scope = "layer",
     distribution: Distribution = "uniform",
+    structure: Structure | None = None,
 ) -> Method:
     """Magnitude pruning with a straight-through estimator: pruned weights live on.
 
@@ -44,6 +46,7 @@ def straight_through(
       scope: "layer": weights compete within each, at the sparsity that `distribution`
         gives it; "global": across layers.
       distribution: with scope "layer".
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`; `sparse_view` gives the sparse parameters.
@@ -63,6 +66,7 @@ def straight_through(
         sparsity=pruning,
         updates=UpdateSteps(begin_step + interval, end_step, interval),
         distribution=distribution,
+        structure=structure,
         scope=scope,
         weights="dense",
         penalty=penalties.outside(penalty) if penalty else None,
@@ -77,6 +81,7 @@ def top_kast(
     penalty: float = 1e-4,
     scope: Scope = "layer",
     distribution: Distribution = "uniform",
+    structure: Structure | None = None,
 ) -> Method:
     """Top-KAST: always sparse forward, a little less sparse backward.
 
@@ -98,6 +103,7 @@ def top_kast(
       scope: "layer": weights compete within each, at the sparsity that `distribution`
         gives it; "global": across layers.
       distribution: with scope "layer".
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform(method, inner)`; `sparse_view` gives the sparse
@@ -124,6 +130,7 @@ def top_kast(
         name="top_kast",
         sparsity=constant(sparsity),
         distribution=distribution,
+        structure=structure,
         scope=scope,
         weights="dense",
         refresh=interval,

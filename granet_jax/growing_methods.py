@@ -17,6 +17,7 @@ from granet_jax.penalties import Penalty
 from granet_jax.schedules import NEVER, UpdateSteps
 from granet_jax.scores import ScoreInputs
 from granet_jax.selection import Scope
+from granet_jax.structures import Structure
 
 
 def greg1(
@@ -28,6 +29,7 @@ def greg1(
     settle_steps: int = 10_000,
     scope: Scope = "layer",
     distribution: Distribution = "uniform",
+    structure: Structure | None = None,
 ) -> Method:
     """GReg-1: a growing penalty on weights chosen at the start, then their removal.
 
@@ -45,6 +47,7 @@ def greg1(
       scope: "layer": weights are ranked within each layer, at the sparsity that
         `distribution` gives it; "global": across layers.
       distribution: with scope "layer".
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform(method, inner)`.
@@ -65,6 +68,7 @@ def greg1(
         prune_step=last + settle_steps,
         scope=scope,
         distribution=distribution,
+        structure=structure,
         penalty=penalties.growing(interval=interval, step=growth, first=0, last=last),
         pick=None,
     )
@@ -82,6 +86,7 @@ def greg2(
     weight_decay: float = 0.0,
     scope: Scope = "layer",
     distribution: Distribution = "uniform",
+    structure: Structure | None = None,
 ) -> Method:
     """GReg-2: a small penalty on all weights picks those that GReg-1 then removes.
 
@@ -102,6 +107,7 @@ def greg2(
         stay; 1e-4 in the code.
       scope: see `greg1`.
       distribution: see `greg1`.
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform(method, inner)`.
@@ -134,6 +140,7 @@ def greg2(
         prune_step=last + settle_steps,
         scope=scope,
         distribution=distribution,
+        structure=structure,
         penalty=lambda inputs: before(inputs) + after(inputs),
         pick=pick,
     )
@@ -155,6 +162,7 @@ def _growing(
     prune_step: int,
     scope: Scope,
     distribution: Distribution,
+    structure: Structure | None,
     penalty: Penalty,
     pick: int | None,
 ) -> Method:
@@ -165,6 +173,7 @@ def _growing(
         sparsity=lambda step: sparsity if step >= prune_step else 0.0,
         updates=UpdateSteps(prune_step, prune_step, prune_step),
         distribution=distribution,
+        structure=structure,
         scope=scope,
         prune=_marked_first,
         marked_sparsity=sparsity,

@@ -11,7 +11,7 @@ import itertools
 import math
 from typing import Any, Literal
 
-from granet_jax import schedules, scores
+from granet_jax import schedules, scores, structures
 from granet_jax.checks import (
     check_choice,
     check_decay,
@@ -25,6 +25,7 @@ from granet_jax.penalties import Penalty
 from granet_jax.schedules import Schedule, Steps, UpdateSteps
 from granet_jax.scores import Score
 from granet_jax.selection import Scope, check_scope
+from granet_jax.structures import Structure
 
 _GROW: dict[str, Score] = {
     "gradient": scores.gradient,
@@ -85,6 +86,8 @@ class Method:
       marks: the steps that choose the marked weights anew; the first choice is that
         among the weights at init.
       penalty: extra L2 coefficient of each weight, see `penalties`; None for none.
+      structure: of all masks, see `structures`; None for single weights. To the other
+        parts, a box that is kept or pruned as a whole is what a weight is otherwise.
     """
 
     name: str
@@ -106,6 +109,7 @@ class Method:
     marked_sparsity: float | None = None
     marks: Steps = schedules.NEVER
     penalty: Penalty | None = None
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError or TypeError for a part that cannot be used."""
@@ -134,6 +138,25 @@ class Method:
         for step in (0, *self.updates.steps()):
             check_sparsity(f"sparsity({step})", self.sparsity(step))
             check_fraction(f"fraction({step})", self.fraction(step))
+        self._check_structure()
+
+    def _check_structure(self) -> None:
+        reached = [self.sparsity(t) for t in (0, *self.updates.steps())]
+        # Masks of constant sparsity are drawn, and exchanged, within each leaf.
+        ranks = self.weights != "sparse" or self.marked_sparsity is not None
+        ranks |= len(set(reached)) > 1
+        structures.check_use(
+            self.structure,
+            sparsity=reached[-1],
+            scope=self.scope if ranks else "layer",
+            distribution=self.distribution,
+        )
+        if self.redistribute and self.structure and not self.structure.whole:
+            raise ValueError(
+                f"structure must be None, block or channel for {self.name}, which "
+                f"moves weights between leaves, got {self.structure.name}: each part "
+                "of a leaf has a fixed number of them."
+            )
 
     @property
     def grows(self) -> bool:
@@ -159,6 +182,7 @@ def granet(
     distribution: Distribution = "erk",
     scope: Scope = "global",
     grow: str = "gradient",
+    structure: Structure | None = None,
 ) -> Method:
     """GraNet: gradual magnitude pruning with zero-cost neuroregeneration.
 
@@ -185,6 +209,7 @@ def granet(
         from sparsity 0.8 on; we do not, since no leaf of a pytree is known to be one.
       scope: "global" or "layer": what competes in gradual pruning.
       grow: "gradient", "momentum" or "random".
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
@@ -215,6 +240,7 @@ def granet(
         sparsity=pruning,
         updates=schedules.every(interval, begin=begin_step, last=total_steps),
         distribution=distribution,
+        structure=structure,
         scope=scope,
         grow=_GROW[grow],
         fraction=schedules.cosine(fraction, final_fraction, steps=total_steps),
@@ -232,6 +258,7 @@ def gmp(
     interval: int = 1000,
     scope: Scope = "global",
     distribution: Distribution = "uniform",
+    structure: Structure | None = None,
 ) -> Method:
     """Gradual magnitude pruning: cubic schedule, no regrowth.
 
@@ -248,6 +275,7 @@ def gmp(
       scope: "global": weights compete across layers; "layer": within each, at the
         sparsity that `distribution` gives it (the uniform variant).
       distribution: of the initial masks, and of pruning with scope "layer".
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
@@ -264,6 +292,7 @@ def gmp(
         sparsity=pruning,
         updates=UpdateSteps(begin_step + interval, end_step, interval),
         distribution=distribution,
+        structure=structure,
         scope=scope,
     )
 
@@ -276,6 +305,7 @@ def rigl(
     fraction: float = 0.3,
     stop: float = 0.75,
     distribution: Distribution = "erk",
+    structure: Structure | None = None,
 ) -> Method:
     """RigL: constant sparsity, drop by magnitude, regrow by |dense gradient|.
 
@@ -294,6 +324,7 @@ def rigl(
       fraction: prune fraction at the start, in [0, 1].
       stop: share of the training after which masks no longer change, in (0, 1].
       distribution: "uniform", "er", "erk" or a function, of the initial masks.
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
@@ -313,6 +344,7 @@ def rigl(
         **_exchange(
             sparsity, math.floor(stop * total_steps), interval, fraction, distribution
         ),
+        structure=structure,
         grow=scores.gradient,
         fraction=schedules.cosine(fraction, 0.0, steps=stop * total_steps),
         needs_gradient=True,
@@ -326,6 +358,7 @@ def set_(
     interval: int = 100,
     fraction: float = 0.3,
     distribution: Distribution = "erk",
+    structure: Structure | None = None,
 ) -> Method:
     """SET: constant sparsity, drop by magnitude, regrow at random; constant fraction.
 
@@ -335,6 +368,7 @@ def set_(
       interval: steps between mask updates (an epoch in the paper).
       fraction: prune fraction, in [0, 1].
       distribution: "uniform", "er", "erk" or a function, of the initial masks.
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
@@ -350,6 +384,7 @@ def set_(
     return Method(
         name="set",
         **_exchange(sparsity, total_steps, interval, fraction, distribution),
+        structure=structure,
         grow=scores.random,
         fraction=schedules.constant(fraction),
     )
@@ -363,6 +398,7 @@ def snfs(
     fraction: float = 0.5,
     decay: float = 0.9,
     distribution: Distribution = "uniform",
+    structure: Structure | None = None,
 ) -> Method:
     """SNFS: regrowth by momentum, with redistribution across layers.
 
@@ -379,6 +415,7 @@ def snfs(
       fraction: prune fraction at the start, in [0, 1].
       decay: of the moving average, in [0, 1).
       distribution: "uniform", "er", "erk" or a function, of the initial masks.
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
@@ -394,6 +431,7 @@ def snfs(
     return Method(
         name="snfs",
         **_exchange(sparsity, total_steps, interval, fraction, distribution),
+        structure=structure,
         grow=scores.momentum,
         fraction=schedules.cosine(fraction, 0.0, steps=total_steps),
         redistribute=True,
@@ -402,12 +440,18 @@ def snfs(
     )
 
 
-def static(sparsity: float, *, distribution: Distribution = "erk") -> Method:
+def static(
+    sparsity: float,
+    *,
+    distribution: Distribution = "erk",
+    structure: Structure | None = None,
+) -> Method:
     """A fixed random mask; or the masks given to `transform(masks=...)`.
 
     Args:
       sparsity: sparsity of the random mask, in [0, 1). Given masks have their own.
       distribution: "uniform", "er", "erk" or a function.
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
@@ -423,6 +467,7 @@ def static(sparsity: float, *, distribution: Distribution = "erk") -> Method:
         name="static",
         sparsity=schedules.constant(sparsity),
         distribution=distribution,
+        structure=structure,
     )
 
 

@@ -84,6 +84,17 @@ LATER_METHODS: dict[str, granet_jax.Method] = {
     "top_kast": granet_jax.top_kast(
         0.75, backward_sparsity=0.5, interval=2, penalty=0.0
     ),
+    "sculpt": granet_jax.sculpt(0.75, 3, cycles=2, initial_sparsity=0.5),
+    "greg2": granet_jax.greg2(
+        0.75,
+        interval=1,
+        growth=0.75,
+        ceiling=0.5,
+        settle_steps=1,
+        pick_growth=0.25,
+        pick_ceiling=0.25,
+        weight_decay=0.0625,
+    ),
 }
 # The steps that change the masks.
 UPDATES: dict[str, tuple[int, ...]] = {
@@ -102,7 +113,38 @@ UPDATES: dict[str, tuple[int, ...]] = {
     "cyclical_projected": (1, 2, 3),
     "straight_through": (1, 2),
     "top_kast": (),
+    "sculpt": (2,),
+    "greg2": (3,),
 }
+
+
+def extra_coefficients(method: str, count: int, marked: np.ndarray) -> np.ndarray:
+    """By hand, the L2 coefficients in the step after `count` others.
+
+    GReg-2 presses all weights in the first step, and in two more those not picked at
+    its end; then they are gone.
+    """
+    if method != "greg2" or count > 2:
+        return np.zeros(marked.shape, np.float32)
+    if count == 0:
+        return np.full(marked.shape, 0.25, np.float32)
+    return np.where(marked, np.float32(-0.0625), np.float32(1.0))
+
+
+def penalised(method: str, grads: PyTree, state: Any, params: PyTree) -> PyTree:
+    """The gradients that the optimizer is to see, but for the masks."""
+    if (METHODS | LATER_METHODS)[method].penalty is None:
+        return grads
+    count = int(state.count)
+    out = []
+    for g, p, m in zip(
+        leaves(grads), leaves(params), mask_list(state.marked), strict=True
+    ):
+        if m is not None:
+            term = extra_coefficients(method, count, m) * p.astype(np.float32)
+            g = g + term.astype(g.dtype)
+        out.append(jnp.asarray(g))
+    return jax.tree.unflatten(jax.tree.structure(grads), out)
 
 
 def decay_mask(params: PyTree) -> PyTree:
@@ -214,7 +256,9 @@ def check_step(method: str, inner: str, step: Snapshot) -> None:
     if record.weights == "dense" and record.marked_sparsity is not None:
         reach = step.state.marked
     expected_updates, expected_state = reference_step(inner)(
-        masked(reach, step.grads), step.state.inner_state, step.params
+        masked(reach, penalised(method, step.grads, step.state, step.params)),
+        step.state.inner_state,
+        step.params,
     )
     if int(step.new_state.count) in record.resets.steps():
         fresh = INNERS[inner]().init(optax.apply_updates(step.params, step.updates))
