@@ -32,7 +32,7 @@ def example() -> dict[str, Any]:
 
 def test_no_block_is_left_out():
     markers = ("load_digits", "def saliency(", "orbax", "synflow(", "rescale_init(")
-    markers += ("cyclical(", "straight_through(")
+    markers += ("cyclical(", "sparse_view(", "two_of_four")
     assert len(BLOCKS) == len(markers)
     for marker in markers:
         assert sum(marker in b for b in BLOCKS) == 1
@@ -110,7 +110,7 @@ def test_cyclical_pruning_ends_sparse():
 
 
 def test_the_view_is_sparse_and_the_weights_are_dense():
-    scope = run_block("straight_through(")
+    scope = run_block("sparse_view(")
     (mask,) = jax.tree.leaves(granet_jax.get_masks(scope["opt_state"]))
     weights, sparse = scope["params"]["w"], scope["exported"]["w"]
     assert int(mask.sum()) == 32
@@ -118,3 +118,16 @@ def test_the_view_is_sparse_and_the_weights_are_dense():
     # The largest of all.
     sizes = np.abs(np.asarray(weights))
     assert sizes[np.asarray(mask)].min() >= sizes[~np.asarray(mask)].max()
+
+
+def test_structures_have_their_form():
+    scope = run_block("two_of_four")
+    params = {"w": np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)}
+    tx = granet_jax.transform(scope["srigl"], optax.sgd(0.1))
+    (mask,) = jax.tree.leaves(granet_jax.get_masks(tx.init(params)))
+    # A tenth of sixteen inputs, rounded.
+    assert np.asarray(mask).sum(0).tolist() == [2] * 8
+    (mask,) = jax.tree.leaves(granet_jax.init_masks(scope["blocks"], params))
+    assert np.asarray(mask).all()
+    for name in ("two_of_four", "sr_ste"):
+        assert scope[name].structure.name == granet_jax.structures.n_of_m(2, 4).name
