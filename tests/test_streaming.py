@@ -118,7 +118,7 @@ def test_several_devices_share_every_batch(parallel):
         maker = make(devices, parallel=parallel)
         state = maker.program.create([0])
         (records[devices],) = trainer._evaluate(maker, state, 0, trainer.Losses(1), 0.0)
-        batches = trainer._data(maker, 0, 0)
+        batches = trainer.batches(maker, 0, 0)
         losses[devices] = []
         for _ in range(3):
             state, loss = maker.program.steps(state, next(batches), 1)
