@@ -21,7 +21,8 @@ import granet_jax
 from benchmarks import timing
 from benchmarks.throughput import random_images
 from experiments import models, sources
-from experiments.config import Config, MaskConfig, SourceName
+from experiments.config import Config
+from experiments.methods import MaskConfig, SourceName
 from experiments.step import Functions
 from granet_jax import distributions
 

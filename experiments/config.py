@@ -11,44 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import granet_jax
-from experiments import data, models
+from experiments import data, methods, models
+from experiments.methods import OPTIONS, MaskConfig, MethodName
 from granet_jax import tost
 
-MethodName = Literal[
-    "granet", "granet-st", "gmp", "rigl", "set", "snfs", "static", "dense"
-]
-
-SourceName = Literal[
-    "magnitude", "snip", "iterative-snip", "grasp", "force", "synflow", "tickets"
-]
-# Which of `rounds`, `images` and `tickets` each source has.
-_SOURCES: dict[str | None, frozenset[str]] = {
-    None: frozenset(),
-    "magnitude": frozenset(),
-    "snip": frozenset({"images"}),
-    "grasp": frozenset({"images"}),
-    "iterative-snip": frozenset({"rounds", "images"}),
-    "force": frozenset({"rounds", "images"}),
-    "synflow": frozenset({"rounds"}),
-    "tickets": frozenset({"tickets"}),
-}
-
-# Which of the options in MaskConfig each method has.
-_START = frozenset({"distribution", "source", "rounds", "images", "tickets"})
-OPTIONS: dict[str, frozenset[str]] = {
-    "granet": _START | {"interval", "fraction", "initial_sparsity", "pruning_end"},
-    "gmp": _START | {"interval", "initial_sparsity", "pruning_end"},
-    "rigl": _START | {"interval", "fraction", "stop"},
-    "set": _START | {"interval", "fraction", "stop"},
-    "snfs": _START | {"interval", "fraction"},
-    "static": _START,
-    "dense": frozenset(),
-}
-OPTIONS["granet-st"] = OPTIONS["granet"]
-
-# Mask updates in a training run where no interval is given. The GraNet code makes 80 on
-# CIFAR: every 1,000 of 80,000 steps.
-_UPDATES = 80
 # Evaluations and checkpoints in a training run where no interval is given.
 _EVALUATIONS = 40
 _CHECKPOINTS = 10
@@ -88,6 +54,7 @@ _LEAST = {
     "optimizer.warmup_steps": 0,
     "optimizer.accumulate": 1,
     "masks.interval": 1,
+    "masks.cycles": 1,
     "masks.rounds": 1,
     "masks.images": 1,
     "fsdp": 1,
@@ -192,57 +159,6 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskConfig:
-    """When and how the masks change; None for the default.
-
-    An option that the method does not have is an error.
-    """
-
-    interval: int | None = None
-    """Steps between mask updates; by default an eightieth of the steps.
-    All methods but static and dense."""
-
-    fraction: float | None = None
-    """Share of each layer's active weights that the first update drops
-    and regrows, in [0, 1]; by default 0.5, and 0.3 for rigl and set.
-    granet, granet-st, rigl, set, snfs."""
-
-    initial_sparsity: float | None = None
-    """Sparsity at the start, in [0, sparsity]; by default 0, and 0.5 for
-    granet-st. granet, granet-st, gmp."""
-
-    pruning_end: float | None = None
-    """Share of the steps after which gradual pruning has reached the
-    final sparsity, in (0, 1]; by default 0.5. granet, granet-st, gmp."""
-
-    stop: float | None = None
-    """Share of the steps after which the masks no longer change, in
-    (0, 1]; by default 0.75. rigl, set."""
-
-    distribution: Literal["uniform", "er", "erk"] | None = None
-    """How the sparsity of the initial masks is split over the layers; by
-    default erk, and uniform for gmp and snfs. All methods but dense."""
-
-    source: SourceName | None = None
-    """Where the initial masks come from, instead of being drawn: scores
-    of the initial weights by magnitude, snip, iterative-snip, grasp,
-    force or synflow, ranked over all layers; or lottery tickets. All
-    methods that start sparse."""
-
-    rounds: int | None = None
-    """Rounds in which the source prunes; by default 100 for synflow, and
-    60 for iterative-snip and force, which have several."""
-
-    images: int | None = None
-    """Training examples that the source sees, not augmented; by default
-    ten a class. snip, iterative-snip, grasp, force."""
-
-    tickets: pathlib.Path | None = None
-    """Folder that `python -m experiments.lottery` wrote. Weights are
-    those of the ticket, too. tickets."""
-
-
-@dataclasses.dataclass(frozen=True)
 class ToSTConfig:
     """Techniques of ToST (Jaiswal et al. 2022), for any masks or none."""
 
@@ -335,8 +251,12 @@ class Config:
     network and regrows; `granet-st` is the same from half of the
     weights; `gmp` prunes gradually without regrowing; `rigl`, `set` and
     `snfs` drop and regrow at constant sparsity, by gradient, at random
-    and by momentum; `static` keeps its random masks; `dense` trains
-    without masks."""
+    and by momentum; `static` keeps its random masks. `cyclical` prunes
+    gradually in cycles, each from a dense network; `acdc` alternates
+    between dense and sparse phases; `sculpt` trains fixed masks in
+    cycles and prunes once; `straight-through` and `top-kast` keep
+    pruned weights alive, and move them too; `greg2` shrinks weights
+    before it prunes them. `dense` trains without masks."""
 
     sparsity: float = 0.9
     """Share of the weights that are zero at the end, in [0, 1). Biases,
@@ -397,7 +317,7 @@ class Config:
 
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    masks: MaskConfig = MaskConfig()
+    masks: MaskConfig = dataclasses.field(default_factory=MaskConfig)
     tost: ToSTConfig = ToSTConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     distributed: DistributedConfig = DistributedConfig()
@@ -443,8 +363,14 @@ class Config:
                 f"out must be a folder of the file system, got {self.out}: mount the "
                 "bucket (gcsfuse) and give the folder it is mounted at."
             )
-        build_method(self)
+        method = build_method(self)
         self._check_tost()
+        lives_on = method is not None and method.weights == "dense"
+        if self.tost.lrsi and method is not None and lives_on and method.sparsity(0):
+            raise ValueError(
+                f"tost.lrsi scales masked weights, and {self.method} starts from dense "
+                "ones behind a mask: leave it out."
+            )
 
     def _check_tost(self) -> None:
         for name, having in (
@@ -503,9 +429,7 @@ class Config:
     @property
     def mask_interval(self) -> int:
         """Steps between mask updates."""
-        if self.masks.interval is not None:
-            return self.masks.interval
-        return max(1, self.steps // _UPDATES)
+        return methods.interval(self.masks, self.steps)
 
     @property
     def shift(self) -> int:
@@ -584,88 +508,11 @@ def build_method(config: Config) -> granet_jax.Method | None:
     Raises:
       ValueError: an option that the method does not have, or a value out of range.
     """
-    options = {
-        name: value
-        for name, value in dataclasses.asdict(config.masks).items()
-        if value is not None
-    }
-    for name in options:
-        if name not in OPTIONS[config.method]:
-            having = [m for m, has in OPTIONS.items() if name in has]
-            raise ValueError(
-                f"masks.{name} is not an option of method {config.method!r}, only of "
-                f"{', '.join(having)}."
-            )
-    for name in ("source", "rounds", "images", "tickets"):
-        options.pop(name, None)
-    method = _method(config, options)
-    if method is not None:
-        _check_source(config.masks, method)
-    return method
-
-
-def _method(config: Config, options: dict[str, Any]) -> granet_jax.Method | None:
-    """The record, from those of `MaskConfig` that are given and meant for it."""
-    pruning_end = math.floor(options.pop("pruning_end", 0.5) * config.steps)
-    stop = options.pop("stop", 0.75)
-    last = {
-        "granet": pruning_end,
-        "granet-st": pruning_end,
-        "gmp": pruning_end,
-        "rigl": math.floor(stop * config.steps),
-        "set": math.floor(stop * config.steps),
-        "snfs": config.steps,
-    }.get(config.method)
-    if last is not None:
-        options["interval"] = config.mask_interval
-        if last < config.mask_interval:
-            raise ValueError(
-                f"steps must leave time for a mask update: {config.method} needs one "
-                f"in the first {last} of {config.steps} steps, and masks.interval is "
-                f"{config.mask_interval}."
-            )
-    match config.method:
-        case "granet":
-            return granet_jax.granet(
-                config.sparsity, config.steps, end_step=pruning_end, **options
-            )
-        case "granet-st":
-            options.setdefault("initial_sparsity", min(0.5, config.sparsity))
-            return granet_jax.granet(
-                config.sparsity, config.steps, end_step=pruning_end, **options
-            )
-        case "gmp":
-            return granet_jax.gmp(config.sparsity, pruning_end, **options)
-        case "rigl":
-            return granet_jax.rigl(config.sparsity, config.steps, stop=stop, **options)
-        case "set":
-            # SET drops as many weights in its last update as in its first: an end
-            # before the end of training lets the network recover from it.
-            total = math.floor(stop * config.steps)
-            return granet_jax.set_(config.sparsity, total, **options)
-        case "snfs":
-            return granet_jax.snfs(config.sparsity, config.steps, **options)
-        case "static":
-            return granet_jax.static(config.sparsity, **options)
-        case "dense":
-            return None
-
-
-def _check_source(masks: MaskConfig, method: granet_jax.Method) -> None:
-    for name in ("rounds", "images", "tickets"):
-        if getattr(masks, name) is not None and name not in _SOURCES[masks.source]:
-            having = [str(s) for s, has in _SOURCES.items() if name in has]
-            raise ValueError(
-                f"masks.{name} is an option of the sources {', '.join(having)}, and "
-                f"masks.source is {masks.source}."
-            )
-    if masks.source == "tickets" and masks.tickets is None:
-        raise ValueError("masks.tickets is missing: the folder with the tickets.")
-    if masks.source is not None and method.sparsity(0) == 0:
-        raise ValueError(
-            f"masks.source is {masks.source}, and {method.name} starts dense: give "
-            "masks.initial_sparsity above 0, or another method."
-        )
+    # Decoupled weight decay is none of the gradient's.
+    coupled = config.optimizer.weight_decay if config.optimizer.name == "sgd" else 0.0
+    return methods.build(
+        config.method, config.sparsity, config.steps, config.masks, weight_decay=coupled
+    )
 
 
 def _check_least(name: str, value: Any, least: int) -> None:

@@ -261,7 +261,8 @@ def training_cost(result: DryRun, distribution: str) -> float:
         (after - before, result.densities(method.sparsity(before), distribution))
         for before, after in itertools.pairwise(bounds)
     ]
-    if method.accumulator_decay is not None:
+    # An upper bound for top-kast, which moves some of the weights, not all.
+    if method.accumulator_decay is not None or method.weights != "sparse":
         return macs.training_flops(costs, periods, dense_gradients="always")
     if not (method.needs_gradient and updates):
         return macs.training_flops(costs, periods, dense_gradients="never")
@@ -396,7 +397,8 @@ def _optimizer_memory(functions: Functions, opt_state: PyTree) -> dict[str, int]
     if functions.method is None:
         return {"optimizer": _bytes(opt_state)}
     masks = _bytes(granet_jax.get_masks(opt_state))
-    masks += _bytes(granet_jax.get_state(opt_state).continuing)
+    state = granet_jax.get_state(opt_state)
+    masks += _bytes((state.continuing, state.marked))
     return {"masks": masks, "optimizer": _bytes(opt_state) - masks}
 
 

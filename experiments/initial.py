@@ -110,7 +110,8 @@ def weights(functions: Functions, seed: int) -> tuple[PyTree, PyTree]:
             else:
                 found = sources.masks(plain, kept, kept_statistics, seed)
             masks = _with(jax.eval_shape(draw, params), found)
-        params = granet_jax.apply_masks(params, masks)
+        if not functions.keeps_dense:
+            params = granet_jax.apply_masks(params, masks)
     settings = config.tost.build().lrsi
     if settings is not None:
 

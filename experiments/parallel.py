@@ -297,7 +297,7 @@ def _vmapped(functions: Functions) -> Program:
 def _inspector(functions: Functions) -> Callable[[TrainState], Inspection]:
     def inspect(state: TrainState) -> Inspection:
         masks = functions.masks(state)
-        weights = masking.maskable_leaves(state.params, masks)
+        weights = masking.maskable_leaves(functions.used(state), masks)
         leaves = jax.tree.leaves(masks)
 
         def count(arrays: Sequence[Array]) -> Array:

@@ -37,13 +37,11 @@ from experiments.config import (
     CheckpointConfig,
     Config,
     DataConfig,
-    MaskConfig,
-    MethodName,
     OptimizerConfig,
-    SourceName,
     ToSTConfig,
     differences,
 )
+from experiments.methods import MaskConfig, MethodName, SourceName
 
 METHODS: tuple[MethodName, ...] = (
     "granet",
@@ -158,19 +156,12 @@ _IMAGENET = _Setting(
 )
 
 # ResNet-18 in the code of ToST.
-_TOST = _Setting(
-    sparsities=(0.9, 0.95, 0.98),
+_TOST = dataclasses.replace(
+    _CIFAR,
     epochs=182,
-    pruning_epochs=0,
-    interval=0,
-    warmup_epochs=0,
-    checkpoint_epochs=10,
-    seeds=3,
-    optimizer=OptimizerConfig(
-        learning_rate=0.1,
-        schedule="drops",
+    optimizer=dataclasses.replace(
+        _CIFAR.optimizer,
         drops=(90 / 182, 135 / 182),
-        momentum=0.9,
         nesterov=False,
         weight_decay=2e-4,
     ),

@@ -112,6 +112,11 @@ class Functions:
         """The library's record of the method; None for dense training."""
         return build_method(self.config)
 
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether pruned weights live on, and only the forward pass is sparse."""
+        return self.method is not None and self.method.weights == "dense"
+
     def optimizer(self, seed: Array) -> optax.GradientTransformation:
         """The whole optimizer, masks included, for a seed that may be traced."""
         inner = schedules.optimizer(
@@ -147,7 +152,7 @@ class Functions:
         variables = self.variables(seed)
         params = variables["params"]
         opt_state = self.optimizer(seed).init(params)
-        if self.method is not None:
+        if self.method is not None and not self.keeps_dense:
             params = granet_jax.apply_masks(params, granet_jax.get_masks(opt_state))
         return TrainState(
             step=jnp.int32(0),
@@ -231,10 +236,16 @@ class Functions:
             jnp.sum(right, dtype=jnp.int32), jnp.sum(jnp.where(counted, losses, 0.0))
         )
 
+    def used(self, state: TrainState) -> PyTree:
+        """The parameters of the forward pass, at which the gradient is taken."""
+        if not self.keeps_dense:
+            return state.params
+        return granet_jax.sparse_view(state.params, state.opt_state)
+
     def evaluated(self, state: TrainState) -> PyTree:
         """The parameters that are evaluated: a moving average is masked."""
         if self._decay is None:
-            return state.params
+            return self.used(state)
         if self.method is None:
             return state.average
         masks = granet_jax.get_masks(state.opt_state)
@@ -298,9 +309,10 @@ class Functions:
         """(loss, batch statistics, gradient) of a batch, cut into parts if so told."""
         parts = self.config.optimizer.accumulate
         differentiate = jax.value_and_grad(self._loss, has_aux=True)
+        params = self.used(state)
         if parts == 1:
             (loss, statistics), grads = differentiate(
-                state.params, state.statistics, batch, state.step
+                params, state.statistics, batch, state.step
             )
             return loss, statistics, grads
 
@@ -315,7 +327,7 @@ class Functions:
         def add(carry: PyTree, part: Split) -> tuple[PyTree, None]:
             loss, statistics, grads = carry
             (more, statistics), new = differentiate(
-                state.params, statistics, part, state.step
+                params, statistics, part, state.step
             )
             return (loss + more, statistics, jax.tree.map(jnp.add, grads, new)), None
 

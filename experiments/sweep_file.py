@@ -10,7 +10,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from experiments.config import OPTIONS, Config, MethodName
+from experiments.config import Config
+from experiments.methods import OPTIONS, MethodName
 
 METHODS: tuple[str, ...] = typing.get_args(MethodName)
 

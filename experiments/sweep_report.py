@@ -16,7 +16,7 @@ from experiments.report import Runs
 from experiments.sweep_file import Sweep
 
 # Okabe and Ito's colours, which the colour-blind tell apart, with grey for the yellow
-# that white paper swallows; dense is black.
+# that white paper swallows, and then Tol's darker ones; dense is black.
 LOOKS = {
     "granet": ("#D55E00", "o"),
     "granet-st": ("#E69F00", "s"),
@@ -25,6 +25,12 @@ LOOKS = {
     "set": ("#CC79A7", "v"),
     "snfs": ("#777777", "P"),
     "static": ("#56B4E9", "X"),
+    "cyclical": ("#332288", ">"),
+    "acdc": ("#44AA99", "<"),
+    "sculpt": ("#AA4499", "p"),
+    "straight-through": ("#882255", "h"),
+    "top-kast": ("#999933", "d"),
+    "greg2": ("#661100", "*"),
 }
 
 

@@ -1,11 +1,21 @@
 """Functional sparse training for JAX: GraNet and the field around it."""
 
+from granet_jax import schedules as schedules
+from granet_jax import structures as structures
 from granet_jax._transform import SparseState as SparseState
 from granet_jax._transform import get_masks as get_masks
 from granet_jax._transform import get_state as get_state
 from granet_jax._transform import init_masks as init_masks
 from granet_jax._transform import set_masks as set_masks
+from granet_jax._transform import sparse_view as sparse_view
 from granet_jax._transform import transform as transform
+from granet_jax.cyclic_methods import acdc as acdc
+from granet_jax.cyclic_methods import cyclical as cyclical
+from granet_jax.cyclic_methods import sculpt as sculpt
+from granet_jax.dense_methods import straight_through as straight_through
+from granet_jax.dense_methods import top_kast as top_kast
+from granet_jax.growing_methods import greg1 as greg1
+from granet_jax.growing_methods import greg2 as greg2
 from granet_jax.masking import PackedMask as PackedMask
 from granet_jax.masking import Sparsity as Sparsity
 from granet_jax.masking import apply_masks as apply_masks

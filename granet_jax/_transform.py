@@ -5,26 +5,27 @@ package's `transform` is the function.
 """
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array, lax
 from jax.core import Tracer
 
-from granet_jax import distributions, masking, schedules
-from granet_jax import updates as mask_updates
+from granet_jax import choices, masking, plans, structures
+from granet_jax.choices import step_key, where_active
 from granet_jax.elementwise import is_elementwise
 from granet_jax.masking import PyTree, Where
 from granet_jax.methods import Method
-from granet_jax.moments import masked_moments, refuse_flattened, zero_moments
-from granet_jax.scores import Score, ScoreInputs
-from granet_jax.scores import random as random_score
-from granet_jax.selection import counter_dtype, top_k
+from granet_jax.moments import (
+    masked_moments,
+    refuse_flattened,
+    restart_moments,
+    zero_moments,
+)
+from granet_jax.penalties import Penalty, PenaltyInputs
 
 
 class SparseState(NamedTuple):
@@ -38,9 +39,11 @@ class SparseState(NamedTuple):
       accumulator: moving average of the dense gradient, of the structure of `masks`,
         for a method with `accumulator_decay`; else the empty tuple.
       continuing: the weights that the last step updated: `masks`, but for those that
-        entered with it. Of the structure of `masks`, for a method that grows under
-        `inner`; else the empty tuple. (Held in the state, it costs a step between
+        entered with it. Of the structure of `masks`, for a method whose masks grow
+        under `inner`; else the empty tuple. (Held in the state, it costs a step between
         updates nothing: made in the step, it would be written and read in all.)
+      marked: a second tree of masks, of the structure of `masks`, for a method with
+        `marked_sparsity`; else the empty tuple.
     """
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -48,14 +51,7 @@ class SparseState(NamedTuple):
     inner_state: optax.OptState
     accumulator: PyTree
     continuing: PyTree
-
-
-class _Plan(NamedTuple):
-    """Integer tables of a method on given leaves, one row per update (host)."""
-
-    prunes: np.ndarray  # bool (J,): whether this update prunes
-    keep: np.ndarray  # unsigned (J,) with global scope, (J, leaves) with layer scope
-    fraction: np.ndarray  # uint32 (J,): prune fraction in fixed point
+    marked: PyTree = ()
 
 
 def transform(
@@ -94,6 +90,12 @@ def transform(
     zero with zero moments. Those dropped and regrown continue.) Masks are the same on
     all replicas, without communication beyond the gradient mean.
 
+    Methods that choose masks anew among all weights (`Method.weights` other than
+    "sparse") differ: `inner` steps with the dense gradient, and the stepped weights
+    decide the masks. Those that are "projected" leave exact zeros outside; those with
+    "dense" weights leave `params` dense, and `sparse_view` gives the sparse ones, at
+    which the gradient is to be taken.
+
     Under `vmap`, an update runs in all lanes whenever one of them updates.
 
     Args:
@@ -126,11 +128,20 @@ def transform(
     _check_arguments(method, inner, where, masks, seed)
     wrapped = None if inner is None else optax.with_extra_args_support(inner)
 
-    regrows = wrapped is not None and method.grow is not None
+    if wrapped is None and (method.resets.steps() or method.penalty is not None):
+        raise ValueError(
+            f"{method.name} resets the optimizer's moments or adds to its gradient, "
+            "and as the last link of a chain it only sees updates: give it the "
+            "optimizer, transform(method, inner=optimizer)."
+        )
+
+    # Whether weights enter: zero, with zero moments, and moved from the next step on.
+    enters = method.weights == "sparse" and method.grows
+    regrows = wrapped is not None and enters
 
     @functools.lru_cache(maxsize=8)
-    def plan(shapes: tuple[tuple[int, ...], ...]) -> _Plan:
-        return _plan(method, shapes)
+    def plan(shapes: tuple[tuple[int, ...], ...]) -> plans.Plan:
+        return plans.plan(method, shapes)
 
     # Compiled also for those who call `update` outside jit: op by op, its loops would
     # be compiled anew at every mask update.
@@ -141,9 +152,10 @@ def transform(
         stepped: list[Array],
         grads: list[Array] | None,
         accumulators: list[Array] | None,
+        marked: list[Array] | None,
         count: Array,
     ) -> tuple[list[Array], list[Array]]:
-        return _update_masks(
+        return choices.update_masks(
             method,
             plan(tuple(tuple(x.shape) for x in leaves)),
             names,
@@ -151,8 +163,40 @@ def transform(
             stepped,
             grads,
             accumulators,
+            marked,
             count=count,
-            key=_key(seed, count),
+            key=step_key(seed, count),
+        )
+
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    def choose_masks(
+        names: tuple[str, ...],
+        leaves: list[Array],
+        stepped: list[Array],
+        grads: list[Array] | None,
+        accumulators: list[Array] | None,
+        count: Array,
+    ) -> tuple[list[Array], list[Array]]:
+        return choices.choose_masks(
+            method,
+            names,
+            leaves,
+            stepped,
+            grads,
+            accumulators,
+            count=count,
+            key=step_key(seed, count),
+        )
+
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    def choose_marked(
+        names: tuple[str, ...],
+        leaves: list[Array],
+        stepped: list[Array],
+        count: Array | int,
+    ) -> list[Array]:
+        return choices.choose_marked(
+            method, names, leaves, stepped, key=step_key(seed, count)
         )
 
     def init(params: PyTree) -> SparseState:
@@ -160,6 +204,11 @@ def transform(
             initial = init_masks(method, params, where=where, seed=seed)
         else:
             initial = masking.check_masks(masks, params)
+            present = list(zip(_names(initial), jax.tree.leaves(initial), strict=True))
+            structures.check_leaves(
+                method.structure, [(name, m.shape) for name, m in present]
+            )
+            structures.check_masks(method.structure, present)
             initial = masking.map_masked(
                 lambda m, _, p: masking.placed_like(m, p), initial, initial, params
             )
@@ -181,7 +230,14 @@ def transform(
         if regrows:
             # A buffer of its own, so that both can be donated.
             continuing = jax.tree.map(jnp.copy, initial)
-        return SparseState(count, initial, inner_state, accumulator, continuing)
+        marked = ()
+        if method.marked_sparsity is not None:
+            leaves, treedef = jax.tree.flatten(initial)
+            weights = masking.maskable_leaves(params, initial)
+            weights = [jnp.asarray(p) for p in weights]
+            chosen = choose_marked(_names(initial), leaves, weights, 0)
+            marked = treedef.unflatten(map(masking.placed_like, chosen, weights))
+        return SparseState(count, initial, inner_state, accumulator, continuing, marked)
 
     def update(
         updates: PyTree,
@@ -225,16 +281,83 @@ def transform(
         ) -> tuple[PyTree, PyTree]:
             dense = None if grads is None else masking.maskable_leaves(grads, masks_)
             leaves, treedef = jax.tree.flatten(masks_)
-            paths = jax.tree_util.tree_leaves_with_path(masks_)
+            stepped = _stepped(params, inner_updates, masks_)
             changed, kept = update_masks(
-                tuple(masking.leaf_name(path) for path, _ in paths),
+                _names(masks_),
                 leaves,
-                _stepped(params, inner_updates, masks_),
+                list(map(where_active, leaves, stepped)),
                 dense,
                 jax.tree.leaves(accumulator) or None,
+                jax.tree.leaves(state.marked) or None,
                 count,
             )
             return treedef.unflatten(changed), treedef.unflatten(kept)
+
+        given = updates
+        if method.penalty is not None:
+            given = _penalised(method.penalty, updates, state, params)
+
+        def finish(
+            emitted: PyTree,
+            new: PyTree,
+            inner_state: Any,
+            continuing: PyTree,
+            marked: PyTree,
+        ) -> tuple[PyTree, SparseState]:
+            if method.marks.steps():
+
+                def mark(_: PyTree) -> PyTree:
+                    leaves, treedef = jax.tree.flatten(new)
+                    stepped = list(_stepped(params, emitted, new))
+                    return treedef.unflatten(
+                        choose_marked(_names(new), leaves, stepped, count)
+                    )
+
+                marked = _if(method.marks.contains(count), mark, marked)
+            if wrapped is not None and method.resets.steps():
+                stepped = optax.apply_updates(params, emitted)
+                fresh = zero_moments(wrapped.init(stepped), new)
+                restart = method.resets.contains(count)
+                inner_state = restart_moments(inner_state, fresh, params, restart)
+            return emitted, SparseState(
+                count, new, inner_state, accumulator, continuing, marked
+            )
+
+        if method.weights != "sparse":
+            # With dense weights, only those marked are moved, where some are.
+            reach = state.marked if method.weights == "dense" else ()
+            if jax.tree.leaves(reach):
+                given = masking.map_masked(where_active, reach, given)
+            inner_updates, inner_state = step_inner(given, state.inner_state, params)
+            if jax.tree.leaves(reach):
+                inner_updates = masking.map_masked(where_active, reach, inner_updates)
+
+            def choose(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+                leaves, treedef = jax.tree.flatten(now[0])
+                chosen, marked = choose_masks(
+                    _names(old),
+                    leaves,
+                    list(_stepped(params, inner_updates, old)),
+                    None if grads is None else masking.maskable_leaves(grads, old),
+                    jax.tree.leaves(accumulator) or None,
+                    count,
+                )
+                marked = treedef.unflatten(marked) if marked else ()
+                return treedef.unflatten(chosen), marked
+
+            now = (old, state.marked)
+            if method.refresh == 1:
+                new, marked = choose(now)
+            else:
+                due = (count % method.refresh == 0) | method.updates.contains(count)
+                new, marked = _if(due, choose, now)
+            if method.weights == "projected":
+                emitted = masking.map_masked(_emit, new, inner_updates, params)
+                inner_state = zero_moments(inner_state, new)
+                return finish(emitted, new, inner_state, (), marked)
+            if jax.tree.leaves(reach):
+                inner_state = zero_moments(inner_state, marked)
+            return finish(inner_updates, new, inner_state, (), marked)
 
         updating = method.updates.contains(count)
         # In the step after an update too: what has entered continues now.
@@ -246,7 +369,7 @@ def transform(
             # in place. (The inner step is computed again inside, on update steps only:
             # handing its result in would force it through memory in every step.)
             def change(masks_: PyTree) -> tuple[PyTree, PyTree]:
-                masked = masking.map_masked(_masked, masks_, grads)
+                masked = masking.map_masked(where_active, masks_, given)
                 inner_updates, _ = step_inner(masked, state.inner_state, params)
                 return change_masks(masks_, inner_updates)
 
@@ -259,21 +382,19 @@ def transform(
                 keep = new = _if(updating, lambda now: change(now)[0], old)
             elif method.updates.steps():
                 new, keep = _if(again, change_both, (old, state.continuing))
-            masked = masking.map_masked(_masked, keep, grads)
+            masked = masking.map_masked(where_active, keep, given)
             inner_updates, inner_state = step_inner(
                 masked,
                 zero_moments(state.inner_state, keep),
-                masking.map_masked(_masked, keep, params),
+                masking.map_masked(where_active, keep, params),
             )
             emitted = masking.map_masked(_emit, keep, inner_updates, params)
             continuing = keep if regrows else ()
-            return emitted, SparseState(
-                count, new, inner_state, accumulator, continuing
-            )
+            return finish(emitted, new, inner_state, continuing, state.marked)
 
-        masked = grads
+        masked = given
         if wrapped is not None:
-            masked = masking.map_masked(_masked, old, grads)
+            masked = masking.map_masked(where_active, old, given)
         inner_updates, inner_state = step_inner(masked, state.inner_state, params)
 
         def change_last(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
@@ -294,7 +415,7 @@ def transform(
         elif method.updates.steps():
             now = _if(updating, change_last, now)
         new, emitted, inner_state, continuing = now
-        return emitted, SparseState(count, new, inner_state, accumulator, continuing)
+        return finish(emitted, new, inner_state, continuing, state.marked)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -305,12 +426,14 @@ def init_masks(
     """The masks that `transform(method, where=where, seed=seed)` starts from.
 
     All weights active at sparsity 0; else random masks with exactly the number of
-    active weights that the method's distribution gives every leaf.
+    active weights that the method's distribution gives every leaf. But the masks of a
+    method that chooses them anew (`Method.weights` other than "sparse") are the choice
+    among the parameters themselves.
 
     Args:
       method: a record of a method.
       params: pytree of arrays or `jax.ShapeDtypeStruct`s; only shapes, dtypes and
-        shardings are read.
+        shardings are read, unless the masks are chosen among the parameters.
       where: which leaves carry a mask, as in `transform`.
       seed: of the random masks, as in `transform`.
 
@@ -319,22 +442,53 @@ def init_masks(
       and `optax.MaskedNode()` at dense leaves.
 
     Raises:
-      ValueError, TypeError: as `masking.maskable`.
+      ValueError, TypeError: as `masking.maskable`; shapes that the method's structure
+        does not divide.
     """
     selected = masking.maskable(params, where)
-    chosen = [
-        p
-        for p, s in zip(jax.tree.leaves(params), jax.tree.leaves(selected), strict=True)
+    named = [
+        (masking.leaf_name(path), p)
+        for (path, p), s in zip(
+            jax.tree_util.tree_leaves_with_path(params),
+            jax.tree.leaves(selected),
+            strict=True,
+        )
         if s
     ]
-    shapes = tuple(tuple(p.shape) for p in chosen)
-    counts = distributions.counts(shapes, method.sparsity(0), method.distribution)
-    drawn = iter(_random_masks(shapes, counts, seed))
+    names, weights = tuple(name for name, _ in named), [p for _, p in named]
+    drawn = iter(choices.initial_masks(method, names, weights, seed=seed))
     return jax.tree.map(
         lambda p, s: masking.placed_like(next(drawn), p) if s else optax.MaskedNode(),
         params,
         selected,
     )
+
+
+def sparse_view(params: PyTree, opt_state: optax.OptState) -> PyTree:
+    """The sparse parameters: those of the forward pass, and those to keep.
+
+    For a method that keeps its weights dense (`straight_through`, `top_kast`, or any
+    with `weights="dense"`) this is what the loss, its gradient, and every evaluation
+    are to see; what training ends with is the view of the last state:
+
+        sparse = granet_jax.sparse_view(params, opt_state)
+        grads = jax.grad(loss)(sparse, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+
+    For the others it is the parameters as they are after a step.
+
+    Args:
+      params: pytree of arrays.
+      opt_state: any nest of optax states with one `SparseState`.
+
+    Returns:
+      `params` with exact zeros outside the masks of `opt_state`.
+
+    Raises:
+      ValueError: no or several sparse states; parameters of another structure.
+    """
+    return masking.apply_masks(params, get_masks(opt_state))
 
 
 def get_state(opt_state: optax.OptState) -> SparseState:
@@ -420,103 +574,6 @@ def _check_arguments(
         raise TypeError(f"seed must be an integer, got {seed!r}.")
 
 
-def _plan(method: Method, shapes: tuple[tuple[int, ...], ...]) -> _Plan:
-    """The integer tables of `method`, in float64 and Python integers."""
-    total = sum(math.prod(s) for s in shapes)
-    present = distributions.counts(shapes, method.sparsity(0), method.distribution)
-    keep: list[Any] = []
-    prunes: list[bool] = []
-    for step in method.updates.steps():
-        sparsity = method.sparsity(step)
-        active = min(distributions.total_count(total, sparsity), sum(present))
-        prunes.append(active < sum(present))
-        if method.scope == "global":
-            present = [active]
-            keep.append(active)
-        else:
-            if prunes[-1]:
-                present = distributions.counts(
-                    shapes, sparsity, method.distribution, caps=present
-                )
-            keep.append(present)
-    dtype = np.uint32 if total < 2**32 else np.uint64
-    return _Plan(
-        prunes=np.asarray(prunes, bool),
-        keep=np.asarray(keep, dtype),
-        fraction=np.asarray(
-            [schedules.fixed_point(method.fraction(t)) for t in method.updates.steps()],
-            np.uint32,
-        ),
-    )
-
-
-def _update_masks(
-    method: Method,
-    plan: _Plan,
-    names: tuple[str, ...],
-    masks: list[Array],
-    params: list[Array],
-    grads: list[Array] | None,
-    accumulators: list[Array] | None,
-    *,
-    count: Array,
-    key: Array,
-) -> tuple[list[Array], list[Array]]:
-    """One mask update: prune to the schedule, then exchange.
-
-    Returns the new masks, and which weights continue (see `updates.run_phases`).
-    """
-    index = method.updates.update_index(count)
-
-    def rank(score: Score) -> Callable[[list[Array]], list[Array]]:
-        def ranked(present: list[Array]) -> list[Array]:
-            # Of leaves that the score does not look at, nothing is computed.
-            left = map(_masked, present, params)
-            weights = dict(zip(names, left, strict=True))
-            return [
-                score(
-                    ScoreInputs(
-                        param=p,
-                        grad=None if grads is None else grads[i],
-                        mask=m,
-                        accumulator=None if accumulators is None else accumulators[i],
-                        key=jax.random.fold_in(key, i),
-                        name=name,
-                        weights=weights,
-                    )
-                )
-                for i, (name, p, m) in enumerate(
-                    zip(names, params, present, strict=True)
-                )
-            ]
-
-        return ranked
-
-    ranks = {s: rank(s) for s in (method.prune, method.drop, method.grow) if s}
-    prunes = bool(plan.prunes.any())
-    phases = []
-    if prunes:
-        keep = jnp.asarray(plan.keep)[index]
-        phases.append(
-            mask_updates.prune_phase(ranks[method.prune], keep, scope=method.scope)
-        )
-    if method.grow is not None:
-        weights = None
-        if method.redistribute:
-            weights = mask_updates.mean_score(masks, ranks[method.grow](masks))
-        phases += mask_updates.exchange_phases(
-            ranks[method.drop],
-            ranks[method.grow],
-            jnp.asarray(plan.fraction)[index],
-            layer_weights=weights,
-        )
-    if not phases:
-        return masks, masks
-    # Between updates that prune to the same number, only the exchange is left.
-    first = 1 - jnp.asarray(plan.prunes)[index] if prunes and len(phases) > 1 else 0
-    return mask_updates.run_phases(masks, phases, first=first)
-
-
 def _if(predicate: Array, change: Callable[[PyTree], PyTree], value: PyTree) -> PyTree:
     """change(value) where `predicate`, else value: a loop of one trip or none.
 
@@ -551,21 +608,40 @@ def _can_mask_inputs(
     )
 
 
-def _masked(mask: Array, x: Array) -> Array:
-    return jnp.where(mask, x, jnp.zeros_like(x))
+def _names(masks: PyTree) -> tuple[str, ...]:
+    """The names of the leaves that carry a mask."""
+    paths = jax.tree_util.tree_leaves_with_path(masks)
+    return tuple(masking.leaf_name(path) for path, _ in paths)
 
 
-def _stepped(params: PyTree, inner_updates: PyTree, masks: PyTree) -> list[Array]:
-    """Maskable weights after the inner optimizer's step, zero where pruned."""
-    return [
-        _masked(m, (p + u).astype(p.dtype))
-        for m, p, u in zip(
-            jax.tree.leaves(masks),
-            masking.maskable_leaves(params, masks),
-            masking.maskable_leaves(inner_updates, masks),
-            strict=True,
-        )
-    ]
+def _penalised(
+    penalty: Penalty, grads: PyTree, state: SparseState, params: PyTree
+) -> PyTree:
+    """Gradients with that of the penalty, at leaves that carry a mask."""
+    leaves, treedef = jax.tree.flatten(state.masks)
+    marked = jax.tree.leaves(state.marked) or [None] * len(leaves)
+    weights = masking.maskable_leaves(params, state.masks)
+    terms = []
+    for p, m, k in zip(weights, leaves, marked, strict=True):
+        wide = p.astype(jnp.promote_types(p.dtype, jnp.float32))
+        terms.append(penalty(PenaltyInputs(p, m, k, state.count)) * wide)
+    return masking.map_masked(
+        lambda _, g, term: g + term.astype(g.dtype),
+        state.masks,
+        grads,
+        # In the order of the leaves that carry a mask.
+        treedef.unflatten(terms),
+    )
+
+
+def _stepped(params: PyTree, inner_updates: PyTree, masks: PyTree) -> Iterator[Array]:
+    """Maskable weights after the inner optimizer's step."""
+    for p, u in zip(
+        masking.maskable_leaves(params, masks),
+        masking.maskable_leaves(inner_updates, masks),
+        strict=True,
+    ):
+        yield (p + u).astype(p.dtype)
 
 
 def _emit(keep: Array, inner_update: Array, param: Array) -> Array:
@@ -590,38 +666,6 @@ def _accumulate(
 
 def _accumulator_dtype(param: Any) -> jnp.dtype:
     return jnp.promote_types(param.dtype, jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _draw(
-    shapes: tuple[tuple[int, ...], ...], counts: Array, key: Array
-) -> list[Array]:
-    scores = [
-        random_score(
-            ScoreInputs(
-                param=jax.ShapeDtypeStruct(shape, jnp.float32),  # pyright: ignore
-                grad=None,
-                mask=None,  # pyright: ignore
-                accumulator=None,
-                key=jax.random.fold_in(key, i),
-            )
-        )
-        for i, shape in enumerate(shapes)
-    ]
-    return top_k(scores, counts)
-
-
-def _random_masks(
-    shapes: tuple[tuple[int, ...], ...], counts: Sequence[int], seed: int | Array
-) -> list[Array]:
-    if all(n == math.prod(s) for n, s in zip(counts, shapes, strict=True)):
-        return [jnp.ones(shape, bool) for shape in shapes]
-    counter = counter_dtype([math.prod(s) for s in shapes], "layer")
-    return _draw(shapes, jnp.asarray(counts, counter), _key(seed, 0))
-
-
-def _key(seed: int | Array, count: Array | int) -> Array:
-    return jax.random.fold_in(jax.random.key(seed), count)
 
 
 def _is_sparse(x: Any) -> bool:

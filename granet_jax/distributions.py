@@ -65,6 +65,7 @@ def counts(
     sparsity: float,
     distribution: Distribution = "erk",
     caps: Sequence[int] | None = None,
+    floors: Sequence[int] | None = None,
 ) -> list[int]:
     """Number of active weights in every leaf; they sum to the total exactly.
 
@@ -78,12 +79,15 @@ def counts(
       distribution: see `densities`.
       caps: most weights that each leaf may keep (those active now, say); default the
         leaf's size.
+      floors: fewest weights that each leaf must keep (those active now, where weights
+        are only to be added); default none.
 
     Returns:
       One integer per leaf.
 
     Raises:
-      ValueError: as `densities`; or the caps leave less room than the total.
+      ValueError: as `densities`; or the caps leave less room than the total, or the
+        floors ask for more.
     """
     sizes = [math.prod(s) for s in shapes]
     limits = (
@@ -95,9 +99,18 @@ def counts(
             f"sparsity {sparsity} asks for {total} active weights, but the leaves may "
             f"hold {sum(limits)} at most."
         )
+    least = [0] * len(sizes) if floors is None else list(floors)
+    if sum(least) > total:
+        raise ValueError(
+            f"sparsity {sparsity} asks for {total} active weights, but the leaves must "
+            f"keep {sum(least)} at least."
+        )
     shares = densities(shapes, sparsity, distribution)
     ideal = [d * n for d, n in zip(shares, sizes, strict=True)]
-    kept = [min(math.floor(x), limit) for x, limit in zip(ideal, limits, strict=True)]
+    kept = [
+        max(min(math.floor(x), limit), low)
+        for x, limit, low in zip(ideal, limits, least, strict=True)
+    ]
     # A stable sort: among equal remainders the first leaf is served first.
     by_remainder = sorted(range(len(sizes)), key=lambda i: kept[i] - ideal[i])
     missing = total - sum(kept)
@@ -106,10 +119,10 @@ def counts(
             if missing > 0 and kept[i] < limits[i]:
                 kept[i] += 1
                 missing -= 1
-    # A user's densities may ask for more than the total.
+    # A user's densities may ask for more than the total, and so may floors.
     while missing < 0:
         for i in reversed(by_remainder):
-            if missing < 0 and kept[i] > 0:
+            if missing < 0 and kept[i] > least[i]:
                 kept[i] -= 1
                 missing += 1
     return kept

@@ -1,4 +1,4 @@
-"""The methods: GraNet, GMP, RigL, SET, SNFS, static; each a record of the same parts.
+"""The record of a method, and GraNet, GMP, RigL, SET, SNFS and static as such records.
 
 A method is data: which sparsity at which step, when masks are updated, what is dropped
 and what is grown. To write one's own, take a record and replace a part:
@@ -7,11 +7,13 @@ and what is grown. To write one's own, take a record and replace a part:
 """
 
 import dataclasses
+import itertools
 import math
-from typing import Any
+from typing import Any, Literal
 
-from granet_jax import schedules, scores
+from granet_jax import schedules, scores, structures
 from granet_jax.checks import (
+    check_choice,
     check_decay,
     check_fraction,
     check_sparsity,
@@ -19,9 +21,11 @@ from granet_jax.checks import (
     is_number,
 )
 from granet_jax.distributions import Distribution, check_distribution
-from granet_jax.schedules import Schedule, UpdateSteps
+from granet_jax.penalties import Penalty
+from granet_jax.schedules import Schedule, Steps, UpdateSteps
 from granet_jax.scores import Score
 from granet_jax.selection import Scope, check_scope
+from granet_jax.structures import Structure
 
 _GROW: dict[str, Score] = {
     "gradient": scores.gradient,
@@ -30,6 +34,9 @@ _GROW: dict[str, Score] = {
 }
 
 
+Weights = Literal["sparse", "projected", "dense"]
+WEIGHTS: tuple[str, ...] = ("sparse", "projected", "dense")
+
 _NO_EXCHANGE = schedules.constant(0.0)
 
 
@@ -37,9 +44,12 @@ _NO_EXCHANGE = schedules.constant(0.0)
 class Method:
     """A sparse-training method, as the parts that `transform` puts together.
 
-    At an update step: prune down to `sparsity` if it has risen since the last update;
-    then, with a `grow` score, drop a fraction of every leaf's active weights and
-    regrow as many.
+    At an update step: prune down to `sparsity` if it has risen since the last update,
+    or revive weights, with a `revive` score, if it has fallen; then, with a `grow`
+    score, drop a fraction of every leaf's active weights and regrow as many.
+
+    With `weights` other than "sparse" nothing is exchanged: masks are chosen anew,
+    among all weights.
 
     Attributes:
       name: for messages and reports.
@@ -50,6 +60,9 @@ class Method:
         every update with scope "layer".
       scope: whether pruning ranks weights across leaves or within each.
       prune: score by which pruning ranks (the highest stay).
+      revive: score by which weights come back where the sparsity falls (the highest
+        come, with value and moments zero); None if none do, and a sparsity that falls
+        changes nothing.
       drop: score by which the exchange drops (the lowest go).
       grow: score by which the exchange regrows (the highest come); None for no
         exchange.
@@ -59,11 +72,27 @@ class Method:
       accumulator_decay: decay of a moving average of the dense gradient, in [0, 1),
         kept in the state for the scores; None for none.
       needs_gradient: whether a score reads the dense gradient.
+      resets: the steps at whose end the moments of all parameters start anew.
+      weights: what becomes of weights outside the mask. "sparse": they are zero, and
+        the optimizer sees the masked gradient. "projected": it sees the dense one and
+        moves all weights; the mask is then chosen among all, and the others become
+        zero (projected gradient descent). "dense": they live on, and the forward pass
+        takes the sparse ones (`granet_jax.sparse_view`).
+      refresh: steps from one choice of masks to the next, with `weights` other than
+        "sparse".
+      marked_sparsity: sparsity of a second tree of masks, the `marked` weights, chosen
+        by `prune` among the active ones; with dense weights among all, whenever the
+        masks are chosen, and then the optimizer moves no others. None for none.
+      marks: the steps that choose the marked weights anew; the first choice is that
+        among the weights at init.
+      penalty: extra L2 coefficient of each weight, see `penalties`; None for none.
+      structure: of all masks, see `structures`; None for single weights. To the other
+        parts, a box that is kept or pruned as a whole is what a weight is otherwise.
     """
 
     name: str
     sparsity: Schedule
-    updates: UpdateSteps = schedules.NEVER
+    updates: Steps = schedules.NEVER
     distribution: Distribution = "erk"
     scope: Scope = "global"
     prune: Score = scores.magnitude
@@ -73,6 +102,14 @@ class Method:
     redistribute: bool = False
     accumulator_decay: float | None = None
     needs_gradient: bool = False
+    revive: Score | None = None
+    resets: Steps = schedules.NEVER
+    weights: Weights = "sparse"
+    refresh: int = 1
+    marked_sparsity: float | None = None
+    marks: Steps = schedules.NEVER
+    penalty: Penalty | None = None
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError or TypeError for a part that cannot be used."""
@@ -85,11 +122,51 @@ class Method:
                 raise TypeError(
                     f"{field} must be a function, got {getattr(self, field)!r}."
                 )
-        if self.grow is not None and not callable(self.grow):
-            raise TypeError(f"grow must be a function or None, got {self.grow!r}.")
+        for field in ("grow", "revive", "penalty"):
+            part = getattr(self, field)
+            if part is not None and not callable(part):
+                raise TypeError(f"{field} must be a function or None, got {part!r}.")
+        check_choice("weights", self.weights, WEIGHTS)
+        check_steps("refresh", self.refresh)
+        if self.weights != "sparse" and self.grow is not None:
+            raise ValueError(
+                f'grow must be None with weights="{self.weights}": all weights compete '
+                "for the mask, and none are exchanged."
+            )
+        if self.marked_sparsity is not None:
+            check_sparsity("marked_sparsity", self.marked_sparsity)
         for step in (0, *self.updates.steps()):
             check_sparsity(f"sparsity({step})", self.sparsity(step))
             check_fraction(f"fraction({step})", self.fraction(step))
+        self._check_structure()
+
+    def _check_structure(self) -> None:
+        reached = [self.sparsity(t) for t in (0, *self.updates.steps())]
+        # Masks of constant sparsity are drawn, and exchanged, within each leaf.
+        ranks = self.weights != "sparse" or self.marked_sparsity is not None
+        ranks |= len(set(reached)) > 1
+        structures.check_use(
+            self.structure,
+            sparsity=reached[-1],
+            scope=self.scope if ranks else "layer",
+            distribution=self.distribution,
+        )
+        if self.redistribute and self.structure and not self.structure.whole:
+            raise ValueError(
+                f"structure must be None, block or channel for {self.name}, which "
+                f"moves weights between leaves, got {self.structure.name}: each part "
+                "of a leaf has a fixed number of them."
+            )
+
+    @property
+    def grows(self) -> bool:
+        """Whether an update may activate weights."""
+        steps = (0, *self.updates.steps())
+        falls = self.revive is not None and any(
+            self.sparsity(after) < self.sparsity(before)
+            for before, after in itertools.pairwise(steps)
+        )
+        return self.grow is not None or falls
 
 
 def granet(
@@ -105,6 +182,7 @@ def granet(
     distribution: Distribution = "erk",
     scope: Scope = "global",
     grow: str = "gradient",
+    structure: Structure | None = None,
 ) -> Method:
     """GraNet: gradual magnitude pruning with zero-cost neuroregeneration.
 
@@ -131,6 +209,7 @@ def granet(
         from sparsity 0.8 on; we do not, since no leaf of a pytree is known to be one.
       scope: "global" or "layer": what competes in gradual pruning.
       grow: "gradient", "momentum" or "random".
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
@@ -144,7 +223,7 @@ def granet(
     """
     check_steps("total_steps", total_steps, least=1)
     end_step = total_steps // 2 if end_step is None else end_step
-    pruning = _gradual(sparsity, initial_sparsity, begin_step, end_step, interval)
+    pruning = gradual(sparsity, initial_sparsity, begin_step, end_step, interval)
     if end_step > total_steps:
         raise ValueError(
             f"end_step must be at most total_steps, got end_step={end_step} with "
@@ -161,6 +240,7 @@ def granet(
         sparsity=pruning,
         updates=schedules.every(interval, begin=begin_step, last=total_steps),
         distribution=distribution,
+        structure=structure,
         scope=scope,
         grow=_GROW[grow],
         fraction=schedules.cosine(fraction, final_fraction, steps=total_steps),
@@ -178,6 +258,7 @@ def gmp(
     interval: int = 1000,
     scope: Scope = "global",
     distribution: Distribution = "uniform",
+    structure: Structure | None = None,
 ) -> Method:
     """Gradual magnitude pruning: cubic schedule, no regrowth.
 
@@ -194,6 +275,7 @@ def gmp(
       scope: "global": weights compete across layers; "layer": within each, at the
         sparsity that `distribution` gives it (the uniform variant).
       distribution: of the initial masks, and of pruning with scope "layer".
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
@@ -204,12 +286,13 @@ def gmp(
     References:
       Zhu & Gupta, To Prune, or Not to Prune, 2017.
     """
-    pruning = _gradual(sparsity, initial_sparsity, begin_step, end_step, interval)
+    pruning = gradual(sparsity, initial_sparsity, begin_step, end_step, interval)
     return Method(
         name="gmp",
         sparsity=pruning,
         updates=UpdateSteps(begin_step + interval, end_step, interval),
         distribution=distribution,
+        structure=structure,
         scope=scope,
     )
 
@@ -222,6 +305,7 @@ def rigl(
     fraction: float = 0.3,
     stop: float = 0.75,
     distribution: Distribution = "erk",
+    structure: Structure | None = None,
 ) -> Method:
     """RigL: constant sparsity, drop by magnitude, regrow by |dense gradient|.
 
@@ -240,6 +324,7 @@ def rigl(
       fraction: prune fraction at the start, in [0, 1].
       stop: share of the training after which masks no longer change, in (0, 1].
       distribution: "uniform", "er", "erk" or a function, of the initial masks.
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
@@ -259,6 +344,7 @@ def rigl(
         **_exchange(
             sparsity, math.floor(stop * total_steps), interval, fraction, distribution
         ),
+        structure=structure,
         grow=scores.gradient,
         fraction=schedules.cosine(fraction, 0.0, steps=stop * total_steps),
         needs_gradient=True,
@@ -272,6 +358,7 @@ def set_(
     interval: int = 100,
     fraction: float = 0.3,
     distribution: Distribution = "erk",
+    structure: Structure | None = None,
 ) -> Method:
     """SET: constant sparsity, drop by magnitude, regrow at random; constant fraction.
 
@@ -281,6 +368,7 @@ def set_(
       interval: steps between mask updates (an epoch in the paper).
       fraction: prune fraction, in [0, 1].
       distribution: "uniform", "er", "erk" or a function, of the initial masks.
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
@@ -296,6 +384,7 @@ def set_(
     return Method(
         name="set",
         **_exchange(sparsity, total_steps, interval, fraction, distribution),
+        structure=structure,
         grow=scores.random,
         fraction=schedules.constant(fraction),
     )
@@ -309,6 +398,7 @@ def snfs(
     fraction: float = 0.5,
     decay: float = 0.9,
     distribution: Distribution = "uniform",
+    structure: Structure | None = None,
 ) -> Method:
     """SNFS: regrowth by momentum, with redistribution across layers.
 
@@ -325,6 +415,7 @@ def snfs(
       fraction: prune fraction at the start, in [0, 1].
       decay: of the moving average, in [0, 1).
       distribution: "uniform", "er", "erk" or a function, of the initial masks.
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
@@ -340,6 +431,7 @@ def snfs(
     return Method(
         name="snfs",
         **_exchange(sparsity, total_steps, interval, fraction, distribution),
+        structure=structure,
         grow=scores.momentum,
         fraction=schedules.cosine(fraction, 0.0, steps=total_steps),
         redistribute=True,
@@ -348,12 +440,18 @@ def snfs(
     )
 
 
-def static(sparsity: float, *, distribution: Distribution = "erk") -> Method:
+def static(
+    sparsity: float,
+    *,
+    distribution: Distribution = "erk",
+    structure: Structure | None = None,
+) -> Method:
     """A fixed random mask; or the masks given to `transform(masks=...)`.
 
     Args:
       sparsity: sparsity of the random mask, in [0, 1). Given masks have their own.
       distribution: "uniform", "er", "erk" or a function.
+      structure: of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
@@ -369,13 +467,14 @@ def static(sparsity: float, *, distribution: Distribution = "erk") -> Method:
         name="static",
         sparsity=schedules.constant(sparsity),
         distribution=distribution,
+        structure=structure,
     )
 
 
-def _gradual(
+def gradual(
     final: float, initial: float, begin: int, end: int, interval: int
 ) -> Schedule:
-    """The checked cubic schedule that GraNet and GMP share."""
+    """The checked cubic schedule of GraNet, GMP and a cycle of `cyclical`."""
     check_sparsity("sparsity", final)
     check_sparsity("initial_sparsity", initial)
     if initial > final:

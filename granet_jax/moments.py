@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from granet_jax.masking import is_masked_node
 
@@ -43,6 +44,32 @@ def masked_moments(inner_state: PyTree, masks: PyTree) -> list[bool]:
     """For every leaf of an optimizer's state, whether `zero_moments` would mask it."""
     matched = _map_matched(lambda _, m: not is_masked_node(m), inner_state, masks)
     return jax.tree.leaves(matched)
+
+
+def restart_moments(
+    inner_state: PyTree, fresh: PyTree, params: PyTree, restart: Array
+) -> PyTree:
+    """Parameter-shaped leaves of an optimizer's state as new, where `restart` holds.
+
+    Of all parameters, dense leaves included. Counters and factored statistics go on:
+    learning-rate schedules live by the former.
+
+    Args:
+      inner_state: the state of any optax optimizer.
+      fresh: the state that its `init` makes.
+      params: pytree of the parameters.
+      restart: boolean scalar.
+
+    Returns:
+      The state, with structure, shapes and dtypes as they were.
+    """
+    moments = _map_matched(lambda _, p: not is_masked_node(p), inner_state, params)
+    return jax.tree.map(
+        lambda moment, x, new: jnp.where(restart, new, x) if moment else x,
+        moments,
+        inner_state,
+        fresh,
+    )
 
 
 def _map_matched(

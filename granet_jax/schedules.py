@@ -5,12 +5,16 @@ training; inside the step only their integer tables are indexed. A step is the n
 of optimizer steps done, 1 after the first.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
+
+from granet_jax.checks import check_steps
 
 Schedule = Callable[[int], float]
 
@@ -41,6 +45,71 @@ class UpdateSteps(NamedTuple):
         """Which update `step` is, from 0; a valid index of `steps()` at every step."""
         index = (step - self.first) // self.interval
         return jnp.clip(index, 0, max(len(self.steps()) - 1, 0))
+
+    def done(self, step: Array) -> Array:
+        """How many update steps there are up to `step`, itself included."""
+        done = (step - self.first) // self.interval + 1
+        return jnp.clip(done, 0, len(self.steps()))
+
+
+class ListedSteps(NamedTuple):
+    """The steps `at` update the masks: any increasing ones, made by `listed`.
+
+    It serves wherever `UpdateSteps` does.
+    """
+
+    at: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        """The first of the steps."""
+        return self.at[0]
+
+    @property
+    def last(self) -> int:
+        """The last of the steps."""
+        return self.at[-1]
+
+    @property
+    def interval(self) -> int:
+        """The fewest steps from one to the next; the first itself, of only one."""
+        gaps = (b - a for a, b in itertools.pairwise(self.at))
+        return min(gaps, default=self.first)
+
+    def steps(self) -> tuple[int, ...]:
+        """All update steps, in order."""
+        return self.at
+
+    def contains(self, step: Array) -> Array:
+        """Whether `step` (an int32 scalar, traced or not) is an update step."""
+        return jnp.any(jnp.asarray(self.at, jnp.int32) == step)
+
+    def update_index(self, step: Array) -> Array:
+        """Which update `step` is, from 0; a valid index of `steps()` at every step."""
+        return jnp.clip(self.done(step) - 1, 0, len(self.at) - 1)
+
+    def done(self, step: Array) -> Array:
+        """How many update steps there are up to `step`, itself included."""
+        return jnp.sum(jnp.asarray(self.at, jnp.int32) <= step, dtype=jnp.int32)
+
+
+Steps = UpdateSteps | ListedSteps
+
+
+def listed(steps: Sequence[int]) -> ListedSteps:
+    """The steps given: one or more, from 1 on, increasing.
+
+    Raises:
+      TypeError, ValueError: no steps; no integers; not increasing.
+    """
+    at = tuple(steps)
+    if not at:
+        raise ValueError("steps must hold one or more steps, got none.")
+    for step in at:
+        check_steps("steps", step)
+    if any(b <= a for a, b in itertools.pairwise(at)):
+        raise ValueError(f"steps must increase from one to the next, got {at}.")
+    return ListedSteps(tuple(int(step) for step in at))
 
 
 NEVER = UpdateSteps(first=1, last=0, interval=1)
@@ -88,6 +157,63 @@ def cosine(initial: float, final: float, *, steps: float) -> Schedule:
         return final + (initial - final) * (1.0 + math.cos(angle)) / 2.0
 
     return value
+
+
+def repeated(schedule: Schedule, *, period: int, cycles: int) -> Schedule:
+    """A schedule that starts anew every `period` steps, `cycles` times over.
+
+    s(t) = schedule(t mod period), but after the last cycle, and so at its end
+    t = cycles * period, the schedule goes on: it does not start once more.
+
+    Args:
+      schedule: of one cycle, from step 0 on.
+      period: steps of a cycle.
+      cycles: how often the schedule runs.
+
+    References:
+      Srinivas et al., Cyclical Pruning for Sparse Neural Networks, 2022.
+    """
+
+    def value(step: int) -> float:
+        return schedule(step - min(step // period, cycles - 1) * period)
+
+    return value
+
+
+def restarted(
+    schedule: Callable[[Array], ArrayLike], period: int
+) -> Callable[[ArrayLike], ArrayLike]:
+    """An optax schedule, of the learning rate say, that starts anew every `period`.
+
+    eta(t) = schedule(t mod period), with t the steps taken before, as optax counts
+    them: 0 in the first step of each cycle. So a cosine per cycle of P steps is
+
+        restarted(optax.cosine_decay_schedule(0.1, decay_steps=P), period=P)
+
+    and SCULPT's triangle, from 0.2 to 1 to 0 of the rate,
+
+        up = optax.linear_schedule(0.02, 0.1, P // 5)
+        down = optax.linear_schedule(0.1, 0.0, P - P // 5)
+        restarted(optax.join_schedules([up, down], [P // 5]), period=P)
+
+    Args:
+      schedule: from an int32 scalar array to a scalar; any optax schedule.
+      period: steps of a cycle.
+
+    Returns:
+      A function of the step like `schedule`, for an optax optimizer.
+
+    Raises:
+      TypeError, ValueError: `schedule` is no function; a period that is no integer
+        from 1 on.
+    """
+    if not callable(schedule):
+        raise TypeError(
+            f"schedule must be a function of the step, got {schedule!r}: a constant "
+            "has nothing to restart."
+        )
+    check_steps("period", period)
+    return lambda count: schedule(jnp.asarray(count) % period)
 
 
 def fixed_point(fraction: float) -> int:

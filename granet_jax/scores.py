@@ -28,6 +28,7 @@ class ScoreInputs(NamedTuple):
       key: a typed random key of this leaf and step.
       name: of this leaf ("dense/kernel").
       weights: `param` of every maskable leaf by name, zero where pruned.
+      marked: the second mask of a method with `marked_sparsity`; else None.
     """
 
     param: Array
@@ -37,6 +38,7 @@ class ScoreInputs(NamedTuple):
     key: Array
     name: str = ""
     weights: Mapping[str, Array] = MappingProxyType({})
+    marked: Array | None = None
 
 
 Score = Callable[[ScoreInputs], Array]

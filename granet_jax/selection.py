@@ -318,7 +318,7 @@ def _before(x: Array, position: Array) -> Array:
     position = position.astype(dtype)
     start = _row_starts(x, dtype)
     left = jnp.where(position > start, position - start, jnp.zeros((), dtype))
-    return _iota(x, dtype, x.ndim - 1) < left
+    return iota(x, dtype, x.ndim - 1) < left
 
 
 def _row_starts(x: Array, dtype: jnp.dtype) -> Array:
@@ -326,11 +326,11 @@ def _row_starts(x: Array, dtype: jnp.dtype) -> Array:
     index = jnp.zeros((), dtype)
     for axis in range(x.ndim - 1):
         stride = math.prod(x.shape[axis + 1 :])
-        index += _iota(x, dtype, axis, row=True) * jnp.asarray(stride, dtype)
+        index += iota(x, dtype, axis, row=True) * jnp.asarray(stride, dtype)
     return index
 
 
-def _iota(x: Array, dtype: jnp.dtype, axis: int, *, row: bool = False) -> Array:
+def iota(x: Array, dtype: jnp.dtype, axis: int, *, row: bool = False) -> Array:
     """The index along `axis` of every entry of `x`, or of every first of a row."""
     shape = (*x.shape[:-1], 1) if row else x.shape
     sharding = jax.typeof(x).sharding

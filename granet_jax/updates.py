@@ -234,6 +234,31 @@ def prune_phase(
     return Phase(scores, False, _unchanged(keep), scope, forgets=True)
 
 
+def revive_phase(
+    scores: Callable[[list[Array]], Sequence[Array]],
+    keep: Array | int | Sequence[int],
+    *,
+    sizes: Sequence[int],
+    scope: Scope,
+) -> Phase:
+    """The phase that activates the best of the inactive weights, up to `keep` active.
+
+    Nothing where as many or more are active. What it activates starts at zero.
+    """
+
+    def number(inactive: Array, handed: Array) -> tuple[Array, Array]:
+        room = jnp.asarray(sizes, inactive.dtype)
+        wanted = jnp.asarray(keep).astype(inactive.dtype)
+        if scope == "global":
+            room = jnp.sum(room, dtype=room.dtype)
+            inactive = jnp.sum(inactive, dtype=room.dtype)
+        active = room - inactive
+        missing = jnp.where(wanted > active, wanted - active, 0)
+        return jnp.broadcast_to(missing, (len(sizes),)), handed
+
+    return Phase(scores, True, number, scope)
+
+
 def exchange_phases(
     drop: Callable[[list[Array]], Sequence[Array]],
     grow: Callable[[list[Array]], Sequence[Array]],

@@ -40,11 +40,14 @@ from experiments.config import (
     DistributedConfig,
     MaskConfig,
     OptimizerConfig,
+    ToSTConfig,
     build_method,
 )
+from granet_jax.penalties import PenaltyInputs
 from tests.runs import same
 
 METHODS = ["granet", "granet-st", "gmp", "rigl", "set", "snfs", "static", "dense"]
+METHODS += ["cyclical", "acdc", "sculpt", "straight-through", "top-kast", "greg2"]
 # The kernels of LeNet-300-100 on 8 x 8 pixels.
 LAYERS = {
     "hidden_0/kernel": 64 * 300,
@@ -157,6 +160,24 @@ def masks_of(maker: trainer.Trainer, state: step.TrainState) -> Any:
             {"method": "static", "masks": MaskConfig(fraction=0.3)},
             "masks.fraction is not an option of method 'static', only of granet",
         ),
+        ({"method": "acdc", "steps": 7}, r"at least 2 \* masks.cycles, 8, got 7"),
+        (
+            {"method": "cyclical", "steps": 1201},
+            "steps must be a multiple of the 4 cycles .* got 1201: 1 fewer",
+        ),
+        (
+            {"method": "greg2", "masks": MaskConfig(interval=250)},
+            "leave time for three increases of the penalty, got 250",
+        ),
+        (
+            {"method": "acdc", "masks": MaskConfig(recovery="hard")},
+            "masks.recovery is not an option of method 'acdc', only of cyclical",
+        ),
+        ({"masks": MaskConfig(cycles=0)}, "masks.cycles must be at least 1"),
+        (
+            {"method": "top-kast", "tost": ToSTConfig(lrsi=True)},
+            "tost.lrsi scales masked weights, and top-kast starts from dense ones",
+        ),
         (
             {"method": "dense", "masks": MaskConfig(distribution="erk")},
             "masks.distribution is not an option of method 'dense'",
@@ -180,6 +201,20 @@ def test_a_configuration_that_cannot_be_used_is_refused(changes, message):
         ("set", MaskConfig(stop=0.5), 0.9, range(15, 601, 15)),
         ("snfs", MaskConfig(), 0.9, range(15, 1201, 15)),
         ("static", MaskConfig(distribution="uniform"), 0.9, range(0)),
+        (
+            "cyclical",
+            MaskConfig(cycles=2, initial_sparsity=0.3, recovery="projected"),
+            0.3,
+            [*range(15, 451, 15), 600, *range(615, 1051, 15)],
+        ),
+        ("cyclical", MaskConfig(cycles=1), 0.0, range(15, 901, 15)),
+        ("acdc", MaskConfig(), 0.0, range(150, 1051, 150)),
+        ("acdc", MaskConfig(cycles=1), 0.0, [600]),
+        ("sculpt", MaskConfig(), 0.8, [900]),
+        ("sculpt", MaskConfig(cycles=1, initial_sparsity=0.5), 0.5, [600]),
+        ("straight-through", MaskConfig(), 0.0, range(15, 601, 15)),
+        ("top-kast", MaskConfig(), 0.9, []),
+        ("greg2", MaskConfig(interval=7), 0.0, [600]),
     ],
 )
 def test_methods_are_configured_as_documented(method, masks, start, updates):
@@ -188,6 +223,48 @@ def test_methods_are_configured_as_documented(method, masks, start, updates):
     assert record.sparsity(0) == pytest.approx(start, rel=0, abs=1e-12)
     assert record.sparsity(1200) == 0.9
     assert list(record.updates.steps()) == list(updates)
+
+
+def test_defaults_of_later_methods():
+    def made(method, **masks):
+        record = build_method(Config(method=method, masks=MaskConfig(**masks)))
+        assert record is not None
+        return record
+
+    assert made("cyclical").weights == "sparse"
+    assert made("cyclical", recovery="projected").weights == "projected"
+    assert made("cyclical", recovery="straight_through").weights == "dense"
+    assert len(made("cyclical").updates.steps()) == 4 * 15 + 3
+    assert made("top-kast").marked_sparsity == pytest.approx(0.8)
+    assert made("top-kast").refresh == 15
+    assert made("top-kast", backward_sparsity=0.5).marked_sparsity == 0.5
+    # In every cycle but the first the optimizer starts anew.
+    assert list(made("acdc").resets.steps()) == [300, 600, 900]
+    assert list(made("sculpt").resets.steps()) == [300, 600, 900]
+
+
+def test_the_penalty_of_greg2_grows_to_the_pruning():
+    def penalties(steps, marked, **options):
+        config = Config(method="greg2", **options)
+        record = build_method(config)
+        assert record is not None
+        assert record.penalty is not None
+        ones, marks = jnp.ones(1), jnp.array([marked])
+        at = [PenaltyInputs(ones, ones > 0, marks, jnp.int32(t)) for t in steps]
+        return [float(jnp.asarray(record.penalty(x)).sum()) for x in at]
+
+    # Pruning at step 600: until 480 there are 32 increases, 3 of them of all weights.
+    steps = (0, 14, 15, 30, 44, 45, 60, 465, 480, 599, 600)
+    found = penalties(steps, False, masks=MaskConfig(interval=15))
+    assert found == [*sorted(found[:-1]), 0.0]
+    assert found[0] > 0
+    assert found[-2] == pytest.approx(1.0, abs=0.06)
+    kept = penalties(steps, True, masks=MaskConfig(interval=15))
+    decay = OptimizerConfig().weight_decay
+    assert kept[-3] == pytest.approx(-decay)
+    adamw = OptimizerConfig(name="adamw")
+    kept = penalties(steps, True, masks=MaskConfig(interval=15), optimizer=adamw)
+    assert kept[-3] == 0.0
 
 
 def test_dense_training_has_no_method():
@@ -693,7 +770,9 @@ def test_every_method_trains(method, tmp_path):
     found = lines(tmp_path / f"{method}-seed0" / "metrics.jsonl")
     assert [line["method"] for line in found] == [method, method]
     first, last = found
-    start = {"granet-st": 0.5, "gmp": 0.0}.get(method, 0.9)
+    dense = ("gmp", "cyclical", "acdc", "straight-through", "greg2")
+    start = {"granet-st": 0.5, "sculpt": 0.8} | dict.fromkeys(dense, 0.0)
+    start = start.get(method, 0.9)
     assert first["active_weights"] == kept(start)
     assert last["active_weights"] == kept(0.9)
     assert (first["step"], last["step"]) == (0, STEPS)
@@ -731,7 +810,8 @@ def test_help_explains_every_option(capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         train.main(["--help"])
     assert exit_.value.code == 0
-    text = capsys.readouterr().out
+    # The choices that an option has may take several lines.
+    text = re.sub(r"\{[^}]*\}", "{}", capsys.readouterr().out)
     for prefix, record in (
         ("", Config),
         ("data.", DataConfig),
@@ -741,7 +821,7 @@ def test_help_explains_every_option(capsys, monkeypatch):
         ("distributed.", DistributedConfig),
     ):
         for field in dataclasses.fields(record):
-            if not dataclasses.is_dataclass(field.default):
+            if not dataclasses.is_dataclass(field.type):
                 option = f"--{prefix}{field.name}".replace("_", "-")
                 # The line after the option's own begins its explanation.
                 match = re.search(rf"\n[│ ]+{option}[ ,].*\n[│ ]+(\S.*)", text)

@@ -111,6 +111,17 @@ def test_counts_and_nesting(scope: Any) -> None:
                 assert abs(after.masks[k].mean() - 0.8**after.round) < 1 / 35
 
 
+def test_every_round_may_have_a_fraction_of_its_own() -> None:
+    def active(fraction: Any) -> list[int]:
+        found = ms.lottery_tickets(train, make(), rounds=3, fraction=fraction, key=KEY)
+        return [granet_jax.sparsity(t.masks).active for t in found]
+
+    densities = [1.0, 0.5, 0.5 * 0.9, 0.5 * 0.9 * 0.25]
+    expected = [math.floor(d * WEIGHTS + 0.5) for d in densities]
+    assert active([0.5, 0.1, 0.75]) == active(np.array([0.5, 0.1, 0.75])) == expected
+    assert active((0.3, 0.3, 0.3)) == active(0.3)
+
+
 def test_rewinding_is_exact() -> None:
     params = make()
     tickets = list(ms.lottery_tickets(train, params, rounds=2, key=KEY))
@@ -207,6 +218,8 @@ def test_bad_training(result: Any, match: str) -> None:
         ({"rounds": 1.5}, TypeError, "rounds must be an integer"),
         ({"fraction": 0.0}, ValueError, r"fraction must be in \(0, 1\)"),
         ({"fraction": "half"}, TypeError, "fraction must be a number"),
+        ({"fraction": [0.2, 0.2]}, ValueError, "one for each of the 1 rounds, got 2"),
+        ({"fraction": [1.0]}, ValueError, r"fraction must be in \(0, 1\), got 1.0"),
         ({"scope": "x"}, ValueError, "scope must be"),
         ({"on_collapse": "x"}, ValueError, "on_collapse must be"),
         ({"key": 3}, TypeError, "key must be one jax.random.key"),

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import granet_jax
-from granet_jax import _transform, scores, updates
+from granet_jax import _transform, choices, scores, updates
 from granet_jax.scores import ScoreInputs
 from tests import oracle
 
@@ -111,7 +111,7 @@ def random_tree(rng, *, grid, dtypes=None):
 def random_scores(seed, count):
     """The library's random scores of one step, for the maskable leaves."""
     shapes = [leaf.shape for leaf in leaves_of(random_tree(np.random, grid=1.0))]
-    key = _transform._key(seed, count)
+    key = choices.step_key(seed, count)
     return [
         np.asarray(
             scores.random(

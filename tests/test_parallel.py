@@ -78,6 +78,32 @@ def test_every_form_trains_alike(form, one_device):
         assert np.mean(np.asarray(a) != np.asarray(b)) < 1e-3
 
 
+@pytest.mark.parametrize("form", ["pmap", "fsdp"])
+def test_weights_that_live_on_are_trained_alike(form):
+    changes, devices = FORMS[form]
+    states = []
+    for maker in (
+        make(devices, method="top-kast", **changes),
+        make(1, method="top-kast"),
+    ):
+        state, losses = run(maker, 4)
+        states.append(jax.device_get(state))
+        seen = maker.program.inspect(maker.program.restore(state))
+        # The network uses none of the weights outside the masks.
+        assert np.asarray(seen.broken).sum() == 0
+        assert np.asarray(seen.active).sum() == 5_020
+        assert np.isfinite(losses).all()
+    for a, b in zip(*(jax.tree.leaves(s.params) for s in states), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4)
+    for part in ("masks", "marked"):
+        trees = [jax.tree.leaves(getattr(s.opt_state, part)) for s in states]
+        for a, b in zip(*trees, strict=True):
+            assert int(a.sum()) == int(b.sum()) > 0
+            assert np.mean(a != b) < 1e-3
+    kernel = states[0].params["hidden_0"]["kernel"]
+    assert (kernel != 0).all()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_initial_state_is_the_same_to_the_bit(form):
     changes, devices = FORMS[form]

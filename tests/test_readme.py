@@ -32,6 +32,7 @@ def example() -> dict[str, Any]:
 
 def test_no_block_is_left_out():
     markers = ("load_digits", "def saliency(", "orbax", "synflow(", "rescale_init(")
+    markers += ("cyclical(", "sparse_view(", "two_of_four")
     assert len(BLOCKS) == len(markers)
     for marker in markers:
         assert sum(marker in b for b in BLOCKS) == 1
@@ -97,3 +98,36 @@ def test_checkpoint_restores_every_bit(example: dict[str, Any]):
     for (_, a), (_, b) in zip(saved, restored, strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_cyclical_pruning_ends_sparse():
+    scope = run_block("cyclical(")
+    (block,) = [b for b in BLOCKS if "cyclical(" in b]
+    assert "sparsity=0.95, total_steps=steps" in block
+    params = {"w": np.ones((20, 10), np.float32)}
+    state = granet_jax.get_state(scope["tx"].init(params))
+    assert int(state.masks["w"].sum()) == 200
+
+
+def test_the_view_is_sparse_and_the_weights_are_dense():
+    scope = run_block("sparse_view(")
+    (mask,) = jax.tree.leaves(granet_jax.get_masks(scope["opt_state"]))
+    weights, sparse = scope["params"]["w"], scope["exported"]["w"]
+    assert int(mask.sum()) == 32
+    np.testing.assert_array_equal(sparse, np.where(mask, weights, 0))
+    # The largest of all.
+    sizes = np.abs(np.asarray(weights))
+    assert sizes[np.asarray(mask)].min() >= sizes[~np.asarray(mask)].max()
+
+
+def test_structures_have_their_form():
+    scope = run_block("two_of_four")
+    params = {"w": np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)}
+    tx = granet_jax.transform(scope["srigl"], optax.sgd(0.1))
+    (mask,) = jax.tree.leaves(granet_jax.get_masks(tx.init(params)))
+    # A tenth of sixteen inputs, rounded.
+    assert np.asarray(mask).sum(0).tolist() == [2] * 8
+    (mask,) = jax.tree.leaves(granet_jax.init_masks(scope["blocks"], params))
+    assert np.asarray(mask).all()
+    for name in ("two_of_four", "sr_ste"):
+        assert scope[name].structure.name == granet_jax.structures.n_of_m(2, 4).name

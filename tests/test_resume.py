@@ -56,6 +56,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
             ema=0.9,
         ),
     },
+    "top-kast": {"method": "top-kast"},
+    "acdc": {"method": "acdc", "masks": MaskConfig(cycles=2)},
     "dense": {"method": "dense", "masks": MaskConfig(), "scan_block": 3},
 }
 

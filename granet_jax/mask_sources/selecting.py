@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from granet_jax import distributions, masking, scores, updates
+from granet_jax import distributions, masking, scores, structures, updates
 from granet_jax.checks import check_sparsity
 from granet_jax.distributions import Distribution, Shape
 from granet_jax.mask_sources.arguments import (
@@ -27,9 +27,16 @@ from granet_jax.mask_sources.connectivity import OnCollapse, check_action, repor
 from granet_jax.masking import PyTree, Where
 from granet_jax.scores import Score, ScoreInputs
 from granet_jax.selection import Scope, check_scope, top_k
+from granet_jax.structures import Structure
 
 
-def select(scores: PyTree, sparsity: float, *, scope: Scope = "global") -> PyTree:
+def select(
+    scores: PyTree,
+    sparsity: float,
+    *,
+    scope: Scope = "global",
+    structure: Structure | None = None,
+) -> PyTree:
     """Masks of the largest scores, with the number of active weights met exactly.
 
     Equal scores go by leaf order, then by row-major index, the first being kept. The
@@ -42,14 +49,16 @@ def select(scores: PyTree, sparsity: float, *, scope: Scope = "global") -> PyTre
       sparsity: share of pruned weights, in [0, 1).
       scope: "global": weights compete across leaves; "layer": within each, all leaves
         at the same sparsity, rounded by largest remainder to the exact total.
+      structure: of the masks, one of `granet_jax.structures` (which says how its
+        numbers are rounded); None for single weights.
 
     Returns:
       Masks, of the structure of `scores`.
 
     Raises:
-      ValueError: sparsity out of range, unknown scope, no scores, or scores that are
-        NaN or infinite (inside a traced function, where values cannot be looked at,
-        NaN ranks below all).
+      ValueError: sparsity out of range, unknown scope, no scores, a structure that they
+        cannot have, or scores that are NaN or infinite (inside a traced function, where
+        values cannot be looked at, NaN ranks below all).
       TypeError: sparsity that is no number.
 
     References:
@@ -58,13 +67,27 @@ def select(scores: PyTree, sparsity: float, *, scope: Scope = "global") -> PyTre
     """
     check_sparsity("sparsity", sparsity)
     check_scope(scope)
+    structures.check_use(
+        structure, sparsity=sparsity, scope=scope, distribution="uniform"
+    )
     leaves, treedef = jax.tree.flatten(scores)
     if not leaves:
         raise ValueError(f"scores holds no array, got {scores!r}: nothing to rank.")
+    structures.check_leaves(structure, _named_shapes(scores))
     with _precision_of(leaves):
         check_finite("scores", scores)
-        (keep,) = round_counts([x.shape for x in leaves], sparsity, 1, scope)
-        return treedef.unflatten(top_k(leaves, keep, scope=scope))
+        shapes = [x.shape for x in leaves]
+        if structure is None:
+            (keep,) = round_counts(shapes, sparsity, 1, scope)
+        elif scope == "global":
+            parts = structures.parts(structure, shapes)
+            keep = distributions.total_count(sum(parts), sparsity)
+        else:
+            keep = structures.counts(structure, shapes, sparsity, "uniform")
+            keep = _as_counts(keep, shapes)
+        return treedef.unflatten(
+            structures.select(structure, leaves, keep, scope=scope)
+        )
 
 
 def from_score(
@@ -73,6 +96,7 @@ def from_score(
     sparsity: float,
     *,
     scope: Scope = "global",
+    structure: Structure | None = None,
     where: Where = None,
     key: Array | None = None,
     on_collapse: OnCollapse = "warn",
@@ -85,6 +109,7 @@ def from_score(
       params: pytree of arrays.
       sparsity: share of pruned weights, in [0, 1).
       scope: "global" or "layer", see `select`.
+      structure: of the masks, see `select`.
       where: which leaves carry a mask, as in `granet_jax.transform`.
       key: for a score that draws random numbers; default `jax.random.key(0)`. Every
         leaf has its own, which follows from its name.
@@ -123,7 +148,7 @@ def from_score(
         for name, (_, mask) in zip(names, named, strict=True)
     ]
     tree = jax.tree.unflatten(jax.tree.structure(present), found)
-    masks = select(tree, sparsity, scope=scope)
+    masks = select(tree, sparsity, scope=scope, structure=structure)
     return report(masks, on_collapse)
 
 
@@ -132,6 +157,7 @@ def magnitude(
     sparsity: float,
     *,
     scope: Scope = "global",
+    structure: Structure | None = None,
     where: Where = None,
     on_collapse: OnCollapse = "warn",
 ) -> PyTree:
@@ -145,6 +171,7 @@ def magnitude(
       params: pytree of arrays.
       sparsity: share of pruned weights, in [0, 1).
       scope: "global" or "layer", see `select`.
+      structure: of the masks, see `select`.
       where: which leaves carry a mask, as in `granet_jax.transform`.
       on_collapse: see `from_score`.
 
@@ -162,6 +189,7 @@ def magnitude(
         params,
         sparsity,
         scope=scope,
+        structure=structure,
         where=where,
         on_collapse=on_collapse,
     )
@@ -173,6 +201,7 @@ def random(
     *,
     key: Array,
     distribution: Distribution = "erk",
+    structure: Structure | None = None,
     where: Where = None,
     on_collapse: OnCollapse = "warn",
 ) -> PyTree:
@@ -187,6 +216,7 @@ def random(
       key: random key.
       distribution: "uniform", "er", "erk" or a function, see
         `distributions.densities`.
+      structure: of the masks, see `select`.
       where: which leaves carry a mask, as in `granet_jax.transform`.
       on_collapse: see `from_score`.
 
@@ -202,10 +232,15 @@ def random(
     check_sparsity("sparsity", sparsity)
     check_action(on_collapse)
     check_key(key)
+    structures.check_use(
+        structure, sparsity=sparsity, scope="layer", distribution=distribution
+    )
     present = full_masks(params, where)
     shapes = [tuple(m.shape) for m in jax.tree.leaves(present)]
-    counts = distributions.counts(shapes, sparsity, distribution)
-    return report(_draw(present, _as_counts(counts, shapes), key), on_collapse)
+    structures.check_leaves(structure, _named_shapes(present))
+    counts = structures.counts(structure, shapes, sparsity, distribution)
+    drawn = _draw(present, _as_counts(counts, shapes), key, structure)
+    return report(drawn, on_collapse)
 
 
 def shuffle(masks: PyTree, key: Array) -> PyTree:
@@ -232,7 +267,9 @@ def shuffle(masks: PyTree, key: Array) -> PyTree:
     return _draw(masks, jnp.stack(masking.active_counts(masks)), key)
 
 
-def _draw(like: PyTree, counts: Any, key: Array) -> PyTree:
+def _draw(
+    like: PyTree, counts: Any, key: Array, structure: Structure | None = None
+) -> PyTree:
     """Masks shaped and placed as `like`, with `counts` weights each, by leaf name."""
 
     def draw(path: tuple[Any, ...], mask: Array) -> Array:
@@ -247,8 +284,15 @@ def _draw(like: PyTree, counts: Any, key: Array) -> PyTree:
 
     drawn = jax.tree_util.tree_map_with_path(draw, like)
     leaves, treedef = jax.tree.flatten(drawn)
-    chosen = treedef.unflatten(top_k(leaves, counts, scope="layer"))
+    chosen = treedef.unflatten(
+        structures.select(structure, leaves, counts, scope="layer")
+    )
     return jax.tree.map(masking.placed_like, chosen, like)
+
+
+def _named_shapes(tree: PyTree) -> list[tuple[str, Shape]]:
+    named = jax.tree_util.tree_leaves_with_path(tree)
+    return [(masking.leaf_name(path), tuple(x.shape)) for path, x in named]
 
 
 def _leaf_key(key: Array, name: str) -> Array:

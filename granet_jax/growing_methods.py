@@ -1,0 +1,191 @@
+"""Growing regularisation: weights are pressed towards zero before they are pruned.
+
+The extra L2 penalty is part of the method: `transform` adds its gradient before the
+optimizer sees it. Records of the same parts as those of `methods`.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import Array
+
+from granet_jax import penalties
+from granet_jax.checks import check_number, check_sparsity, check_steps
+from granet_jax.distributions import Distribution
+from granet_jax.methods import Method
+from granet_jax.penalties import Penalty
+from granet_jax.schedules import NEVER, UpdateSteps
+from granet_jax.scores import ScoreInputs
+from granet_jax.selection import Scope
+from granet_jax.structures import Structure
+
+
+def greg1(
+    sparsity: float,
+    *,
+    interval: int = 10,
+    growth: float = 1e-4,
+    ceiling: float = 1.0,
+    settle_steps: int = 10_000,
+    scope: Scope = "layer",
+    distribution: Distribution = "uniform",
+    structure: Structure | None = None,
+) -> Method:
+    """GReg-1: a growing penalty on weights chosen at the start, then their removal.
+
+    The weights of smallest magnitude at init (those of a trained network) get an L2
+    penalty that grows by `growth` every `interval` steps, from `growth` in the first
+    step on, until it exceeds `ceiling`; `settle_steps` more steps leave it there; then
+    they are pruned, at step `method.updates.last`, and what follows is fine-tuning.
+
+    Args:
+      sparsity: share of weights that go, in [0, 1).
+      interval: steps between increases; K_u = 10 for CIFAR, 5 for ImageNet.
+      growth: increase of the penalty.
+      ceiling: the increases stop above it.
+      settle_steps: K_s, 10,000 for CIFAR, 40,000 for ImageNet.
+      scope: "layer": weights are ranked within each layer, at the sparsity that
+        `distribution` gives it; "global": across layers.
+      distribution: with scope "layer".
+      structure: of the masks, one of `structures`; None for single weights.
+
+    Returns:
+      A record for `transform(method, inner)`.
+
+    Raises:
+      ValueError, TypeError: an argument out of range or of the wrong type.
+
+    References:
+      Wang et al., Neural Pruning via Growing Regularization, ICLR 2021; code:
+      MingSun-Tse/Regularization-Pruning (where each weight's own layer ends the
+      increases: the same numbers, for single weights).
+    """
+    increases = _increases(interval, growth, ceiling, settle_steps)
+    last = increases * interval
+    return _growing(
+        "greg1",
+        sparsity,
+        prune_step=last + settle_steps,
+        scope=scope,
+        distribution=distribution,
+        structure=structure,
+        penalty=penalties.growing(interval=interval, step=growth, first=0, last=last),
+        pick=None,
+    )
+
+
+def greg2(
+    sparsity: float,
+    *,
+    interval: int = 10,
+    growth: float = 1e-4,
+    ceiling: float = 1.0,
+    settle_steps: int = 10_000,
+    pick_growth: float = 1e-5,
+    pick_ceiling: float = 1e-2,
+    weight_decay: float = 0.0,
+    scope: Scope = "layer",
+    distribution: Distribution = "uniform",
+    structure: Structure | None = None,
+) -> Method:
+    """GReg-2: a small penalty on all weights picks those that GReg-1 then removes.
+
+    The penalty of all weights grows by `pick_growth` every `interval` steps until it
+    reaches `pick_ceiling`, which drives weights apart by their curvature. Then the
+    weights of smallest magnitude are picked: their penalty grows on by `growth`, as in
+    `greg1`, and that of the others is `-weight_decay`, which cancels the optimizer's.
+
+    Args:
+      sparsity: share of weights that go, in [0, 1).
+      interval: see `greg1`.
+      growth: see `greg1`.
+      ceiling: see `greg1`.
+      settle_steps: see `greg1`.
+      pick_growth: increase of the penalty of all weights.
+      pick_ceiling: at which it ends.
+      weight_decay: coupled weight decay of `inner`, to be cancelled at weights that
+        stay; 1e-4 in the code.
+      scope: see `greg1`.
+      distribution: see `greg1`.
+      structure: of the masks, one of `structures`; None for single weights.
+
+    Returns:
+      A record for `transform(method, inner)`.
+
+    Raises:
+      ValueError, TypeError: an argument out of range or of the wrong type.
+
+    References:
+      As `greg1`.
+    """
+    check_number("pick_growth", pick_growth, above=0.0)
+    check_number("pick_ceiling", pick_ceiling, least=pick_growth)
+    check_number("weight_decay", weight_decay, least=0.0)
+    check_number("ceiling", ceiling, above=pick_ceiling)
+    increases = _increases(interval, growth, ceiling - pick_ceiling, settle_steps)
+    pick = interval * math.ceil(pick_ceiling / pick_growth - 1e-6)
+    last = pick + increases * interval
+    before = penalties.picking(interval=interval, step=pick_growth, last=pick)
+    after = penalties.growing(
+        interval=interval,
+        step=growth,
+        first=pick,
+        last=last,
+        start=pick_ceiling,
+        kept=-weight_decay,
+    )
+    return _growing(
+        "greg2",
+        sparsity,
+        prune_step=last + settle_steps,
+        scope=scope,
+        distribution=distribution,
+        structure=structure,
+        penalty=lambda inputs: before(inputs) + after(inputs),
+        pick=pick,
+    )
+
+
+def _increases(interval: int, growth: float, ceiling: float, settle_steps: int) -> int:
+    """How many increases there are until the penalty exceeds `ceiling`, checked."""
+    check_steps("interval", interval)
+    check_steps("settle_steps", settle_steps, least=0)
+    check_number("growth", growth, above=0.0)
+    check_number("ceiling", ceiling, above=0.0)
+    return math.floor(ceiling / growth + 1e-6) + 1
+
+
+def _growing(
+    name: str,
+    sparsity: float,
+    *,
+    prune_step: int,
+    scope: Scope,
+    distribution: Distribution,
+    structure: Structure | None,
+    penalty: Penalty,
+    pick: int | None,
+) -> Method:
+    check_sparsity("sparsity", sparsity)
+    check_steps("the step of the pruning", prune_step)
+    return Method(
+        name=name,
+        sparsity=lambda step: sparsity if step >= prune_step else 0.0,
+        updates=UpdateSteps(prune_step, prune_step, prune_step),
+        distribution=distribution,
+        structure=structure,
+        scope=scope,
+        prune=_marked_first,
+        marked_sparsity=sparsity,
+        marks=NEVER if pick is None else UpdateSteps(pick, pick, pick),
+        # What follows the pruning is fine-tuning as usual.
+        penalty=lambda inputs: jnp.where(
+            inputs.count < prune_step, penalty(inputs), 0.0
+        ),
+    )
+
+
+def _marked_first(inputs: ScoreInputs) -> Array:
+    """Magnitude, but marked weights before all others."""
+    size = jnp.abs(inputs.param)
+    return size if inputs.marked is None else jnp.where(inputs.marked, jnp.inf, size)

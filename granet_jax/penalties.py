@@ -1,0 +1,101 @@
+"""Extra L2 penalties of single weights: one leaf in, its coefficients out.
+
+A penalty lambda adds lambda w to the gradient of a weight w (that of lambda/2 w^2)
+before the optimizer sees it, on top of any weight decay of the optimizer's own. A
+user's own penalty is any function of `PenaltyInputs`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+
+class PenaltyInputs(NamedTuple):
+    """What a penalty may look at: one maskable leaf.
+
+    Attributes:
+      param: the weights before the optimizer's step.
+      mask: the mask that the gradient was taken under, boolean.
+      marked: the second mask of a method with `marked_sparsity`, boolean; else None.
+      count: int32 scalar, steps done before this one.
+    """
+
+    param: Array
+    mask: Array
+    marked: Array | None
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+Penalty = Callable[[PenaltyInputs], ArrayLike]
+
+
+def outside(size: float) -> Penalty:
+    """`size` at weights outside the mask (SR-STE, Zhou et al. 2021)."""
+    return lambda inputs: jnp.where(inputs.mask, 0.0, size)
+
+
+def exploration(size: float, density: float) -> Penalty:
+    """`size` at active weights, `size` / `density` at the others that are marked.
+
+    The further down a weight that the gradient reaches has been left out, the harder it
+    is held back (Top-KAST, Jayakumar et al. 2020). Elsewhere none.
+    """
+
+    def penalty(inputs: PenaltyInputs) -> Array:
+        marked = _marked(inputs)
+        explored = jnp.where(marked, size / density, 0.0)
+        return jnp.where(inputs.mask, size, explored)
+
+    return penalty
+
+
+def growing(
+    *,
+    interval: int,
+    step: float,
+    first: int,
+    last: int,
+    start: float = 0.0,
+    kept: float = 0.0,
+) -> Penalty:
+    """Grows at unmarked weights, from step `first` on: growing regularisation.
+
+    start + step * j in the j-th interval of `interval` steps, j from 1, for as many as
+    begin before step `last`, and no more after. (An integer counts them: accumulated in
+    floats, the end would shift.) The marked weights have `kept` from then on. Before
+    `first` it is none.
+
+    References:
+      Wang et al., Neural Pruning via Growing Regularization, ICLR 2021.
+    """
+    most = -(-(last - first) // interval)
+
+    def penalty(inputs: PenaltyInputs) -> Array:
+        elapsed = inputs.count - first
+        grown = jnp.clip(elapsed // interval + 1, 1, most).astype(jnp.float32)
+        size = jnp.where(_marked(inputs), kept, start + step * grown)
+        return jnp.where(elapsed >= 0, size, 0.0)
+
+    return penalty
+
+
+def picking(*, interval: int, step: float, last: int) -> Penalty:
+    """Grows at all weights alike: step * j in the j-th interval, until step `last`."""
+
+    def penalty(inputs: PenaltyInputs) -> Array:
+        size = step * (inputs.count // interval + 1).astype(jnp.float32)
+        return jnp.where(inputs.count < last, size, 0.0)
+
+    return penalty
+
+
+def _marked(inputs: PenaltyInputs) -> Array:
+    if inputs.marked is None:
+        raise ValueError(
+            "this penalty reads marked weights, and the method has none: set its "
+            "`marked_sparsity`."
+        )
+    return inputs.marked
