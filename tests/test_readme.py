@@ -32,7 +32,7 @@ def example() -> dict[str, Any]:
 
 def test_no_block_is_left_out():
     markers = ("load_digits", "def saliency(", "orbax", "synflow(", "rescale_init(")
-    markers += ("cyclical(", "sparse_view(", "two_of_four")
+    markers += ("cyclical(", "sparse_view(", "two_of_four", "analysis.prune(")
     assert len(BLOCKS) == len(markers)
     for marker in markers:
         assert sum(marker in b for b in BLOCKS) == 1
@@ -131,3 +131,23 @@ def test_structures_have_their_form():
     assert np.asarray(mask).all()
     for name in ("two_of_four", "sr_ste"):
         assert scope[name].structure.name == granet_jax.structures.n_of_m(2, 4).name
+
+
+def test_a_pruned_network_recovers():
+    scope = run_block("analysis.prune(")
+    (size, active) = (
+        sum(m.size for m in jax.tree.leaves(scope["full"])),
+        int(scope["keep"]),
+    )
+    assert active == (size + 5) // 10  # 90% sparsity, rounded to nearest
+    for tree in (scope["pruned"].masks, scope["tx"].init(scope["start"]).masks):
+        assert sum(int(m.sum()) for m in jax.tree.leaves(tree)) == active
+    for name in ("start", "sparse"):
+        for p, m in zip(
+            *map(jax.tree.leaves, (scope[name], scope["pruned"].masks)), strict=True
+        ):
+            assert not np.any(np.asarray(p)[~np.asarray(m)])
+    found = scope["found"]
+    assert found.pruned < found.before
+    assert found.regained > 0
+    assert found.plasticity == found.after - found.before
