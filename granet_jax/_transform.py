@@ -266,8 +266,11 @@ def transform(
             )
         # As the state holds them, masks go through loops and into the next state; taken
         # apart, they are read by what is computed.
-        pack = masking.pack_masks if _is_packed(state) else lambda masks: masks
-        old = masking.unpack_masks(state.masks)
+        pack = unpack = _as_it_is
+        if _is_packed(state):
+            pack = masking.pack_masks
+            unpack = functools.partial(_unpack_like, params)
+        old = unpack(state.masks)
         grads = updates if wrapped is not None else extra_args.get("grads")
         if grads is None and method.needs_gradient:
             raise ValueError(
@@ -291,7 +294,7 @@ def transform(
         def change_masks(
             stored: PyTree, inner_updates: PyTree
         ) -> tuple[PyTree, PyTree]:
-            masks_ = masking.unpack_masks(stored)
+            masks_ = unpack(stored)
             dense = None if grads is None else masking.maskable_leaves(grads, masks_)
             leaves, treedef = jax.tree.flatten(masks_)
             stepped = _stepped(params, inner_updates, masks_)
@@ -301,14 +304,14 @@ def transform(
                 list(map(where_active, leaves, stepped)),
                 dense,
                 jax.tree.leaves(accumulator) or None,
-                jax.tree.leaves(masking.unpack_masks(state.marked)) or None,
+                jax.tree.leaves(unpack(state.marked)) or None,
                 count,
             )
             return pack(treedef.unflatten(changed)), pack(treedef.unflatten(kept))
 
         given = updates
         if method.penalty is not None:
-            marked = masking.unpack_masks(state.marked)
+            marked = unpack(state.marked)
             given = _penalised(
                 method.penalty, updates, old, marked, params, state.count
             )
@@ -324,7 +327,7 @@ def transform(
             if method.marks.steps():
 
                 def mark(_: PyTree) -> PyTree:
-                    masks_ = masking.unpack_masks(new)
+                    masks_ = unpack(new)
                     leaves, treedef = jax.tree.flatten(masks_)
                     stepped = list(_stepped(params, emitted, masks_))
                     chosen = choose_marked(_names(masks_), leaves, stepped, count)
@@ -334,7 +337,7 @@ def transform(
             if wrapped is not None and method.resets.steps():
                 stepped = optax.apply_updates(params, emitted)
                 fresh = wrapped.init(stepped)
-                fresh = zero_moments(fresh, masking.unpack_masks(new))
+                fresh = zero_moments(fresh, unpack(new))
                 restart = method.resets.contains(count)
                 inner_state = restart_moments(inner_state, fresh, params, restart)
             return emitted, SparseState(
@@ -345,7 +348,7 @@ def transform(
             # With dense weights, only those marked are moved, where some are.
             reach = ()
             if method.weights == "dense":
-                reach = masking.unpack_masks(state.marked)
+                reach = unpack(state.marked)
             if jax.tree.leaves(reach):
                 given = masking.map_masked(where_active, reach, given)
             inner_updates, inner_state = step_inner(given, state.inner_state, params)
@@ -353,7 +356,7 @@ def transform(
                 inner_updates = masking.map_masked(where_active, reach, inner_updates)
 
             def choose(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-                leaves, treedef = jax.tree.flatten(masking.unpack_masks(now[0]))
+                leaves, treedef = jax.tree.flatten(unpack(now[0]))
                 chosen, marked = choose_masks(
                     _names(old),
                     leaves,
@@ -372,12 +375,12 @@ def transform(
                 due = (count % method.refresh == 0) | method.updates.contains(count)
                 new, marked = _if(due, choose, now)
             if method.weights == "projected":
-                keep = masking.unpack_masks(new)
+                keep = unpack(new)
                 emitted = masking.map_masked(_emit, keep, inner_updates, params)
                 inner_state = zero_moments(inner_state, keep)
                 return finish(emitted, new, inner_state, (), marked)
             if jax.tree.leaves(reach):
-                inner_state = zero_moments(inner_state, masking.unpack_masks(marked))
+                inner_state = zero_moments(inner_state, unpack(marked))
             return finish(inner_updates, new, inner_state, (), marked)
 
         updating = method.updates.contains(count)
@@ -392,7 +395,7 @@ def transform(
             # in place. (The inner step is computed again inside, on update steps only:
             # handing its result in would force it through memory in every step.)
             def change(stored: PyTree) -> tuple[PyTree, PyTree]:
-                masks_ = masking.unpack_masks(stored)
+                masks_ = unpack(stored)
                 masked = masking.map_masked(where_active, masks_, given)
                 inner_updates, _ = step_inner(masked, state.inner_state, params)
                 return change_masks(stored, inner_updates)
@@ -406,7 +409,7 @@ def transform(
                 continuing = new = _if(updating, lambda now: change(now)[0], new)
             elif method.updates.steps():
                 new, continuing = _if(again, change_both, (new, state.continuing))
-            keep = masking.unpack_masks(continuing)
+            keep = unpack(continuing)
             masked = masking.map_masked(where_active, keep, given)
             inner_updates, inner_state = step_inner(
                 masked,
@@ -425,7 +428,7 @@ def transform(
         def change_last(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
             masks_, emitted, inner_state, continuing = now
             new, kept = change_masks(masks_, emitted)
-            keep = masking.unpack_masks(kept)
+            keep = unpack(kept)
             emitted = masking.map_masked(_emit, keep, emitted, params)
             continuing = kept if regrows else ()
             return new, emitted, zero_moments(inner_state, keep), continuing
@@ -698,6 +701,20 @@ def _accumulate(
 
 def _accumulator_dtype(param: Any) -> jnp.dtype:
     return jnp.promote_types(param.dtype, jnp.float32)
+
+
+def _as_it_is(masks: PyTree) -> PyTree:
+    return masks
+
+
+def _unpack_like(params: PyTree, packed: PyTree) -> PyTree:
+    """Packed masks taken apart, in the shardings of the parameters."""
+    masks = masking.unpack_masks(packed)
+    if not jax.tree.leaves(masks):
+        return masks
+    return masking.map_masked(
+        lambda m, _, p: masking.placed_like(m, p), masks, masks, params
+    )
 
 
 def _is_packed(state: SparseState) -> bool:

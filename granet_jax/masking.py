@@ -337,9 +337,11 @@ def unpack_masks(packed: PyTree) -> PyTree:
     def unpack(x: Any) -> Any:
         if not is_packed(x):
             return x
-        last = x.shape[-1] if x.shape else 1
-        mask = jnp.unpackbits(x.bits, axis=-1, count=last).astype(bool)
-        return mask if x.shape else mask[..., 0]
+        places = jnp.arange(7, -1, -1, dtype=jnp.uint8)
+        places = jnp.expand_dims(places, range(x.bits.ndim))
+        digits = (x.bits[..., None] >> places) & 1
+        mask = digits.astype(bool).reshape(*x.bits.shape[:-1], 8 * x.bits.shape[-1])
+        return mask[..., : x.shape[-1]] if x.shape else mask[..., 0]
 
     return jax.tree.map(unpack, packed, is_leaf=is_packed)
 
