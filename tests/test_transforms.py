@@ -1,5 +1,6 @@
 """`transform` under JAX's transformations: jit, scan, vmap, donation, guards."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -64,14 +65,31 @@ def make_step(tx: Any) -> Any:
     return step
 
 
-def loop(tx: Any, params: Any, state: Any, grads: Any) -> tuple[Any, list[Any]]:
+@functools.cache
+def transformation(name: str) -> Any:
+    return granet_jax.transform(METHODS[name], INNER)
+
+
+@functools.cache
+def compiled_step(name: str) -> Any:
+    return jax.jit(make_step(transformation(name)))
+
+
+def loop(step: Any, params: Any, state: Any, grads: Any) -> tuple[Any, list[Any]]:
     """The final parameters and state of a host loop, and the masks of every step."""
-    step = jax.jit(make_step(tx))
     masks = []
     for index in range(STEPS):
         params, state = step(params, state, at(grads, index))
         masks.append(granet_jax.get_masks(state))
     return (params, state), masks
+
+
+@functools.cache
+def reference(name: str) -> tuple[Any, list[Any]]:
+    """`loop` from the parameters and with the gradients of everywhere."""
+    params = make_params()
+    state = transformation(name).init(params)
+    return loop(compiled_step(name), params, state, make_grads())
 
 
 def changes(masks: list[Any]) -> int:
@@ -150,7 +168,8 @@ def test_a_traced_seed_is_the_same_seed(name: str) -> None:
     final = []
     for seed in (0, 7):
         params, grads = make_params(), make_grads()
-        expected, masks = loop(make(seed), params, make(seed).init(params), grads)
+        alone = jax.jit(make_step(make(seed)))
+        expected, masks = loop(alone, params, make(seed).init(params), grads)
         state = start(jnp.uint32(seed), params)
         for index in range(STEPS):
             params, state = step(jnp.uint32(seed), params, state, at(grads, index))
@@ -163,10 +182,9 @@ def test_a_traced_seed_is_the_same_seed(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_scan_equals_loop(name: str) -> None:
-    tx = granet_jax.transform(METHODS[name], INNER)
+    tx = transformation(name)
     params, grads = make_params(), make_grads()
-    state = tx.init(params)
-    expected, masks = loop(tx, params, state, grads)
+    expected, masks = reference(name)
 
     @jax.jit
     def run(params: Any, state: Any, grads: Any) -> Any:
@@ -176,7 +194,7 @@ def test_scan_equals_loop(name: str) -> None:
 
         return jax.lax.scan(body, (params, state), grads)
 
-    found, stacked = run(params, state, grads)
+    found, stacked = run(params, tx.init(params), grads)
     assert_same(found, expected)
     for index in range(STEPS):
         assert_same(at(stacked, index), masks[index])
@@ -185,7 +203,7 @@ def test_scan_equals_loop(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_vmap_over_seeds_equals_loop_over_seeds(name: str) -> None:
     seeds = (0, 1, 2)
-    tx = granet_jax.transform(METHODS[name], INNER)
+    tx = transformation(name)
     starts, inputs, states = [], [], []
     for seed in seeds:
         params = make_params(seed)
@@ -201,7 +219,8 @@ def test_vmap_over_seeds_equals_loop_over_seeds(name: str) -> None:
             params, state, jax.tree.map(lambda g, i=index: g[:, i], grads)
         )
     for lane in range(len(seeds)):
-        expected, masks = loop(tx, starts[lane], states[lane], inputs[lane])
+        given = (starts[lane], states[lane], inputs[lane])
+        expected, _ = loop(compiled_step(name), *given)
         assert_same((at(params, lane), at(state, lane)), expected)
     # The lanes are different runs.
     assert not np.array_equal(
@@ -211,7 +230,7 @@ def test_vmap_over_seeds_equals_loop_over_seeds(name: str) -> None:
 
 def test_vmap_of_lanes_at_different_steps() -> None:
     # One lane updates its masks while the other does not.
-    tx = granet_jax.transform(METHODS["granet"], INNER)
+    tx = transformation("granet")
     params = granet_jax.apply_masks(
         make_params(), granet_jax.get_masks(tx.init(make_params()))
     )
@@ -220,7 +239,7 @@ def test_vmap_of_lanes_at_different_steps() -> None:
     states = [tx.init(params)._replace(count=jnp.int32(count)) for count in counts]
     both = jax.tree.map(lambda *x: jnp.stack(x), *states)
     vmapped = jax.jit(jax.vmap(make_step(tx), in_axes=(None, 0, None)))
-    single = jax.jit(make_step(tx))
+    single = compiled_step("granet")
     found = vmapped(params, both, grads)
     for lane, state in enumerate(states):
         assert_same(at(found, lane), single(params, state, grads))
@@ -231,18 +250,15 @@ def test_vmap_of_lanes_at_different_steps() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_donated_buffers(name: str) -> None:
-    tx = granet_jax.transform(METHODS[name], INNER)
+    tx = transformation(name)
     grads = make_grads()
-    params = make_params()
-    state = tx.init(params)
-    expected, _ = loop(tx, params, state, grads)
     params, state = make_params(), tx.init(make_params())
     step = jax.jit(make_step(tx), donate_argnums=(0, 1))
     for index in range(STEPS):
         given = (params, state)
         params, state = step(params, state, at(grads, index))
         assert all(x.is_deleted() for x in jax.tree.leaves(given))
-    assert_same((params, state), expected)
+    assert_same((params, state), reference(name)[0])
 
 
 def test_no_buffer_is_held_twice() -> None:
@@ -278,11 +294,11 @@ def test_no_tracer_leaks(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_eager_equals_jit(name: str) -> None:
     # Outside jit the step takes another path through the code; two updates of it.
-    tx = granet_jax.transform(METHODS[name], INNER)
+    tx = transformation(name)
     params, grads = make_params(), make_grads()
     state = tx.init(params)
     expected = (params, state)
-    step, compiled = make_step(tx), jax.jit(make_step(tx))
+    step, compiled = make_step(tx), compiled_step(name)
     found = expected
     for index in range(4):
         found = step(*found, at(grads, index))
@@ -299,11 +315,10 @@ def test_init_under_jit_equals_eager() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_step_counter_saturates(name: str) -> None:
     largest = 2**31 - 1
-    tx = granet_jax.transform(METHODS[name], INNER)
     params = make_params()
-    state = tx.init(params)._replace(count=jnp.int32(largest - 2))
+    state = transformation(name).init(params)._replace(count=jnp.int32(largest - 2))
     masks = state.masks
-    step = jax.jit(make_step(tx))
+    step = compiled_step(name)
     for expected in (largest - 1, largest, largest, largest):
         params, state = step(params, state, at(make_grads(), 0))
         assert state.count == expected
