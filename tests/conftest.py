@@ -1,9 +1,10 @@
 """Settings of the whole test suite."""
 
-import os
-
 import hypothesis
 import jax
+import pytest
+
+from tests.nightly import NIGHTLY, PROFILE
 
 # Before any backend starts: eight virtual devices, on which the sharding tests run.
 # Everything else uses the first. With several CPU devices, steps with collectives must
@@ -32,4 +33,18 @@ hypothesis.settings.register_profile(
     max_examples=500,
     print_blob=True,
 )
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+hypothesis.settings.load_profile(PROFILE)
+
+
+# Modules whose programs are compiled as those of users are. The others take a half to
+# two thirds of the time without LLVM's optimizations; XLA's own passes, which decide
+# what is fused, copied and sent between devices, are the same. All are optimized in the
+# nightly run.
+OPTIMIZED = ("invariants", "oracle", "reference", "selection", "readme", "experiments")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _optimizations(request: pytest.FixtureRequest) -> None:
+    name = request.module.__name__.rpartition("test_")[-1]
+    quick = not NIGHTLY and name not in OPTIMIZED
+    jax.config.update("jax_disable_most_optimizations", quick)

@@ -30,7 +30,6 @@ With XLA's default options, `test_invariants.py` compares SGD and Adam likewise.
 
 import functools
 import itertools
-import os
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -43,6 +42,7 @@ import pytest
 
 import granet_jax
 from tests import oracle, trees
+from tests.nightly import NIGHTLY
 
 PyTree = Any
 STEPS = 4
@@ -336,7 +336,6 @@ def check_step(method: str, inner: str, step: Snapshot) -> None:
 # Every inner optimizer with a third of the methods, in turns, so that each method meets
 # a third of the inner optimizers; all with all in both dtypes, a quarter of an hour
 # more, with HYPOTHESIS_PROFILE=nightly.
-ALL = os.environ.get("HYPOTHESIS_PROFILE", "ci") != "ci"
 
 
 def cases(methods: Iterable[str], inners: Iterable[str], one_of: int) -> list[Any]:
@@ -346,7 +345,7 @@ def cases(methods: Iterable[str], inners: Iterable[str], one_of: int) -> list[An
         for (i, inner), (j, method), (k, dtype) in itertools.product(
             enumerate(inners), enumerate(methods), enumerate(DTYPES)
         )
-        if ALL or ((i + j) % one_of == 0 and (i // one_of + j + k) % 2 == 0)
+        if NIGHTLY or ((i + j) % one_of == 0 and (i // one_of + j + k) % 2 == 0)
     ]
 
 

@@ -118,7 +118,7 @@ def test_every_network_takes_what_it_says():
     [
         ({}, 1),
         ({**DENSE_LAYERS, "fsdp": 2, "optimizer": OptimizerConfig(ema=0.9)}, 4),
-        ({"parallel": "pmap"}, 2),
+        ({**DENSE_LAYERS, "parallel": "pmap"}, 2),
     ],
     ids=["plain", "fsdp", "pmap"],
 )
