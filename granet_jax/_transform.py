@@ -34,8 +34,8 @@ class SparseState(NamedTuple):
     Attributes:
       count: int32 scalar, optimizer steps taken.
       masks: pytree of the structure of params: boolean arrays (True = active),
-        `optax.MaskedNode()` at dense leaves. With `packed`, `PackedMask`s; `get_masks`
-        gives boolean arrays always.
+        `optax.MaskedNode()` at dense leaves. With `packed`, `PackedMask` records;
+        `get_masks` gives boolean arrays always.
       inner_state: state of the inner optimizer; `optax.EmptyState()` without one.
       accumulator: moving average of the dense gradient, of the structure of `masks`,
         for a method with `accumulator_decay`; else the empty tuple.
@@ -69,7 +69,7 @@ def transform(
 
     With `inner`, the optimizer it steers, this is the exact algorithm: it sees the
     dense gradient that regrowth needs, hands `inner` the masked one, and keeps the
-    parameter-shaped moments of `inner` zero at pruned weights:
+    parameter-shaped moments of `inner` zero at pruned weights::
 
         tx = optax.chain(
             optax.clip_by_global_norm(1.0),
@@ -462,7 +462,7 @@ def init_masks(
 
     Args:
       method: a record of a method.
-      params: pytree of arrays or `jax.ShapeDtypeStruct`s; only shapes, dtypes and
+      params: pytree of arrays or `jax.ShapeDtypeStruct`; only shapes, dtypes and
         shardings are read, unless the masks are chosen among the parameters.
       where: which leaves carry a mask, as in `transform`.
       seed: of the random masks, as in `transform`.
@@ -499,7 +499,7 @@ def sparse_view(params: PyTree, opt_state: optax.OptState) -> PyTree:
 
     For a method that keeps its weights dense (`straight_through`, `top_kast`, or any
     with `weights="dense"`) this is what the loss, its gradient, and every evaluation
-    are to see; what training ends with is the view of the last state:
+    are to see; what training ends with is the view of the last state::
 
         sparse = granet_jax.sparse_view(params, opt_state)
         grads = jax.grad(loss)(sparse, batch)

@@ -235,7 +235,7 @@ def initial_masks(
     Args:
       method: the record.
       names: of the maskable leaves.
-      params: those leaves, arrays or `jax.ShapeDtypeStruct`s.
+      params: those leaves, arrays or `jax.ShapeDtypeStruct`.
       seed: of random masks.
 
     Returns:

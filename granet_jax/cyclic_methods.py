@@ -53,7 +53,7 @@ def cyclical(
     - "hard": they are zero and see no gradient. Within a cycle masks are nested; where
       the next begins all weights take part again, those that were pruned from zero,
       with zero moments. (With `initial_sparsity` above zero, as many come back as that
-      allows, by |dense gradient|.)
+      allows, by abs(dense gradient).)
     - "projected": projected gradient descent. In every step the optimizer moves all
       weights by the dense gradient at the sparse ones, and the largest of all are
       kept, the others become zero. A pruned weight enters with what one step moves it

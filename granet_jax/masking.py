@@ -87,7 +87,7 @@ def maskable(params: PyTree, where: Where = None) -> PyTree:
     """Tree of bools: which leaves of `params` carry a mask.
 
     Args:
-      params: pytree of arrays or `jax.ShapeDtypeStruct`s.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`.
       where: None for every floating leaf with ndim >= 2; or a function of (name,
         leaf), the name as in `leaf_name`; or a pytree of bools of the structure of
         `params`.
@@ -142,7 +142,7 @@ def maskable(params: PyTree, where: Where = None) -> PyTree:
 def map_masked(
     f: Callable[..., Any], masks: PyTree, tree: PyTree, *rest: PyTree
 ) -> Any:
-    """f(mask, x, *others) at maskable leaves; the leaf of `tree` as it is elsewhere."""
+    """`f(mask, x, *others)` at maskable leaves; elsewhere the leaf of `tree`."""
     return jax.tree.map(
         lambda mask, x, *others: x if is_masked_node(mask) else f(mask, x, *others),
         masks,
@@ -208,7 +208,7 @@ def check_masks(masks: PyTree, params: PyTree) -> PyTree:
     Args:
       masks: pytree of boolean (or 0/1) arrays; None or `optax.MaskedNode()` at dense
         leaves.
-      params: pytree of arrays or `jax.ShapeDtypeStruct`s.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
       Pytree of boolean arrays and `optax.MaskedNode()`.

@@ -1,7 +1,7 @@
 """The record of a method, and GraNet, GMP, RigL, SET, SNFS and static as such records.
 
 A method is data: which sparsity at which step, when masks are updated, what is dropped
-and what is grown. To write one's own, take a record and replace a part:
+and what is grown. To write one's own, take a record and replace a part::
 
     mine = dataclasses.replace(granet_jax.rigl(0.9, 10_000), drop=my_score)
 """
@@ -188,7 +188,7 @@ def granet(
 
     Every `interval` steps: prune by magnitude down to the cubic schedule's sparsity
     (until `end_step`), then in every layer drop the fraction r of the active weights
-    by magnitude and regrow as many by |dense gradient| (until `total_steps`), with
+    by magnitude and regrow as many by abs(dense gradient) (until `total_steps`), with
     r(t) = final_fraction + (fraction - final_fraction)(1 + cos(pi t / total_steps))/2.
 
     Dense-to-sparse at `initial_sparsity=0`; sparse-to-sparse (GraNet-ST) at, say, 0.5.
@@ -307,7 +307,7 @@ def rigl(
     distribution: Distribution = "erk",
     structure: Structure | None = None,
 ) -> Method:
-    """RigL: constant sparsity, drop by magnitude, regrow by |dense gradient|.
+    """RigL: constant sparsity, drop by magnitude, regrow by abs(dense gradient).
 
     Prune fraction r(t) = fraction/2 (1 + cos(pi t / (stop total_steps))), until
     stop * total_steps. The optimizer also steps on update steps (RigL's own code skips
@@ -403,10 +403,10 @@ def snfs(
     """SNFS: regrowth by momentum, with redistribution across layers.
 
     Drop by magnitude; the weights freed in all layers are redistributed in proportion
-    to the mean |momentum| of each layer's active weights (those before the drop), and
-    regrown there by |momentum| among the inactive. The momentum is a moving average of
-    the dense gradient kept by this library: m = decay m + (1 - decay) g, in at least
-    float32. Prune fraction r(t) = fraction/2 (1 + cos(pi t / total_steps)).
+    to the mean abs(momentum) of each layer's active weights (those before the drop),
+    and regrown there by abs(momentum) among the inactive. The momentum is a moving
+    average of the dense gradient kept by this library: m = decay m + (1 - decay) g, in
+    at least float32. Prune fraction r(t) = fraction/2 (1 + cos(pi t / total_steps)).
 
     Args:
       sparsity: constant sparsity, in [0, 1).

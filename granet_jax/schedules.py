@@ -186,11 +186,11 @@ def restarted(
     """An optax schedule, of the learning rate say, that starts anew every `period`.
 
     eta(t) = schedule(t mod period), with t the steps taken before, as optax counts
-    them: 0 in the first step of each cycle. So a cosine per cycle of P steps is
+    them: 0 in the first step of each cycle. So a cosine per cycle of P steps is::
 
         restarted(optax.cosine_decay_schedule(0.1, decay_steps=P), period=P)
 
-    and SCULPT's triangle, from 0.2 to 1 to 0 of the rate,
+    and SCULPT's triangle, from 0.2 to 1 to 0 of the rate, is::
 
         up = optax.linear_schedule(0.02, 0.1, P // 5)
         down = optax.linear_schedule(0.1, 0.0, P - P // 5)

@@ -45,19 +45,19 @@ Score = Callable[[ScoreInputs], Array]
 
 
 def magnitude(inputs: ScoreInputs) -> Array:
-    """|w| (Han et al. 2015)."""
+    """abs(w) (Han et al. 2015)."""
     return jnp.abs(inputs.param)
 
 
 def gradient(inputs: ScoreInputs) -> Array:
-    """|dL/dw| of the dense gradient (RigL, Evci et al. 2020)."""
+    """abs(dL/dw) of the dense gradient (RigL, Evci et al. 2020)."""
     if inputs.grad is None:
         raise ValueError("score `gradient` needs the dense gradient, and has none.")
     return jnp.abs(inputs.grad)
 
 
 def momentum(inputs: ScoreInputs) -> Array:
-    """|moving average of the dense gradient| (SNFS, Dettmers & Zettlemoyer 2019)."""
+    """abs(moving average of the dense gradient) (SNFS, Dettmers & Zettlemoyer 2019)."""
     if inputs.accumulator is None:
         raise ValueError(
             "score `momentum` needs the method's `accumulator_decay` to be set."
@@ -74,10 +74,10 @@ def random(inputs: ScoreInputs) -> Array:
 def lookahead(order: Sequence[str]) -> Score:
     """Magnitude with a look at the neighbouring layers (LAP, Park et al. 2020).
 
-    |w| ||W_in|| ||W_out||, where W_in are the weights of the layer before into the unit
-    that w comes from, and W_out those of the layer after out of the unit that w leads
-    to (Frobenius norms; 1 at the ends of the chain): the change of the product of the
-    three layers when w alone becomes zero.
+    abs(w) norm(W_in) norm(W_out), where W_in are the weights of the layer before into
+    the unit that w comes from, and W_out those of the layer after out of the unit that
+    w leads to (Frobenius norms; 1 at the ends of the chain): the change of the product
+    of the three layers when w alone becomes zero.
 
     Args:
       order: names of the kernels of a chain, in network order ("dense_1/kernel"). The

@@ -3,7 +3,7 @@
 A structure divides every leaf into boxes of equal shape. Either a box is kept or pruned
 as a whole (`block`, `channel`), and ranks by the norm of its scores; or all boxes of a
 leaf keep the same number of weights (`n_of_m`, `constant_fan_in`). It is an argument of
-methods and of mask sources:
+methods and of mask sources::
 
     method = granet_jax.gmp(0.9, 10_000, structure=structures.block(4, 4))
 

@@ -1,14 +1,14 @@
 """Pruning plasticity: how well a network in training recovers from being pruned.
 
 The parts of the GraNet paper's study, for any training loop. A dense network at some
-moment of its training, with its parameters and the state of its optimizer, is pruned:
+moment of its training, with its parameters and the state of its optimizer, is pruned::
 
     full = granet_jax.init_masks(granet_jax.static(0.0), params)
     (keep,) = keep_counts(full, [0.9])
     pruned = prune(params, full, keep, regrow=0.5, grads=grads)
     params, inner_state = apply_pruned(params, inner_state, pruned)
 
-then trained on for a while, its masks held,
+then trained on for a while, its masks held::
 
     tx = granet_jax.transform(granet_jax.static(0.0), inner, masks=pruned.masks)
     opt_state = granet_jax.get_state(tx.init(params))._replace(inner_state=inner_state)
@@ -181,9 +181,9 @@ def prune(
 
     Keeps the `keep` active weights with the highest score by the criterion. With
     `regrow`, then, in every leaf, the ceil(regrow * active) active weights of smallest
-    magnitude are dropped and as many of largest |dense gradient| are grown, among all
-    that are then inactive (GraNet's neuroregeneration, at no cost in parameters). A
-    weight dropped and grown continues; one pruned and grown starts at zero.
+    magnitude are dropped and as many of largest abs(dense gradient) are grown, among
+    all that are then inactive (GraNet's neuroregeneration, at no cost in parameters).
+    A weight dropped and grown continues; one pruned and grown starts at zero.
 
     Runs under `jit` and `vmap`; `keep` may be traced.
 
@@ -192,7 +192,7 @@ def prune(
       masks: the present masks, as from `granet_jax.init_masks`.
       keep: a row of `keep_counts`: an integer with scope "global", one a leaf with
         scope "layer". Where fewer are active, all of them stay.
-      criterion: "magnitude", |w|; "gradient", |dL/dw|; "random"; or a function of
+      criterion: "magnitude", abs(w); "gradient", abs(dL/dw); "random"; or a function of
         `ScoreInputs`.
       scope: what competes, "global" or "layer".
       regrow: share of the weights of every leaf that are exchanged after pruning, in

@@ -85,7 +85,7 @@ def connected(
     Args:
       apply_fn: (params, inputs) -> outputs. Norms in inference form, with the
         statistics of initialisation (mean 0, variance 1).
-      params: pytree of arrays or `jax.ShapeDtypeStruct`s; values are not read.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`; values are not read.
       masks: pytree of masks, concrete.
       inputs: array or `jax.ShapeDtypeStruct` (or a pytree of them), one example as a
         batch; values are not read.

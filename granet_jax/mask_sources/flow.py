@@ -40,10 +40,10 @@ def synflow(
     """SynFlow: iterative pruning of the weights that carry least flow.
 
     With all parameters made absolute and an input of ones, R is the sum of the outputs
-    and the score |w| dR/d|w|. Every round scores the network that the one before has
-    left, at densities d^(k/n); what is pruned does not come back. In a network that is
-    positively homogeneous, the scores across any cut between input and output sum to R,
-    and no cut is emptied before it must be. A layer beside a shortcut is no cut, and
+    and the score abs(w) dR/dabs(w). Every round scores the network that the one before
+    has left, at densities d^(k/n); what is pruned does not come back. In a network that
+    is positively homogeneous, the scores across any cut between input and output sum to
+    R, and no cut is emptied before it must be. A layer beside a shortcut is no cut, and
     may be.
 
     R is large: beyond float32 from some thirty layers on. All is computed in float64
@@ -99,7 +99,7 @@ def synflow(
 def synflow_scores(
     apply_fn: ApplyFn, params: PyTree, inputs: Any, *, where: Where = None
 ) -> PyTree:
-    """|w| dR/d|w|, the scores of SynFlow with nothing pruned.
+    """abs(w) dR/dabs(w), the scores of SynFlow with nothing pruned.
 
     Args:
       apply_fn: see `synflow`.

@@ -71,7 +71,7 @@ def lottery_tickets(
       `train` (its default), or the last part of it;
     - fine-tuning: `rewind=False`, and a `retrain` at the last learning rate.
 
-    A driver on the host, which does nothing until it is iterated over:
+    A driver on the host, which does nothing until it is iterated over::
 
         for ticket in lottery_tickets(train, params, rounds=10, key=key):
             print(granet_jax.sparsity(ticket.masks).overall, evaluate(ticket.trained))
@@ -98,7 +98,7 @@ def lottery_tickets(
         or "ignore".
 
     Returns:
-      An iterator of `Ticket`s, of rounds 0 to `rounds` (those after `ticket`).
+      An iterator of each `Ticket`, of rounds 0 to `rounds` (those after `ticket`).
 
     Raises:
       TypeError, ValueError: an argument of the wrong type or out of range; while

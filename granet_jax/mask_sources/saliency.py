@@ -92,7 +92,7 @@ def snip(
 ) -> PyTree:
     """SNIP: masks of the weights whose removal would change the loss most.
 
-    Score |w dL/dw|. In one round, or in several (iterative SNIP): each scores the
+    Score abs(w dL/dw). In one round, or in several (iterative SNIP): each scores the
     network that the one before has left, at densities d^(k/n), and what is pruned does
     not come back.
 
@@ -154,7 +154,7 @@ def force(
 ) -> PyTree:
     """FORCE: iterative SNIP in which pruned weights may come back.
 
-    Every round scores all weights by |w g|, with w as given and g the dense gradient
+    Every round scores all weights by abs(w g), with w as given and g the dense gradient
     of the masked network, and selects anew among all, at densities d^(k/n).
 
     The authors' code scores with the negated mean logit of the true class for a loss,
@@ -208,7 +208,7 @@ def grasp(
 ) -> PyTree:
     """GraSP: masks that preserve the gradient's norm.
 
-    Removing w changes ||g||^2 by about -2 w (H g), H the Hessian of the loss. Score
+    Removing w changes norm(g)^2 by about -2 w (H g), H the Hessian of the loss. Score
     w (H g), signed: the weights whose removal would lower the norm most stay. It needs
     two passes over the batches, and parameters in float32.
 
@@ -247,7 +247,7 @@ def snip_scores(
     where: Where = None,
     axis_name: str | None = None,
 ) -> PyTree:
-    """The scores of SNIP: |w dL/dw|.
+    """The scores of SNIP: abs(w dL/dw).
 
     Args:
       loss_fn: see `snip`.

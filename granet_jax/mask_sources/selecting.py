@@ -161,7 +161,7 @@ def magnitude(
     where: Where = None,
     on_collapse: OnCollapse = "warn",
 ) -> PyTree:
-    """Masks of the largest |w|: magnitude pruning, at initialisation or after training.
+    """Masks of the largest abs(w): magnitude pruning, at any time.
 
     At initialisation, with global scope, the layers of largest fan-in are emptied
     first, since their weights are drawn smallest; then the network is cut through at
@@ -211,7 +211,7 @@ def random(
     not from what other leaves there are.
 
     Args:
-      params: pytree of arrays or `jax.ShapeDtypeStruct`s; values are not read.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`; values are not read.
       sparsity: share of pruned weights, in [0, 1).
       key: random key.
       distribution: "uniform", "er", "erk" or a function, see

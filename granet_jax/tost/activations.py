@@ -65,7 +65,7 @@ def ghost_activation(
 ) -> Callable[[Array, Array | int], Array]:
     """A soft activation that is ReLU, to the bit, from `ghost_steps` on.
 
-    Hand it to the network as an argument of the call, with the step in it:
+    Hand it to the network as an argument of the call, with the step in it::
 
         act = functools.partial(f, step=step)
         logits = model.apply(variables, x, act=act)

@@ -36,7 +36,7 @@ def smooth_targets(
       convention: "tost" or "standard".
 
     Returns:
-      Floating array of shape (*labels.shape, classes); the last axis sums to 1.
+      Floating array of shape `(*labels.shape, classes)`; the last axis sums to 1.
 
     Raises:
       TypeError, ValueError: an argument of the wrong type or out of range, as far as

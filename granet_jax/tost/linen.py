@@ -19,13 +19,15 @@ channels start equal."""
 class GhostSkip(nn.Module):
     """G(x) of y = F(x) + alpha G(x), beside a convolution with its norm.
 
+    ::
+
         y = norm(conv(x))
         if ghosts:  # static: the plain network is another program
             g = GhostSkip(features, strides, name="ghost_1")(x, train)
             y = y + alpha.astype(y.dtype) * g
 
     Whatever the module's own name, its parameters stand under names that begin with
-    "ghost_", for `drop_ghosts` and `without_ghosts`.
+    `"ghost_"`, for `drop_ghosts` and `without_ghosts`.
 
     Attributes:
       features: channels of the result.
@@ -53,11 +55,11 @@ class GhostSkip(nn.Module):
         """G(x).
 
         Args:
-          x: array of shape (n, *positions, channels).
+          x: array of shape `(n, *positions, channels)`.
           train: with the statistics of the batch, which the running ones then follow.
 
         Returns:
-          Array of shape (n, *ceil(positions / strides), features).
+          Array of shape `(n, *ceil(positions / strides), features)`.
 
         Raises:
           TypeError, ValueError: an attribute of the wrong type or out of range.

@@ -15,7 +15,7 @@ With m the masks, theta0 the parameters, and theta = alpha m theta0, an iteratio
    for either kind of step, one second moment.
 
 The gradient of n is an inner product with a Hessian-vector product, and the scale's
-gradient in both cases one with theta0:
+gradient in both cases one with theta0::
 
     dn / d alpha_i         = <H g / n, m theta0>_i
     d objective/d alpha_i  = <grad loss(theta'), m theta0>_i / eta

@@ -38,12 +38,12 @@ def ghost_skip(x: Array, features: int, strides: int | tuple[int, ...] = 1) -> A
     2) does. Channels are cut off, or filled up with zeros.
 
     Args:
-      x: array of shape (n, *positions, channels), with any number of axes of positions.
+      x: array of shape `(n, *positions, channels)`, with any number of positions.
       features: channels of the result, 1 or more.
       strides: one for all axes of positions, or one for each; 1 or more.
 
     Returns:
-      Array of shape (n, *ceil(positions / strides), features) and the dtype of `x`.
+      Array of shape `(n, *ceil(positions / strides), features)` and the dtype of `x`.
 
     Raises:
       TypeError, ValueError: an argument of the wrong type or out of range.
@@ -120,16 +120,16 @@ def drop_ghosts(tree: PyTree) -> PyTree:
     """The tree without ghosts: parameters, statistics, or an optimizer's state.
 
     Removes from every dictionary in the tree, however deep in whatever containers, the
-    entries whose name begins with "ghost_", and dictionaries that held nothing else.
+    entries whose name begins with `"ghost_"`, and dictionaries that held nothing else.
     All other leaves are the very same arrays. The result has the structure that the
     plain network has: of its parameters and statistics, and of the state that the same
     optimizer makes for them (also inside `granet_jax.SparseState`: its masks and
-    accumulator, provided that ghosts carried no mask, see `without_ghosts`).
+    accumulator, provided that ghosts carried no mask, see `without_ghosts`)::
 
         variables, opt_state = tost.drop_ghosts((variables, opt_state))
 
     Not for `optax.flatten`, whose moments are one vector over all parameters; and
-    labels of `optax.multi_transform` must not begin with "ghost_", as they are the
+    labels of `optax.multi_transform` must not begin with `"ghost_"`, as they are the
     keys of a dictionary in its state.
 
     Args:
