@@ -1,7 +1,5 @@
 """Every Python block of the README runs, and its numbers are as it says."""
 
-import re
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,19 +8,15 @@ import optax
 import pytest
 
 import granet_jax
+from tests.blocks import ROOT, python_blocks, run
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
+BLOCKS = python_blocks(ROOT / "README.md")
 
 
 def run_block(marker: str, scope: dict[str, Any] | None = None) -> dict[str, Any]:
     """Runs the one block that contains `marker` and returns its variables."""
     (block,) = [b for b in BLOCKS if marker in b]
-    scope = {} if scope is None else scope
-    # As a reader runs it, whatever stricter settings the other tests are under.
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        exec(compile(block, f"README.md: {marker}", "exec"), scope)
-    return scope
+    return run(block, {} if scope is None else scope, f"README.md: {marker}")
 
 
 @pytest.fixture(scope="module")
