@@ -34,6 +34,8 @@ autodoc_typehints_format = "short"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+# As prose: else what precedes a colon would be taken for a type.
+napoleon_custom_sections = ["Returns"]
 
 # MathML: browsers draw it themselves, without a script from the network.
 html_math_renderer = "mathml"

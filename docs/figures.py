@@ -98,9 +98,9 @@ def constant() -> Figure:
             label=name,
             clip_on=False,
         )
-    below.set(ylabel="prune fraction r", ylim=(0, 0.7))
+    below.set(ylabel="prune fraction r", ylim=(0, 0.75))
     above.legend(loc="lower left")
-    below.legend(loc="upper right", ncols=4, columnspacing=1, handlelength=1.4)
+    below.legend(loc="upper right", ncols=2)
     return figure
 
 
