@@ -10,6 +10,7 @@ same, byte for byte, from run to run.
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import matplotlib
@@ -27,7 +28,7 @@ STEPS = 10_000
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 DASHED = (0, (5, 1))
 LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PINK, ":"), ("black", DASHED))
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "granet_jax",
     "svg.fonttype": "path",
     "font.size": 10,
