@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from granet_jax.masking import PyTree, check_masks, is_masked_node
 
@@ -70,6 +71,25 @@ class FanIn:
         return total.T.astype(dtype).reshape(*x.shape[:-1], self.shape[1])
 
 
+def fan_in(param: ArrayLike, mask: ArrayLike) -> FanIn:
+    """The active weights of every output of a matrix.
+
+    Args:
+      param: of shape (n_in, n_out). Pruned weights count as zero, whatever they are.
+      mask: bool, of the same shape.
+    """
+    active, weights = np.asarray(mask), np.asarray(param)
+    most = int(active.sum(axis=0).max(initial=0))
+    # The active inputs of every output, in order; then pruned ones, of weight zero.
+    inputs = np.argsort(~active, axis=0, kind="stable")[:most]
+    weights = np.where(active, weights, np.zeros((), weights.dtype))
+    return FanIn(
+        values=jnp.asarray(np.take_along_axis(weights, inputs, axis=0)),
+        inputs=jnp.asarray(inputs, jnp.int32),
+        n_in=active.shape[0],
+    )
+
+
 def accelerate(params: PyTree, masks: PyTree) -> PyTree:
     """Parameters for inference, the sparsest matrices as their active weights alone.
 
@@ -98,21 +118,12 @@ def accelerate(params: PyTree, masks: PyTree) -> PyTree:
 
     def convert(mask: Any, param: Any) -> Any:
         nonlocal found
-        if is_masked_node(mask) or mask.ndim != 2 or 0 in mask.shape:
+        if is_masked_node(mask) or mask.ndim != 2:
             return param
-        active = np.asarray(mask)
-        fan_in = int(active.sum(axis=0).max())
-        if fan_in > MOST * active.shape[0]:
+        if np.sum(mask, axis=0).max(initial=0) > MOST * len(mask):
             return param
         found += 1
-        # The active inputs of every output, in order; then pruned ones, of weight zero.
-        inputs = np.argsort(~active, axis=0, kind="stable")[:fan_in]
-        weights = np.where(active, param, np.zeros((), param.dtype))
-        return FanIn(
-            values=jnp.asarray(np.take_along_axis(weights, inputs, axis=0)),
-            inputs=jnp.asarray(inputs, jnp.int32),
-            n_in=active.shape[0],
-        )
+        return fan_in(param, mask)
 
     fast = jax.tree.map(
         convert, check_masks(masks, params), params, is_leaf=is_masked_node
