@@ -269,7 +269,7 @@ def report(results: Sequence[dict[str, Any]]) -> str:
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Ratios over sparsity, a panel for every size and batch."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     sizes = sorted({r["size"] for r in results})
     batches = sorted({r["batch"] for r in results})
@@ -302,14 +302,14 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     first.invert_xaxis()
     first.set_xticks([1 - s for s in sorted(results[0]["seconds"])])
     first.xaxis.set_major_formatter(FuncFormatter(lambda d, _: f"{100 * (1 - d):.0f}"))
-    first.xaxis.set_minor_formatter(NullFormatter())
+    first.xaxis.set_minor_locator(NullLocator())
     first.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     for axes in grid[-1]:
         axes.set_xlabel("sparsity / %")
     for axes in grid[:, 0]:
         axes.set_ylabel("times as fast as dense")
     handles, labels = first.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(LOOKS))
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
 
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from granet_jax.masking import PyTree, check_masks, is_masked_node
 
-MOST = 0.1
+MOST = 0.05
 """Largest share of active inputs, of the output that has most, at which `accelerate`
 takes a matrix: `python -m benchmarks.sparse_linear` has the measurements."""
 
@@ -108,7 +108,7 @@ def accelerate(params: PyTree, masks: PyTree) -> PyTree:
 
     Returns:
       `params` with a `FanIn` for every matrix with a mask in which no output has more
-      than a tenth of the inputs active (`MOST`). Others stay as they are, for the dense
+      than 5% of the inputs active (`MOST`). Others stay as they are, for the dense
       product is faster.
 
     Raises:

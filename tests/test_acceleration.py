@@ -18,8 +18,8 @@ def example(dtype: Any = np.float32) -> tuple[Any, Any]:
     """Two sparse matrices, of uneven and of constant fan-in, and leaves to leave."""
     rng = np.random.default_rng(0)
     masks: dict[str, Any] = {
-        "uneven": rng.random((100, 30)) < 0.04,
-        "constant": np.argsort(rng.random((40, 50)), axis=0) < 4,
+        "uneven": rng.random((200, 30)) < 0.01,
+        "constant": np.argsort(rng.random((40, 50)), axis=0) < 2,
         "fuller": rng.random((50, 20)) < 0.5,
         "kernel": np.zeros((3, 3, 2, 4), bool),
         "bias": DENSE,
@@ -74,18 +74,18 @@ def test_what_would_not_gain_stays_as_it_is():
     for name in ("fuller", "kernel", "bias", "dense"):
         assert fast[name] is params[name]
     rest = [k for k in params if k not in ("uneven", "constant")]
-    with pytest.raises(ValueError, match="10% of the inputs"):
+    with pytest.raises(ValueError, match="5% of the inputs"):
         granet_jax.accelerate({k: params[k] for k in rest}, {k: masks[k] for k in rest})
     with pytest.raises(ValueError, match="structure of params"):
         granet_jax.accelerate(params, {"uneven": masks["uneven"]})
 
 
 def test_half_precision_is_added_up_in_float32():
-    mask = np.zeros((3000, 1), bool)
+    mask = np.zeros((10_000, 1), bool)
     mask[:300] = True
-    params = {"w": jnp.ones((3000, 1), jnp.bfloat16)}
+    params = {"w": jnp.ones((10_000, 1), jnp.bfloat16)}
     product = (
-        jnp.ones((1, 3000), jnp.bfloat16)
+        jnp.ones((1, 10_000), jnp.bfloat16)
         @ granet_jax.accelerate(params, {"w": mask})["w"]
     )
     # In bfloat16, 256 + 1 is 256.
@@ -97,7 +97,7 @@ def test_inputs_of_another_size_are_refused():
     params, masks = example()
     matrix = granet_jax.accelerate(params, masks)["uneven"]
     for shape in [(), (30,), (100, 30)]:
-        with pytest.raises(ValueError, match=r"needs x of shape \(\.\.\., 100\)"):
+        with pytest.raises(ValueError, match=r"needs x of shape \(\.\.\., 200\)"):
             jnp.ones(shape) @ matrix
 
 
