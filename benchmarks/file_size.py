@@ -9,7 +9,6 @@ instead (computed), "bound" the least for masks of these densities, values inclu
 (`export.mask_entropy`). Every file is loaded again, and equal to the bit.
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 
 import granet_jax
-from benchmarks import resnet50, timing
+from benchmarks import commands, resnet50, timing
 from granet_jax import export, mask_sources
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
@@ -28,10 +27,7 @@ MEGABYTE = 1e6
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes and reads a file for every sparsity."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="check only, small tree")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    options = parser.parse_args(arguments)
+    options = commands.parser(__doc__).parse_args(arguments)
     shapes = resnet50.small_shapes() if options.quick else resnet50.shapes()
     dense = resnet50.draw(shapes, seed=0)
     results = []
@@ -41,7 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("all files give parameters and masks back to the bit")
     if options.quick:
         return
-    print(f"dense: {4 * resnet50.size(shapes) / MEGABYTE:.1f} MB")
     rows = [
         [
             f"{r['sparsity']:.0%}",
@@ -53,9 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     header = ["sparsity", "file / MB", "bit mask / MB", "bound / MB"]
     header += ["mask bits a weight", "entropy", "save s", "load s"]
-    print(timing.table(header, rows))
-    print(timing.environment())
-    timing.write_json(options.json, {"results": results})
+    dense_size = 4 * resnet50.size(shapes) / MEGABYTE
+    commands.publish(
+        options,
+        "file_size",
+        f"Dense: {dense_size:.1f} MB.\n\n{timing.table(header, rows)}",
+        {"results": results},
+        {},
+    )
 
 
 def measured(dense: resnet50.Shapes, sparsity: float, path: Path) -> dict[str, float]:

@@ -1,6 +1,6 @@
 r"""At which sparsity a sparse linear layer is faster than the dense one, on CPU.
 
-    python -m benchmarks.sparse_linear --out results   # all; writes three files
+    python -m benchmarks.sparse_linear --out results   # all; with a plot
     python -m benchmarks.sparse_linear --sizes 256 --batches 1 8
     python -m benchmarks.sparse_linear --quick         # checks the products only
 
@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from benchmarks import timing
+from benchmarks import commands, timing
 from granet_jax import acceleration, export
 
 SIZES = (256, 1024, 4096)
@@ -315,8 +315,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Checks every product, then times all."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="check only, small")
+    parser = commands.parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
@@ -324,7 +323,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--least", type=float, default=0.01, help="seconds of a timing of dense"
     )
-    parser.add_argument("--out", type=Path, help="folder for JSON, table and plot")
     options = parser.parse_args(arguments)
     if any(n % 64 for n in options.sizes):
         parser.error("sizes must be multiples of 64, the side of a block")
@@ -336,13 +334,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.append({"size": n, "batch": batch, "seconds": seconds})
     if options.quick:
         return
-    text = report(results)
-    print(text)
-    print(timing.environment())
+    commands.publish(
+        options, "sparse_linear", report(results), {"results": results}, {}
+    )
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        timing.write_json(options.out / "sparse_linear.json", {"results": results})
-        (options.out / "sparse_linear.md").write_text(text + "\n")
         plot(results, options.out / "sparse_linear.png")
 
 
