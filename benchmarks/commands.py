@@ -25,7 +25,20 @@ def publish(
     results: Mapping[str, Any],
     figures: Mapping[str, float],
 ) -> None:
-    """Prints tables and environment, and writes NAME.json and NAME.md if asked to.
+    """Prints tables and environment, and writes them: see `write`."""
+    print(tables)
+    print(timing.environment())
+    write(options, name, tables, results, figures)
+
+
+def write(
+    options: argparse.Namespace,
+    name: str,
+    tables: str,
+    results: Mapping[str, Any],
+    figures: Mapping[str, float],
+) -> None:
+    """Writes NAME.json and NAME.md, where a folder was asked for.
 
     Args:
       options: of `parser`; the benchmark's own are written with the results.
@@ -34,8 +47,6 @@ def publish(
       results: all that was measured, as JSON.
       figures: by name, the numbers that `python -m benchmarks` holds against goals.
     """
-    print(tables)
-    print(timing.environment())
     if options.out is None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
