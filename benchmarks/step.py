@@ -196,7 +196,9 @@ def sparse(
     )
 
 
-def check(name: str, contender: Contender, run: Run, moved: PyTree, start: PyTree):
+def check(
+    name: str, contender: Contender, run: Run, moved: PyTree, start: PyTree
+) -> None:
     """Asserts that two steps are the dense ones at the weights that are to move.
 
     The others are zero, as their moments are, or where a method leaves them (`marked`)

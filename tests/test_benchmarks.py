@@ -11,7 +11,7 @@ import pytest
 from jax import Array, lax
 
 from benchmarks import __main__ as runner
-from benchmarks import programs
+from benchmarks import commands, programs
 
 RESULT = {
     "date": "2001-02-03",
@@ -76,6 +76,27 @@ def test_quick_runs_write_nothing(fakes: Path, capfd: pytest.CaptureFixture[str]
     assert runner.main(["--quick", "--only", "selection", "masks"]) == 0
     assert sorted(p for p in fakes.rglob("*") if "__pycache__" not in str(p)) == before
     assert "this is masks" in capfd.readouterr().out
+
+
+def test_what_a_benchmark_writes_is_what_the_summary_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    parser = commands.parser("Counts sheep.\n\nAt night.")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args(["--out", str(tmp_path / "new" / "folder")])
+    figures = {"over_introselect": 0.25}
+    commands.publish(options, "selection", "| table |", {"sheep": [1.5]}, figures)
+    assert "| table |" in capsys.readouterr().out
+    assert "| table |" in (options.out / "selection.md").read_text()
+    found = runner.read(options.out)
+    assert list(found) == ["selection"]
+    assert found["selection"]["sheep"] == [1.5]
+    assert found["selection"]["options"] == {"rounds": 3}
+    lines = runner.summary(found, []).splitlines()
+    ((_, shown, _, verdict),) = rows(lines, "selection / NumPy's introselect")
+    assert (shown, verdict) == ("0.250", "met")
+    ((_, _, where),) = rows(lines, "selection")
+    assert f"jax {jax.__version__}" in where
 
 
 def rows(lines: list[str], first: str) -> list[list[str]]:
