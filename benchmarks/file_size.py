@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for sparsity in SPARSITIES:
             results.append(measured(dense, sparsity, Path(folder) / "parameters"))
-    print("all files give parameters and masks back to the bit")
+            print(f"{sparsity:.0%}: comes back to the bit", flush=True)
     if options.quick:
         return
     rows = [

@@ -1,6 +1,6 @@
 """Selection of the k largest of ResNet-50's weights, and whole mask updates.
 
-    python -m benchmarks.selection            # 25.5 M weights, about three minutes
+    python -m benchmarks.selection            # 25.5 M weights, some minutes
     python -m benchmarks.selection --quick    # small tree: checks the masks only
 
 Contenders, on the same scores and in the same run: `granet_jax.selection.top_k`, the

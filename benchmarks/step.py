@@ -1,6 +1,6 @@
 """The optimizer step between mask updates, sparse beside dense, on ResNet-50's tree.
 
-    python -m benchmarks.step            # 25.5 M parameters, about three minutes
+    python -m benchmarks.step            # 25.5 M parameters, some minutes
     python -m benchmarks.step --quick    # small tree: checks the results only
 
 Each step is jitted over the whole tree with donated buffers. There is no forward pass

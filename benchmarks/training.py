@@ -1,6 +1,6 @@
 r"""Seconds of a training step of ResNet-20, sparse over dense, by the trainer.
 
-    python -m benchmarks.training            # 128 images of 32 x 32; three minutes
+    python -m benchmarks.training            # 128 images of 32 x 32; some minutes
     python -m benchmarks.training --quick    # small network: checks the masks only
 
 The contenders, in turns, are the trainer's own steps, forward and backward pass
