@@ -201,14 +201,13 @@ def largest_keys(
             for middle in middles
         ]
         before = [jnp.where(in_keys, 0, place) for place in places]
-        per_leaf = [
-            _count(
-                [_chosen(x, a[i], b[i]) for a, b in zip(above, before, strict=True)],
-                counter,
-            )
-            for i, x in enumerate(keys)
-        ]
-        counts = [jnp.stack(count) for count in zip(*per_leaf, strict=True)]
+        counts = _count_leaves(
+            [
+                [_chosen(x, a[i], b[i]) for a, b in zip(above, before, strict=True)]
+                for i, x in enumerate(keys)
+            ],
+            counter,
+        )
 
         def narrow(s: _Search, counts: list[Array]) -> _Search:
             new = s
@@ -297,6 +296,48 @@ def _count(flags: Sequence[Array], counter: jnp.dtype) -> Sequence[Array]:
         lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)),
         tuple(range(flags[0].ndim)),
     )
+
+
+def _count_leaves(
+    flags: Sequence[Sequence[Array]], counter: jnp.dtype
+) -> list[Array]:
+    """`_count` of every leaf: of each of its arrays, a vector with a row per leaf.
+
+    On Explicit mesh axes it is known how a leaf is sharded: every device counts its
+    shards, and one all-reduce adds the counts of all leaves. (Elsewhere XLA gathers
+    the counts of every device, leaf by leaf: it has no all-reduce for a reduction of
+    several operands.)
+    """
+    meshes = {jax.typeof(f[0]).sharding.mesh for f in flags}
+    kinds = {kind for mesh in meshes for kind in getattr(mesh, "axis_types", ())}
+    if len(meshes) > 1 or kinds != {jax.sharding.AxisType.Explicit}:
+        per_leaf = [_count(f, counter) for f in flags]
+        return [jnp.stack(count) for count in zip(*per_leaf, strict=True)]
+    specs = [jax.typeof(f[0]).sharding.spec for f in flags]
+    axes = [_mesh_axes(spec) for spec in specs]
+
+    def count_shards(flags: list[list[Array]]) -> Array:
+        rows = [jnp.stack(_count(f, counter)) for f in flags]
+        for names in dict.fromkeys(filter(None, axes)):
+            leaves = [i for i, mine in enumerate(axes) if mine == names]
+            added = lax.psum(jnp.stack([rows[i] for i in leaves]), names)
+            for i, row in zip(leaves, added, strict=True):
+                rows[i] = row
+        return jnp.stack(rows, axis=1)
+
+    count = jax.shard_map(
+        count_shards,
+        mesh=meshes.pop(),
+        in_specs=([[spec] * len(f) for spec, f in zip(specs, flags, strict=True)],),
+        out_specs=jax.sharding.PartitionSpec(),
+    )
+    return list(count([list(f) for f in flags]))
+
+
+def _mesh_axes(spec: jax.sharding.PartitionSpec) -> tuple[str, ...]:
+    """The mesh axes over which an array is sharded."""
+    names = [name if isinstance(name, tuple) else (name,) for name in spec]
+    return tuple(sorted(x for axes in names for x in axes if x is not None))
 
 
 def _parts(width: Array) -> list[Array]:
