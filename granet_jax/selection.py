@@ -298,9 +298,7 @@ def _count(flags: Sequence[Array], counter: jnp.dtype) -> Sequence[Array]:
     )
 
 
-def _count_leaves(
-    flags: Sequence[Sequence[Array]], counter: jnp.dtype
-) -> list[Array]:
+def _count_leaves(flags: Sequence[Sequence[Array]], counter: jnp.dtype) -> list[Array]:
     """`_count` of every leaf: of each of its arrays, a vector with a row per leaf.
 
     On Explicit mesh axes it is known how a leaf is sharded: every device counts its
@@ -315,15 +313,18 @@ def _count_leaves(
         return [jnp.stack(count) for count in zip(*per_leaf, strict=True)]
     specs = [jax.typeof(f[0]).sharding.spec for f in flags]
     axes = [_mesh_axes(spec) for spec in specs]
+    names = tuple(dict.fromkeys(name for mine in axes for name in mine))
 
     def count_shards(flags: list[list[Array]]) -> Array:
         rows = [jnp.stack(_count(f, counter)) for f in flags]
-        for names in dict.fromkeys(filter(None, axes)):
-            leaves = [i for i, mine in enumerate(axes) if mine == names]
-            added = lax.psum(jnp.stack([rows[i] for i in leaves]), names)
-            for i, row in zip(leaves, added, strict=True):
-                rows[i] = row
-        return jnp.stack(rows, axis=1)
+        for i, mine in enumerate(axes):
+            # Of devices that hold the same shard of a leaf, the first counts it.
+            for name in names:
+                if name not in mine:
+                    first = lax.axis_index(name) == 0
+                    rows[i] = jnp.where(first, rows[i], jnp.zeros_like(rows[i]))
+        counts = jnp.stack(rows, axis=1)
+        return lax.psum(counts, names) if names else counts
 
     count = jax.shard_map(
         count_shards,
@@ -334,10 +335,10 @@ def _count_leaves(
     return list(count([list(f) for f in flags]))
 
 
-def _mesh_axes(spec: jax.sharding.PartitionSpec) -> tuple[str, ...]:
+def _mesh_axes(spec: jax.sharding.PartitionSpec) -> list[str]:
     """The mesh axes over which an array is sharded."""
     names = [name if isinstance(name, tuple) else (name,) for name in spec]
-    return tuple(sorted(x for axes in names for x in axes if x is not None))
+    return [name for group in names for name in group if name is not None]
 
 
 def _parts(width: Array) -> list[Array]:
