@@ -37,6 +37,8 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sgd-momentum": lambda: optax.sgd(0.1, momentum=0.9),
     "adamw": lambda: optax.adamw(1e-3),
 }
+# The state's masks at 1 byte and at 1 bit a weight.
+SPARSE = ("sparse", "packed")
 # Masks change at step 1,000 for the first time: every timed step is one between.
 INTERVAL = 1000
 STEPS_BEFORE_UPDATE = INTERVAL - 1
@@ -134,12 +136,14 @@ def _gradients(like: PyTree, factors: PyTree) -> PyTree:
     return jax.tree.map(gradient, like, factors)
 
 
-def sparse(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def sparse(
+    inner: optax.GradientTransformation, *, packed: bool = False
+) -> optax.GradientTransformation:
     """GraNet-ST around `inner`: half of the weights masked from the start."""
     method = granet_jax.granet(
         0.9, 100_000, initial_sparsity=0.5, interval=INTERVAL, distribution="erk"
     )
-    return granet_jax.transform(method, inner=inner)
+    return granet_jax.transform(method, inner=inner, packed=packed)
 
 
 def check(dense: Run, masked: Run) -> None:
@@ -161,9 +165,10 @@ def check(dense: Run, masked: Run) -> None:
         assert np.any(have), f"{name} would not move"
     masked()
     state = granet_jax.get_state(masked.opt_state)
-    report = granet_jax.sparsity(state.masks)
+    masks = granet_jax.get_masks(masked.opt_state)
+    report = granet_jax.sparsity(masks)
     assert report.active == distributions.total_count(report.total, 0.5), report
-    pruned = jax.tree.map(jnp.logical_not, state.masks)
+    pruned = jax.tree.map(jnp.logical_not, masks)
     for tree in (masked.params, *_moments(state.inner_state)):
         for x in jax.tree.leaves(_maskable(granet_jax.apply_masks(tree, pruned))):
             assert not np.any(x), "a pruned weight or its moment is not zero"
@@ -196,9 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = {
             "dense": Run(make(), shapes, gradients),
             "sparse": Run(sparse(make()), shapes, gradients),
+            "packed": Run(sparse(make(), packed=True), shapes, gradients),
         }
         label = f"{name}, gradients {gradients}"
-        check(runs["dense"], runs["sparse"])
+        for kind in SPARSE:
+            check(runs["dense"], runs[kind])
         print(f"{label}: {resnet50.size(shapes):,} parameters, the steps agree")
         if not options.quick:
             seconds = timing.interleaved(
@@ -212,8 +219,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _summary(seconds: timing.Rounds, runs: dict[str, Run]) -> dict[str, Any]:
     return {
         "seconds": seconds,
-        "ratio_of_medians": timing.ratio_of_medians(seconds, "sparse", "dense"),
-        "median_of_ratios": timing.median_ratio(seconds, "sparse", "dense"),
+        "ratio_of_medians": {
+            kind: timing.ratio_of_medians(seconds, kind, "dense") for kind in SPARSE
+        },
+        "median_of_ratios": {
+            kind: timing.median_ratio(seconds, kind, "dense") for kind in SPARSE
+        },
         "compile_seconds": {k: r.compile_seconds for k, r in runs.items()},
         "state_bytes": {k: r.state_bytes() for k, r in runs.items()},
         "temporary_bytes": {k: r.temporary_bytes() for k, r in runs.items()},
@@ -224,13 +235,12 @@ def _report(results: dict[str, dict[str, Any]], path: Path | None) -> None:
     rows = []
     for name, result in results.items():
         for kind, times in result["seconds"].items():
-            is_sparse = kind == "sparse"
             rows.append(
                 [
                     f"{name}, {kind}",
                     f"{1e3 * statistics.median(times):.2f}",
-                    f"{result['ratio_of_medians']:.3f}" if is_sparse else "1",
-                    f"{result['median_of_ratios']:.3f}" if is_sparse else "1",
+                    _ratio(result["ratio_of_medians"], kind),
+                    _ratio(result["median_of_ratios"], kind),
                     f"{result['compile_seconds'][kind]:.2f}",
                     f"{result['state_bytes'][kind] / 2**20:.1f}",
                     f"{result['temporary_bytes'][kind] / 2**20:.1f}",
@@ -248,6 +258,10 @@ def _report(results: dict[str, dict[str, Any]], path: Path | None) -> None:
     print(timing.table(header, rows))
     print(timing.environment())
     timing.write_json(path, results)
+
+
+def _ratio(ratios: dict[str, float], kind: str) -> str:
+    return f"{ratios[kind]:.3f}" if kind in ratios else "1"
 
 
 def _is_sparse(opt_state: PyTree) -> bool:

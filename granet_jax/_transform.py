@@ -34,16 +34,18 @@ class SparseState(NamedTuple):
     Attributes:
       count: int32 scalar, optimizer steps taken.
       masks: pytree of the structure of params: boolean arrays (True = active),
-        `optax.MaskedNode()` at dense leaves.
+        `optax.MaskedNode()` at dense leaves. With `packed`, `PackedMask`s; `get_masks`
+        gives boolean arrays always.
       inner_state: state of the inner optimizer; `optax.EmptyState()` without one.
       accumulator: moving average of the dense gradient, of the structure of `masks`,
         for a method with `accumulator_decay`; else the empty tuple.
       continuing: the weights that the last step updated: `masks`, but for those that
         entered with it. Of the structure of `masks`, for a method whose masks grow
         under `inner`; else the empty tuple. (Held in the state, it costs a step between
-        updates nothing: made in the step, it would be written and read in all.)
+        updates nothing: made in the step, it would be written and read in all.) Packed
+        as `masks` are.
       marked: a second tree of masks, of the structure of `masks`, for a method with
-        `marked_sparsity`; else the empty tuple.
+        `marked_sparsity`; else the empty tuple. Packed as `masks` are.
     """
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -61,6 +63,7 @@ def transform(
     where: Where = None,
     masks: PyTree | None = None,
     seed: int | Array = 0,
+    packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes training sparse: prune-and-regrow as an optax transformation.
 
@@ -111,6 +114,10 @@ def transform(
       seed: of random initial masks and random growth: an integer, or an integer scalar
         array. An array may be traced, so that one compiled step (or one `vmap`) serves
         many seeds: call `transform` inside the traced function then.
+      packed: whether the state holds its masks at 1 bit a weight, instead of 1 byte.
+        They are taken apart within the passes over memory that a step makes anyway.
+        (Sharded in shards of the last axis that hold no multiple of eight weights, an
+        update gathers the bits of a leaf.)
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `SparseState`.
@@ -234,10 +241,6 @@ def transform(
                 params,
             )
         count = jnp.zeros((), jnp.int32)
-        continuing = ()
-        if regrows:
-            # A buffer of its own, so that both can be donated.
-            continuing = jax.tree.map(jnp.copy, initial)
         marked = ()
         if method.marked_sparsity is not None:
             leaves, treedef = jax.tree.flatten(initial)
@@ -245,6 +248,12 @@ def transform(
             weights = [jnp.asarray(p) for p in weights]
             chosen = choose_marked(_names(initial), leaves, weights, 0)
             marked = treedef.unflatten(map(masking.placed_like, chosen, weights))
+        if packed:
+            initial, marked = masking.pack_masks((initial, marked))
+        continuing = ()
+        if regrows:
+            # A buffer of its own, so that both can be donated.
+            continuing = jax.tree.map(jnp.copy, initial)
         return SparseState(count, initial, inner_state, accumulator, continuing, marked)
 
     def update(
@@ -263,7 +272,13 @@ def transform(
                 f"{type(state).__name__}. Restore a checkpoint onto "
                 "jax.eval_shape(tx.init, params), which gives it its types back."
             )
-        old = state.masks
+        # As the state holds them, masks go through loops and into the next state; taken
+        # apart, they are read by what is computed.
+        pack = unpack = _as_it_is
+        if _is_packed(state):
+            pack = masking.pack_masks
+            unpack = functools.partial(_unpack_like, params)
+        old = unpack(state.masks)
         grads = updates if wrapped is not None else extra_args.get("grads")
         if grads is None and method.needs_gradient:
             raise ValueError(
@@ -285,9 +300,10 @@ def transform(
             return wrapped.update(gradient, inner_state, params_, **extra_args)
 
         def change_masks(
-            masks_: PyTree, step: Callable[[], PyTree]
+            stored: PyTree, step: Callable[[], PyTree]
         ) -> tuple[PyTree, PyTree]:
             """New masks, and what continues, from masks and a function to updates."""
+            masks_ = unpack(stored)
             leaves, treedef = jax.tree.flatten(masks_)
 
             def stepped() -> list[Array]:
@@ -296,7 +312,7 @@ def transform(
             rest = (
                 None if grads is None else masking.maskable_leaves(grads, masks_),
                 jax.tree.leaves(accumulator) or None,
-                jax.tree.leaves(state.marked) or None,
+                jax.tree.leaves(unpack(state.marked)) or None,
                 count,
             )
             names = _names(masks_)
@@ -304,11 +320,14 @@ def transform(
                 changed, kept = update_masks(names, leaves, stepped, *rest)
             else:
                 changed, kept = update_masks_compiled(names, leaves, stepped(), *rest)
-            return treedef.unflatten(changed), treedef.unflatten(kept)
+            return pack(treedef.unflatten(changed)), pack(treedef.unflatten(kept))
 
         given = updates
         if method.penalty is not None:
-            given = _penalised(method.penalty, updates, state, params)
+            marked = unpack(state.marked)
+            given = _penalised(
+                method.penalty, updates, old, marked, params, state.count
+            )
 
         def finish(
             emitted: PyTree,
@@ -317,19 +336,21 @@ def transform(
             continuing: PyTree,
             marked: PyTree,
         ) -> tuple[PyTree, SparseState]:
+            """The result of the step; masks as the state holds them."""
             if method.marks.steps():
 
                 def mark(_: PyTree) -> PyTree:
-                    leaves, treedef = jax.tree.flatten(new)
-                    stepped = list(_stepped(params, emitted, new))
-                    return treedef.unflatten(
-                        choose_marked(_names(new), leaves, stepped, count)
-                    )
+                    masks_ = unpack(new)
+                    leaves, treedef = jax.tree.flatten(masks_)
+                    stepped = list(_stepped(params, emitted, masks_))
+                    chosen = choose_marked(_names(masks_), leaves, stepped, count)
+                    return pack(treedef.unflatten(chosen))
 
                 marked = _if(method.marks.contains(count), mark, marked)
             if wrapped is not None and method.resets.steps():
                 stepped = optax.apply_updates(params, emitted)
-                fresh = zero_moments(wrapped.init(stepped), new)
+                fresh = wrapped.init(stepped)
+                fresh = zero_moments(fresh, unpack(new))
                 restart = method.resets.contains(count)
                 inner_state = restart_moments(inner_state, fresh, params, restart)
             return emitted, SparseState(
@@ -338,7 +359,9 @@ def transform(
 
         if method.weights != "sparse":
             # With dense weights, only those marked are moved, where some are.
-            reach = state.marked if method.weights == "dense" else ()
+            reach = ()
+            if method.weights == "dense":
+                reach = unpack(state.marked)
             if jax.tree.leaves(reach):
                 given = masking.map_masked(where_active, reach, given)
             inner_updates, inner_state = step_inner(given, state.inner_state, params)
@@ -346,7 +369,7 @@ def transform(
                 inner_updates = masking.map_masked(where_active, reach, inner_updates)
 
             def choose(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-                leaves, treedef = jax.tree.flatten(now[0])
+                leaves, treedef = jax.tree.flatten(unpack(now[0]))
                 chosen, marked = choose_masks(
                     _names(old),
                     leaves,
@@ -356,47 +379,51 @@ def transform(
                     count,
                 )
                 marked = treedef.unflatten(marked) if marked else ()
-                return treedef.unflatten(chosen), marked
+                return pack(treedef.unflatten(chosen)), pack(marked)
 
-            now = (old, state.marked)
+            now = (state.masks, state.marked)
             if method.refresh == 1:
                 new, marked = choose(now)
             else:
                 due = (count % method.refresh == 0) | method.updates.contains(count)
                 new, marked = _if(due, choose, now)
             if method.weights == "projected":
-                emitted = masking.map_masked(_emit, new, inner_updates, params)
-                inner_state = zero_moments(inner_state, new)
+                keep = unpack(new)
+                emitted = masking.map_masked(_emit, keep, inner_updates, params)
+                inner_state = zero_moments(inner_state, keep)
                 return finish(emitted, new, inner_state, (), marked)
             if jax.tree.leaves(reach):
-                inner_state = zero_moments(inner_state, marked)
+                inner_state = zero_moments(inner_state, unpack(marked))
             return finish(inner_updates, new, inner_state, (), marked)
 
         updating = method.updates.contains(count)
         # In the step after an update too: what has entered continues now.
         again = updating | method.updates.contains(state.count)
-        if wrapped is not None and _can_mask_inputs(step_inner, grads, state, params):
+        if wrapped is not None and _can_mask_inputs(
+            step_inner, grads, state, params, old
+        ):
             # Every weight is on its own in `inner`: to zero what goes in at weights
             # that do not continue is to zero what comes out. The masks change first,
             # and nothing later reads the old ones, so that in other steps all passes
             # in place. (The inner step is computed again inside, on update steps only:
             # handing its result in would force it through memory in every step.)
-            def change(masks_: PyTree) -> tuple[PyTree, PyTree]:
+            def change(stored: PyTree) -> tuple[PyTree, PyTree]:
                 def step() -> PyTree:
-                    masked = masking.map_masked(where_active, masks_, given)
+                    masked = masking.map_masked(where_active, unpack(stored), given)
                     return step_inner(masked, state.inner_state, params)[0]
 
-                return change_masks(masks_, step)
+                return change_masks(stored, step)
 
             def change_both(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
                 return _if(updating, lambda both: change(both[0]), (now[0], now[0]))
 
-            new = keep = old
+            new = continuing = state.masks
             if method.updates.steps() and not regrows:
                 # What never grows continues wherever it is active.
-                keep = new = _if(updating, lambda now: change(now)[0], old)
+                continuing = new = _if(updating, lambda now: change(now)[0], new)
             elif method.updates.steps():
-                new, keep = _if(again, change_both, (old, state.continuing))
+                new, continuing = _if(again, change_both, (new, state.continuing))
+            keep = unpack(continuing)
             masked = masking.map_masked(where_active, keep, given)
             inner_updates, inner_state = step_inner(
                 masked,
@@ -404,7 +431,7 @@ def transform(
                 masking.map_masked(where_active, keep, params),
             )
             emitted = masking.map_masked(_emit, keep, inner_updates, params)
-            continuing = keep if regrows else ()
+            continuing = continuing if regrows else ()
             return finish(emitted, new, inner_state, continuing, state.marked)
 
         masked = given
@@ -414,9 +441,10 @@ def transform(
 
         def change_last(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
             masks_, emitted, inner_state, continuing = now
-            new, keep = change_masks(masks_, lambda: now[1])
+            new, kept = change_masks(masks_, lambda: now[1])
+            keep = unpack(kept)
             emitted = masking.map_masked(_emit, keep, emitted, params)
-            continuing = keep if regrows else ()
+            continuing = kept if regrows else ()
             return new, emitted, zero_moments(inner_state, keep), continuing
 
         def change_all(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
@@ -424,7 +452,7 @@ def transform(
 
         emitted = masking.map_masked(_emit, old, inner_updates, params)
         inner_state = zero_moments(inner_state, old)
-        now = (old, emitted, inner_state, state.continuing)
+        now = (state.masks, emitted, inner_state, state.continuing)
         if method.updates.steps() and regrows:
             now = _if(again, change_all, now)
         elif method.updates.steps():
@@ -526,8 +554,8 @@ def get_state(opt_state: optax.OptState) -> SparseState:
 
 
 def get_masks(opt_state: optax.OptState) -> PyTree:
-    """The masks inside any nest of optax states, see `get_state`."""
-    return get_state(opt_state).masks
+    """The masks inside any nest of optax states, see `get_state`; never packed."""
+    return masking.unpack_masks(get_state(opt_state).masks)
 
 
 def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
@@ -557,10 +585,11 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
     checked = jax.tree.map(masking.placed_like, checked, present)
 
     def replace(state: SparseState) -> SparseState:
+        placed = masking.pack_masks(checked) if _is_packed(state) else checked
         continuing = ()
         if jax.tree.leaves(state.continuing):
-            continuing = jax.tree.map(jnp.copy, checked)
-        return state._replace(masks=checked, continuing=continuing)
+            continuing = jax.tree.map(jnp.copy, placed)
+        return state._replace(masks=placed, continuing=continuing)
 
     return jax.tree.map(
         lambda x: replace(x) if _is_sparse(x) else x, opt_state, is_leaf=_is_sparse
@@ -608,13 +637,13 @@ def _if(predicate: Array, change: Callable[[PyTree], PyTree], value: PyTree) -> 
 
 
 def _can_mask_inputs(
-    step_inner: Any, grads: PyTree, state: SparseState, params: PyTree
+    step_inner: Any, grads: PyTree, state: SparseState, params: PyTree, masks: PyTree
 ) -> bool:
     """Whether the inner step may be masked at its inputs, see `elementwise`."""
     if not isinstance(state.count, Tracer):
         return False  # Outside jit nothing is fused, and nothing gained.
-    masked_params = masking.flags(params, state.masks)
-    masked_state = masked_moments(state.inner_state, state.masks)
+    masked_params = masking.flags(params, masks)
+    masked_state = masked_moments(state.inner_state, masks)
     return is_elementwise(
         step_inner,
         (grads, state.inner_state, params),
@@ -630,19 +659,24 @@ def _names(masks: PyTree) -> tuple[str, ...]:
 
 
 def _penalised(
-    penalty: Penalty, grads: PyTree, state: SparseState, params: PyTree
+    penalty: Penalty,
+    grads: PyTree,
+    masks: PyTree,
+    marked: PyTree,
+    params: PyTree,
+    count: Array,
 ) -> PyTree:
     """Gradients with that of the penalty, at leaves that carry a mask."""
-    leaves, treedef = jax.tree.flatten(state.masks)
-    marked = jax.tree.leaves(state.marked) or [None] * len(leaves)
-    weights = masking.maskable_leaves(params, state.masks)
+    leaves, treedef = jax.tree.flatten(masks)
+    marks = jax.tree.leaves(marked) or [None] * len(leaves)
+    weights = masking.maskable_leaves(params, masks)
     terms = []
-    for p, m, k in zip(weights, leaves, marked, strict=True):
+    for p, m, k in zip(weights, leaves, marks, strict=True):
         wide = p.astype(jnp.promote_types(p.dtype, jnp.float32))
-        terms.append(penalty(PenaltyInputs(p, m, k, state.count)) * wide)
+        terms.append(penalty(PenaltyInputs(p, m, k, count)) * wide)
     return masking.map_masked(
         lambda _, g, term: g + term.astype(g.dtype),
-        state.masks,
+        masks,
         grads,
         # In the order of the leaves that carry a mask.
         treedef.unflatten(terms),
@@ -681,6 +715,25 @@ def _accumulate(
 
 def _accumulator_dtype(param: Any) -> jnp.dtype:
     return jnp.promote_types(param.dtype, jnp.float32)
+
+
+def _as_it_is(masks: PyTree) -> PyTree:
+    return masks
+
+
+def _unpack_like(params: PyTree, packed: PyTree) -> PyTree:
+    """Packed masks taken apart, in the shardings of the parameters."""
+    masks = masking.unpack_masks(packed)
+    if not jax.tree.leaves(masks):
+        return masks
+    return masking.map_masked(
+        lambda m, _, p: masking.placed_like(m, p), masks, masks, params
+    )
+
+
+def _is_packed(state: SparseState) -> bool:
+    leaves = jax.tree.leaves(state.masks, is_leaf=masking.is_packed)
+    return any(map(masking.is_packed, leaves))
 
 
 def _is_sparse(x: Any) -> bool:

@@ -40,10 +40,16 @@ class Sparsity(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedMask:
-    """A mask at 1 bit a weight, in row-major order, the last byte padded with zeros.
+    """A mask at 1 bit a weight.
+
+    Eight neighbours along the last axis are a byte, the first of them its highest bit,
+    and the last byte of a row is padded with zeros: so a packed mask is sharded as its
+    parameter is, and neither packing nor reading it moves anything between devices
+    (as long as the shards of the last axis hold multiples of eight).
 
     Attributes:
-      bits: uint8, of shape (ceil(size / 8),).
+      bits: uint8, of the mask's shape with ceil(n / 8) for the length n of the last
+        axis; (1,) for a scalar.
       shape: the mask's shape (static).
     """
 
@@ -300,7 +306,7 @@ def sparsity(masks: PyTree) -> Sparsity:
 
 
 def pack_masks(masks: PyTree) -> PyTree:
-    """Masks at 1 bit a weight, for storage and transport.
+    """Masks at 1 bit a weight, for storage, transport, and states.
 
     Args:
       masks: pytree of masks.
@@ -312,22 +318,34 @@ def pack_masks(masks: PyTree) -> PyTree:
 
     def pack(mask: Array) -> PackedMask:
         sharding = jax.typeof(mask).sharding
-        if is_explicit(sharding):
-            # An array on Explicit mesh axes can only be flattened in one piece.
-            whole = jax.sharding.PartitionSpec()
-            mask = jax.sharding.reshard(
-                mask, jax.sharding.NamedSharding(sharding.mesh, whole)
-            )
-        return PackedMask(jnp.packbits(mask.reshape(-1)), tuple(mask.shape))
+        if is_explicit(sharding) and mask.ndim:
+            shard = sharding.shard_shape(mask.shape)[-1]
+            if shard < mask.shape[-1] and shard % 8:
+                # On Explicit mesh axes, the eight of a byte must be in one shard.
+                rows = jax.sharding.PartitionSpec(*sharding.spec[:-1], None)
+                mask = jax.sharding.reshard(
+                    mask, jax.sharding.NamedSharding(sharding.mesh, rows)
+                )
+        return PackedMask(jnp.packbits(jnp.atleast_1d(mask), axis=-1), mask.shape)
 
     return jax.tree.map(pack, masks)
 
 
 def unpack_masks(packed: PyTree) -> PyTree:
-    """The masks that `pack_masks` packed."""
+    """The masks that `pack_masks` packed; others as they are."""
 
-    def unpack(x: PackedMask) -> Array:
-        size = math.prod(x.shape)
-        return jnp.unpackbits(x.bits, count=size).reshape(x.shape).astype(bool)
+    def unpack(x: Any) -> Any:
+        if not is_packed(x):
+            return x
+        places = jnp.arange(7, -1, -1, dtype=jnp.uint8)
+        places = jnp.expand_dims(places, range(x.bits.ndim))
+        digits = (x.bits[..., None] >> places) & 1
+        mask = digits.astype(bool).reshape(*x.bits.shape[:-1], 8 * x.bits.shape[-1])
+        return mask[..., : x.shape[-1]] if x.shape else mask[..., 0]
 
-    return jax.tree.map(unpack, packed, is_leaf=lambda x: isinstance(x, PackedMask))
+    return jax.tree.map(unpack, packed, is_leaf=is_packed)
+
+
+def is_packed(x: Any) -> bool:
+    """Whether `x` is a `PackedMask`."""
+    return isinstance(x, PackedMask)

@@ -284,17 +284,18 @@ def test_packing_gives_every_mask_back(masks: Any) -> None:
         jax.tree.leaves(masks),
         strict=True,
     ):
-        assert (x.bits.shape, x.bits.dtype) == ((-(-m.size // 8),), jnp.uint8)
+        *rows, last = m.shape or (1,)
+        assert (x.bits.shape, x.bits.dtype) == ((*rows, -(-last // 8)), jnp.uint8)
         assert x.shape == m.shape
-        np.testing.assert_array_equal(x.bits, np.packbits(m))
+        np.testing.assert_array_equal(x.bits, np.packbits(np.atleast_1d(m), axis=-1))
     assert_same(granet_jax.unpack_masks(packed), masks)
 
 
 def test_packed_by_hand() -> None:
     mask = np.array([[1, 0, 0, 0, 0], [0, 0, 1, 1, 0]], bool)
     packed = granet_jax.pack_masks({"a": mask})["a"]
-    # The first weight is the highest bit, and the last byte is padded with zeros.
-    assert packed.bits.tolist() == [0b10000001, 0b10000000]
+    # The first weight is the highest bit, and rows are padded with zeros.
+    assert packed.bits.tolist() == [[0b10000000], [0b00110000]]
     assert packed.shape == (2, 5)
 
 

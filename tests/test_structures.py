@@ -15,6 +15,7 @@ import granet_jax
 from granet_jax import distributions, mask_sources, scores, selection, structures
 from granet_jax.structures import Structure
 from tests.test_cyclic import QUICK
+from tests.trees import assert_same
 
 SHAPES = {"conv": (3, 3, 8, 4), "dense": (16, 6)}
 
@@ -180,6 +181,32 @@ METHODS: dict[str, tuple[granet_jax.Method, dict[int, dict[str, int]]]] = {
             3: {"conv": 4, "dense": 4},
         },
     ),
+    "AC/DC 2:4": (
+        granet_jax.acdc(
+            0.5,
+            (1, 2, 3),
+            scope="layer",
+            structure=structures.n_of_m(2, 4),
+        ),
+        {
+            0: {"conv": 4, "dense": 4},
+            1: {"conv": 2, "dense": 2},
+            2: {"conv": 4, "dense": 4},
+            3: {"conv": 2, "dense": 2},
+        },
+    ),
+    "SCULPT 1:4": (
+        granet_jax.sculpt(
+            0.75,
+            4,
+            cycles=1,
+            initial_sparsity=0.5,
+            scope="layer",
+            distribution="uniform",
+            structure=structures.n_of_m(1, 4),
+        ),
+        {0: {"conv": 2, "dense": 2}, 2: {"conv": 1, "dense": 1}},
+    ),
 }
 
 
@@ -247,6 +274,14 @@ def test_equal_numbers_in_methods(name: str) -> None:
             1.0,
             0.25,
         ),
+        # Redistributed across layers in whole blocks.
+        (
+            granet_jax.snfs(
+                0.5, 8, interval=1, fraction=0.5, structure=structures.block(2, 2)
+            ),
+            0.5,
+            0.5,
+        ),
     ],
 )
 def test_blocks_in_methods(
@@ -273,6 +308,35 @@ def test_blocks_in_methods(
                 changed |= bool(np.any(entered))
         previous = state.masks
     assert changed
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        METHODS["granet fan-in"][0],
+        METHODS["SR-STE 2:4"][0],
+        granet_jax.snfs(0.5, 8, interval=1, structure=structures.block(2, 2)),
+    ],
+    ids=lambda m: m.name,
+)
+def test_lanes_of_vmap_are_as_alone(method: granet_jax.Method) -> None:
+    tx = granet_jax.transform(method, optax.sgd(0.25, momentum=0.5))
+
+    def train(params: Any, grads: Any) -> Any:
+        state: Any = tx.init(params)
+        for grad in grads:
+            updates, state = tx.update(grad, state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state.masks
+
+    params = [draw(seed) for seed in (0, 1)]
+    grads = [[draw(seed) for seed in row] for row in ((2, 3), (4, 5))]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *zip(params, grads, strict=True))
+    lanes = jax.jit(jax.vmap(train), compiler_options=QUICK)(*stacked)
+    alone = jax.jit(train, compiler_options=QUICK)
+    for i, (start, row) in enumerate(zip(params, grads, strict=True)):
+        # No multiple of a power of two is rounded, so that equal means to the bit.
+        assert_same(jax.tree.map(lambda x, i=i: x[i], lanes), alone(start, row))
 
 
 def test_units_of_top_kast_and_greg() -> None:
