@@ -159,12 +159,10 @@ class DryRun:
     @property
     def steps_per_epoch(self) -> float | None:
         """Steps of a pass through the data; None if its size is not known."""
-        size, batch = self.facts.train_size, self.config.data.batch_size
-        if size is None:
+        if self.facts.train_size is None:
             return None
-        # Streamed batches run on from one pass into the next.
-        streamed = isinstance(self.functions.dataset, Stream)
-        return size / batch if streamed else size // batch
+        batch_size = self.config.data.batch_size
+        return self.functions.dataset.steps_per_epoch(batch_size)
 
     def densities(self, sparsity: float, distribution: str) -> dict[str, float]:
         """Density of every maskable leaf, split by a rule of the library's."""

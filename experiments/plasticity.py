@@ -17,7 +17,6 @@ import tyro
 
 from experiments import plasticity_report, report, train, trainer
 from experiments.checkpoints import Checkpoints
-from experiments.config import Config
 from experiments.data import Dataset, Stream, load
 from experiments.files import read_json
 from experiments.parallel import Program, compiled
@@ -93,7 +92,7 @@ def continued_steps(study: Study, dataset: Dataset | Stream) -> int:
     Raises:
       ValueError: too few for gradual pruning.
     """
-    per_epoch = _steps_per_epoch(study.train, dataset)
+    per_epoch = dataset.steps_per_epoch(study.train.data.batch_size)
     steps = max(1, round(study.epochs * per_epoch))
     if "gradual" in study.pruning and study.updates > steps // 2:
         raise ValueError(
@@ -119,19 +118,14 @@ def open_folder(study: Study) -> pathlib.Path:
 
 def _points(study: Study, dense: Program) -> list[Point]:
     schedule = dense.functions.schedule
-    per_epoch = _steps_per_epoch(study.train, dense.functions.dataset)
+    batch_size = study.train.data.batch_size
+    per_epoch = dense.functions.dataset.steps_per_epoch(batch_size)
     # That of the last step before the point: where the schedule drops at this very
     # moment, the network has not been trained at the next one yet.
     return [
         Point(step, step / per_epoch, float(np.asarray(schedule(step - 1))))
         for step in study.steps
     ]
-
-
-def _steps_per_epoch(config: Config, dataset: Dataset | Stream) -> int:
-    streamed = isinstance(dataset, Stream)
-    size = dataset.train_size if streamed else len(dataset.train.labels)
-    return max(1, size // config.data.batch_size)
 
 
 def _path(folder: pathlib.Path, step: int, seed: int, branch: Branch) -> pathlib.Path:
@@ -193,6 +187,7 @@ def write_results(
     Returns:
       The results; None without a finished point.
     """
+    per_epoch = dense.functions.dataset.steps_per_epoch(study.train.data.batch_size)
     points = [
         point
         for point in _points(study, dense)
@@ -221,10 +216,7 @@ def write_results(
         seeds=runs.seeds,
         steps=steps,
         epochs=study.epochs,
-        drops=tuple(
-            (int(i) + 1) / _steps_per_epoch(study.train, dense.functions.dataset)
-            for i in np.flatnonzero(np.diff(rates))
-        ),
+        drops=tuple((int(i) + 1) / per_epoch for i in np.flatnonzero(np.diff(rates))),
         outcomes=outcomes,
     )
     values = {"config": study.to_dict(), "environment": train.environment()}

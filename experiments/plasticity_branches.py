@@ -129,9 +129,7 @@ def train_jobs(
     state, pruned = _trained(each, pruner, lanes, keeps, steps, on_step, stopped)
     after, loss = trainer.evaluate(each, state, steps)
     seen = each.program.inspect(state)
-    dataset = each.dataset
-    streamed = isinstance(dataset, Stream)
-    total = dataset.test_size if streamed else dataset.test.labels.size
+    total = each.dataset.test_size
     for i, job in enumerate(jobs):
         rows = [*keeps[i].values()]
         active = int(rows[-1].sum()) if rows else sum(m.size for m in masks)

@@ -44,7 +44,9 @@ class Branch(NamedTuple):
     @property
     def way(self) -> str:
         """In words, without criterion, scope and rate."""
-        return f"{self.pruning}, regrowing" if self.regrow else self.pruning
+        if not self.regrow:
+            return self.pruning
+        return f"{self.pruning}, regrow {self.regrow:g}"
 
 
 UNPRUNED = Branch("magnitude", "global", "one-shot", 0.0, 0.0)

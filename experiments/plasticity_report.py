@@ -136,7 +136,8 @@ def _markdown(results: Results) -> str:
     seeds = (
         "1 seed" if number == 1 else f"mean ± standard deviation over {number} seeds"
     )
-    dense = ["accuracy before pruning", *map(spread, _by_phase(results, before))]
+    accuracies = [spread(x, sign="") for x in _by_phase(results, before)]
+    dense = ["accuracy before pruning", *accuracies]
     plain = results.recovery(UNPRUNED)
     total = results.values(UNPRUNED, "active_weights")[0, 0]
     sections = [
@@ -253,12 +254,12 @@ def _table(
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def spread(values: np.ndarray) -> str:
-    """Mean and sample standard deviation."""
+def spread(values: np.ndarray, sign: str = "+") -> str:
+    """Mean and sample standard deviation; `sign` "+" shows that of positive means."""
     if values.size == 0:
         return ""
     std = f" ± {values.std(ddof=1):.2f}" if values.size > 1 else ""
-    return f"{values.mean():+.2f}{std}"
+    return f"{values.mean():{sign}.2f}{std}"
 
 
 # --- plots

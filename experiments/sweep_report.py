@@ -272,7 +272,7 @@ def plot(sweep: Sweep, runs: Mapping[str, Runs], path: pathlib.Path) -> None:
             if name not in names:
                 lines.append(line)
                 names.append(name)
-    figure.legend(lines, names, loc="outside right upper", frameon=False)
+    figure.legend(lines, names, loc="outside right center", frameon=False)
     figure.savefig(path, dpi=150, format="png")
 
 

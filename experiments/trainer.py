@@ -90,11 +90,10 @@ def create(
         scan over steps of streamed data.
     """
     streamed = isinstance(dataset, Stream)
-    size = dataset.train_size if streamed else len(dataset.train.labels)
-    if config.data.batch_size > size:
+    if config.data.batch_size > dataset.train_size:
         raise ValueError(
-            f"data.batch_size must be at most the {size} training examples of "
-            f"{dataset.name}, got {config.data.batch_size}."
+            f"data.batch_size must be at most the {dataset.train_size} training "
+            f"examples of {dataset.name}, got {config.data.batch_size}."
         )
     if streamed and config.scan_block > 1:
         raise ValueError(
@@ -383,10 +382,7 @@ def _evaluate(
     """The record of every lane."""
     program = trainer.at(step)
     correct, loss = evaluate(trainer, state, step)
-    dataset = trainer.dataset
-    total = (
-        dataset.test_size if isinstance(dataset, Stream) else dataset.test.labels.size
-    )
+    total = trainer.dataset.test_size
     active = np.asarray(program.inspect(state).active)
     rate = float(np.asarray(program.functions.schedule(step)))
     return [

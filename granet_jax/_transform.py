@@ -116,6 +116,7 @@ def transform(
         many seeds: call `transform` inside the traced function then.
       packed: whether the state holds its masks at 1 bit a weight, instead of 1 byte.
         They are taken apart within the passes over memory that a step makes anyway.
+        Orbax saves them, flax's msgpack does not.
         (Sharded in shards of the last axis that hold no multiple of eight weights, an
         update gathers the bits of a leaf.)
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -23,6 +24,19 @@ size = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
 """
+
+
+class Small(nn.Module):
+    """A network with batch statistics that compiles quickly."""
+
+    classes: int
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = nn.Dense(40, use_bias=False, name="hidden")(x.reshape(x.shape[0], -1))
+        x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name)(x)
+        return nn.Dense(self.classes, name="output")(nn.relu(x))
 
 
 def same(a: PyTree, b: PyTree) -> bool:

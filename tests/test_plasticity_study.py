@@ -10,7 +10,6 @@ import shutil
 import signal
 from typing import Any
 
-import flax.linen as nn
 import jax
 import matplotlib.image
 import numpy as np
@@ -30,6 +29,7 @@ from experiments.checkpoints import Checkpoints
 from experiments.config import Config, DataConfig, OptimizerConfig
 from experiments.plasticity_config import UNPRUNED, Branch, Point, Study
 from experiments.plasticity_report import Results
+from tests import runs
 
 WEIGHTS = 64 * 40 + 40 * 10
 # An epoch is 18 steps: points at 8, 16 and 24 steps, 8 steps from each. The learning
@@ -52,25 +52,14 @@ STUDY = Study(
 )
 
 
-class Small(nn.Module):
-    """A network with batch statistics that compiles quickly."""
-
-    classes: int
-    axis_name: str | None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = nn.Dense(40, use_bias=False, name="hidden")(x.reshape(x.shape[0], -1))
-        x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name)(x)
-        return nn.Dense(self.classes, name="output")(nn.relu(x))
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _small():
     """Networks of any name are small ones, on one device."""
 
-    def create(name: str, *, classes: int, dtype: Any, axis_name: str | None) -> Small:
-        return Small(classes, axis_name)
+    def create(
+        name: str, *, classes: int, dtype: Any, axis_name: str | None
+    ) -> runs.Small:
+        return runs.Small(classes, axis_name)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "create", create)

@@ -15,7 +15,6 @@ import subprocess
 import time
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -62,25 +61,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Small(nn.Module):
-    """A network with batch statistics that compiles quickly."""
-
-    classes: int
-    axis_name: str | None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = nn.Dense(40, use_bias=False, name="hidden")(x.reshape(x.shape[0], -1))
-        x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name)(x)
-        return nn.Dense(self.classes, name="output")(nn.relu(x))
-
-
 @pytest.fixture
 def _small(monkeypatch):
     """Networks of any name are small ones."""
 
-    def create(name: str, *, classes: int, dtype: Any, axis_name: str | None) -> Small:
-        return Small(classes, axis_name)
+    def create(
+        name: str, *, classes: int, dtype: Any, axis_name: str | None
+    ) -> runs.Small:
+        return runs.Small(classes, axis_name)
 
     monkeypatch.setattr(models, "create", create)
 

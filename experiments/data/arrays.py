@@ -42,6 +42,20 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def train_size(self) -> int:
+        """Number of training examples."""
+        return self.train.labels.shape[0]
+
+    @property
+    def test_size(self) -> int:
+        """Number of test labels: of a text, one for every character predicted."""
+        return self.test.labels.size
+
+    def steps_per_epoch(self, batch_size: int) -> float:
+        """Steps of a pass through the data: whole batches, the rest is left out."""
+        return self.train_size // batch_size
+
 
 def from_arrays(name: str, train: Split, test: Split, classes: int) -> Dataset:
     """A `Dataset` with the statistics of its training images.

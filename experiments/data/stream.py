@@ -74,6 +74,10 @@ class Stream:
     train_source: Any = dataclasses.field(repr=False)
     test_source: Any = dataclasses.field(repr=False)
 
+    def steps_per_epoch(self, batch_size: int) -> float:
+        """Steps of a pass through the data: batches run on into the next one."""
+        return self.train_size / batch_size
+
     def train_batches(
         self,
         *,

@@ -32,9 +32,17 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from granet_jax import checks, distributions, masking, moments, schedules, scores
+from granet_jax import (
+    checks,
+    choices,
+    distributions,
+    masking,
+    moments,
+    schedules,
+    scores,
+)
 from granet_jax.masking import PyTree
-from granet_jax.scores import Score, ScoreInputs
+from granet_jax.scores import Score
 from granet_jax.selection import Scope, check_scope
 from granet_jax.updates import exchange_phases, prune_phase, run_phases
 
@@ -246,31 +254,17 @@ def _prune(
     regrow: float,
 ) -> Pruned:
     paths = jax.tree_util.tree_leaves_with_path(masks)
-    names = [masking.leaf_name(path) for path, _ in paths]
+    names = tuple(masking.leaf_name(path) for path, _ in paths)
     leaves, treedef = jax.tree.flatten(masks)
     weights = masking.maskable_leaves(params, masks)
     dense = None if grads is None else masking.maskable_leaves(grads, masks)
 
     def rank(score: Score) -> Callable[[list[Array]], list[Array]]:
         def ranked(present: list[Array]) -> list[Array]:
-            left = [jnp.where(m, w, 0) for m, w in zip(present, weights, strict=True)]
-            by_name = dict(zip(names, left, strict=True))
-            return [
-                score(
-                    ScoreInputs(
-                        param=weight,
-                        grad=None if dense is None else dense[i],
-                        mask=mask,
-                        accumulator=None,
-                        key=jax.random.fold_in(key, i),
-                        name=name,
-                        weights=by_name,
-                    )
-                )
-                for i, (name, weight, mask) in enumerate(
-                    zip(names, weights, present, strict=True)
-                )
-            ]
+            left = list(map(choices.where_active, present, weights))
+            return choices.scored(
+                score, names, present, weights, left, dense, None, key
+            )
 
         return ranked
 
