@@ -12,7 +12,7 @@ reduction and an exchange of a few small vectors of integers.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +140,7 @@ def largest_keys(
     key_type = keys[0].dtype
     lowest = jnp.asarray(jnp.iinfo(key_type).min, key_type)
     sizes = jnp.asarray([x.size for x in keys], counter)
+    rows = _unknown_range(leaves)
 
     def of_group(per_leaf: Array) -> Array:
         return jnp.where(across, jnp.sum(per_leaf, dtype=counter), per_leaf)
@@ -201,10 +202,11 @@ def largest_keys(
             for middle in middles
         ]
         before = [jnp.where(in_keys, 0, place) for place in places]
+        probes = list(zip(above, before, strict=True))
         counts = _count_leaves(
             [
-                [_chosen(x, a[i], b[i]) for a, b in zip(above, before, strict=True)]
-                for i, x in enumerate(keys)
+                [_chosen(x, _at(a, i), _at(b, i)) for a, b in probes]
+                for i, x in zip(rows, keys, strict=True)
             ],
             counter,
         )
@@ -241,7 +243,10 @@ def largest_keys(
     key = jnp.where(share == ties, s.low - 1, jnp.where(share == 0, s.high - 1, s.low))
     place = jnp.where(s.count_last == share, s.last, s.first)
     place = jnp.where((share == ties) | (share == 0), 0, place)
-    return [_chosen(x, key[i], place[i]) for i, x in enumerate(keys)], s.candidates
+    chosen = [
+        _chosen(x, _at(key, i), _at(place, i)) for i, x in zip(rows, keys, strict=True)
+    ]
+    return chosen, s.candidates
 
 
 class _Search(NamedTuple):
@@ -275,48 +280,85 @@ def check_scope(scope: str) -> None:
         raise ValueError(f'scope must be "layer" or "global", got {scope!r}.')
 
 
+def _unknown_range(stop: int) -> Sequence[Array]:
+    """The numbers below `stop`, unknown to the compiler: nearly all of an update's code.
+
+    XLA compiles a kernel once for all that compute the same (on CPU), and leaves of one
+    shape, searched alike, differ in their row of a vector alone: so that is to be an
+    argument of their kernels, where a constant would be part of their code.
+    """
+    known = tuple(jnp.asarray(i, jnp.uint32) for i in range(stop))
+    always = lax.optimization_barrier(jnp.ones((), bool))
+    return lax.cond(always, lambda: known, lambda: (jnp.zeros((), jnp.uint32),) * stop)
+
+
+def _at(vector: Array, row: Array) -> Array:
+    return lax.dynamic_index_in_dim(vector, row, keepdims=False)
+
+
 def _chosen(x: Array, key: Array, position: Array) -> Array:
     """Entries above `key`, and of those equal to it the ones before `position`."""
     before = _before(x, position)
     return x > key - before.astype(x.dtype)
 
 
-def _count(flags: Sequence[Array], counter: jnp.dtype) -> Sequence[Array]:
-    """How many entries of every array are True, in one pass over memory.
+def _count(
+    flags: Sequence[Sequence[Array]], counter: jnp.dtype
+) -> Sequence[Sequence[Array]]:
+    """How many entries of every array of every leaf are True, one pass over memory.
 
-    As one reduction of several operands, which XLA fuses with what makes them. (On CPU
-    it splits a reduction of a single operand in two, to round better, and writes the
-    operand out as integers in between: five times as slow.)
+    On accelerators XLA fuses the sums of a leaf with each other and with what makes
+    them; and divides each over the devices of Auto mesh axes, which ends in all-reduces
+    of one number, combined. On CPU it splits such a sum in two, to round better, and
+    writes the array out as integers in between: there it gets one reduction of several
+    arrays, five times as fast. But that it divides with gathers of the counts of every
+    device, so not where a mesh of Auto axes is set (`jax.set_mesh`): virtual devices
+    then show what accelerators do.
     """
-    operands = tuple(x.astype(counter) for x in flags)
-    zeros = tuple(jnp.zeros((), counter) for _ in flags)
-    return lax.reduce(
-        operands,
-        zeros,
-        lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)),
-        tuple(range(flags[0].ndim)),
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    if any(kind == jax.sharding.AxisType.Auto and size > 1 for kind, size in kinds):
+        return _count_singly(flags, counter)
+    return lax.platform_dependent(
+        flags,
+        cpu=functools.partial(_count_together, counter=counter),
+        default=functools.partial(_count_singly, counter=counter),
     )
+
+
+def _count_singly(flags: Any, counter: jnp.dtype) -> list[list[Array]]:
+    return [[jnp.sum(x, dtype=counter) for x in leaf] for leaf in flags]
+
+
+def _count_together(flags: Any, counter: jnp.dtype) -> list[list[Array]]:
+    def add(a: Sequence[Array], b: Sequence[Array]) -> Sequence[Array]:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    def count(leaf: Sequence[Array]) -> list[Array]:
+        operands = tuple(x.astype(counter) for x in leaf)
+        zeros = tuple(jnp.zeros((), counter) for _ in leaf)
+        return list(lax.reduce(operands, zeros, add, tuple(range(leaf[0].ndim))))
+
+    return list(map(count, flags))
 
 
 def _count_leaves(flags: Sequence[Sequence[Array]], counter: jnp.dtype) -> list[Array]:
     """`_count` of every leaf: of each of its arrays, a vector with a row per leaf.
 
     On Explicit mesh axes it is known how a leaf is sharded: every device counts its
-    shards, and one all-reduce adds the counts of all leaves. (Elsewhere XLA gathers
-    the counts of every device, leaf by leaf: it has no all-reduce for a reduction of
-    several operands.)
+    shards, and one all-reduce adds the counts of all leaves.
     """
     meshes = {jax.typeof(f[0]).sharding.mesh for f in flags}
     kinds = {kind for mesh in meshes for kind in getattr(mesh, "axis_types", ())}
     if len(meshes) > 1 or kinds != {jax.sharding.AxisType.Explicit}:
-        per_leaf = [_count(f, counter) for f in flags]
+        per_leaf = _count(flags, counter)
         return [jnp.stack(count) for count in zip(*per_leaf, strict=True)]
     specs = [jax.typeof(f[0]).sharding.spec for f in flags]
     axes = [_mesh_axes(spec) for spec in specs]
     names = tuple(dict.fromkeys(name for mine in axes for name in mine))
 
     def count_shards(flags: list[list[Array]]) -> Array:
-        rows = [jnp.stack(_count(f, counter)) for f in flags]
+        rows = [jnp.stack(list(counts)) for counts in _count(flags, counter)]
         for i, mine in enumerate(axes):
             # Of devices that hold the same shard of a leaf, the first counts it.
             for name in names:
