@@ -19,6 +19,8 @@ from granet_jax import selection
 
 DEVICES = 8
 KIB = 2**10
+# What a device has of the counts of a leaf: three of 4 bytes.
+COUNTS = 3 * 4
 
 
 def enlarged(tree: Any) -> Any:
@@ -29,14 +31,21 @@ def enlarged(tree: Any) -> Any:
 
 
 @functools.cache
-def compiled(tree: str, method: str, axes: str, devices: int = DEVICES) -> Any:
+def compiled(
+    tree: str, method: str, axes: str, mesh_shape: tuple[int, int] = (DEVICES // 2, 2)
+) -> Any:
     shapes = {
         "resnet50": resnet50.shapes,
         "small": resnet50.small_shapes,
         "large": lambda: enlarged(resnet50.small_shapes()),
         "7b": lambda: trees.shapes("7b-stacked"),
     }[tree]()
-    mesh = scale.make_mesh(devices, axes)
+    mesh = jax.make_mesh(
+        mesh_shape,
+        ("fsdp", "tensor"),
+        axis_types=(scale.AXES[axes],) * 2,
+        devices=jax.devices()[: math.prod(mesh_shape)],
+    )
     with jax.set_mesh(mesh):
         step, _ = scale.compile_step(shapes, scale.METHODS[method], mesh)
     return shapes, step, step.as_text()
@@ -55,12 +64,34 @@ def bytes_per_update(shapes: Any, text: str, method: str) -> int:
     return scale.PHASES[method] * passes * sum(c.bytes for c in found)
 
 
-def test_resnet50_sends_less_than_64_kib_an_update() -> None:
-    shapes, _, text = compiled("resnet50", "granet", "explicit")
+@pytest.mark.parametrize(
+    # On Auto axes XLA knows that of the first convolution, whose 3 inputs do not divide
+    # by 8, every device has all.
+    ("axes", "mesh_shape", "leaves"),
+    [("explicit", (4, 2), 54), ("auto", (8, 1), 53)],
+)
+def test_resnet50_sends_less_than_64_kib_an_update(
+    axes: str, mesh_shape: tuple[int, int], leaves: int
+) -> None:
+    shapes, _, text = compiled("resnet50", "granet", axes, mesh_shape)
     (found,) = scale.collectives(text)
-    # Of 54 leaves the counts of three thresholds, in one all-reduce.
-    assert found == scale.Collective("all-reduce", 54 * 3 * 4, True)
+    # The counts of three thresholds of every leaf, in one all-reduce.
+    assert found == scale.Collective("all-reduce", leaves * COUNTS, True)
     assert bytes_per_update(shapes, text, "granet") < 64 * KIB
+
+
+def test_what_is_sent_does_not_depend_on_the_number_of_devices() -> None:
+    found = {
+        mesh_shape: scale.collectives(compiled("small", "rigl", "auto", mesh_shape)[2])
+        for mesh_shape in ((2, 1), (8, 1), (4, 2))
+    }
+    leaves = len(masked_sizes(resnet50.small_shapes()))
+    # The first convolution has 3 inputs, which the mesh does not divide.
+    one = scale.Collective("all-reduce", (leaves - 1) * COUNTS, True)
+    both = scale.Collective("all-reduce", leaves * COUNTS, True)
+    assert found[2, 1] == found[8, 1] == [one]
+    # On CPU one along each axis of a mesh; all leaves divide along the second.
+    assert sorted(found[4, 2]) == sorted([one, both])
 
 
 @pytest.mark.parametrize("method", scale.METHODS)
@@ -74,11 +105,10 @@ def test_what_is_sent_does_not_depend_on_the_size_of_leaves(
     assert sum(masked_sizes(large)) == 4 * sum(masked_sizes(small))
     found = scale.collectives(text)
     assert found == scale.collectives(text_of_large)
-    # On Auto axes XLA gathers every device's counts; no array of weights ever.
-    kinds = {"explicit": {"all-reduce"}, "auto": {"all-gather", "all-reduce"}}
-    assert {c.kind for c in found} <= kinds[axes]
-    # Of every leaf three counts of each device, some by way of a part of the devices.
-    assert sum(c.bytes for c in found) < len(masked_sizes(small)) * 3 * 4 * 2 * DEVICES
+    # Counts alone, in one all-reduce, or one along each axis of the mesh.
+    assert {c.kind for c in found} == {"all-reduce"}
+    assert len(found) <= {"explicit": 1, "auto": 2}[axes]
+    assert all(c.bytes <= len(masked_sizes(small)) * COUNTS for c in found)
 
 
 def test_seven_billion_parameters_send_less_than_a_mib_an_update() -> None:
@@ -97,7 +127,7 @@ def test_seven_billion_parameters_send_less_than_a_mib_an_update() -> None:
 
 @pytest.mark.parametrize("method", scale.METHODS)
 def test_a_donated_step_copies_nothing_between_updates(method: str) -> None:
-    shapes, step, text = compiled("large", method, "auto", devices=1)
+    shapes, step, text = compiled("large", method, "auto", (1, 1))
     weights, masked = trees.size(shapes), sum(masked_sizes(shapes))
     memory = step.memory_analysis()
     # Parameters, momentum, masks, and what continues are all taken over.
