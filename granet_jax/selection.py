@@ -205,7 +205,7 @@ def largest_keys(
         probes = list(zip(above, before, strict=True))
         counts = _count_leaves(
             [
-                [_chosen(x, _at(a, i), _at(b, i)) for a, b in probes]
+                _chosen(x, [(_at(a, i), _at(b, i)) for a, b in probes])
                 for i, x in zip(rows, keys, strict=True)
             ],
             counter,
@@ -244,7 +244,8 @@ def largest_keys(
     place = jnp.where(s.count_last == share, s.last, s.first)
     place = jnp.where((share == ties) | (share == 0), 0, place)
     chosen = [
-        _chosen(x, _at(key, i), _at(place, i)) for i, x in zip(rows, keys, strict=True)
+        _chosen(x, [(_at(key, i), _at(place, i))])[0]
+        for i, x in zip(rows, keys, strict=True)
     ]
     return chosen, s.candidates
 
@@ -296,10 +297,24 @@ def _at(vector: Array, row: Array) -> Array:
     return lax.dynamic_index_in_dim(vector, row, keepdims=False)
 
 
-def _chosen(x: Array, key: Array, position: Array) -> Array:
-    """Entries above `key`, and of those equal to it the ones before `position`."""
-    before = _before(x, position)
-    return x > key - before.astype(x.dtype)
+def _chosen(x: Array, probes: Sequence[tuple[Array, Array]]) -> list[Array]:
+    """Of each probe (key, position), the entries above it.
+
+    Those are the ones above the key, and of those equal to it the ones before the
+    position. (The start of each row is compared first, and then the place within the
+    row: an index of every entry would be an array that XLA hoists out of the loop and
+    reads in every pass.)
+    """
+    if x.ndim == 0:
+        return [x > key - (position > 0).astype(x.dtype) for key, position in probes]
+    dtype = jnp.dtype(jnp.uint32 if x.size < 2**32 else jnp.uint64)
+    start, column = _row_starts(x, dtype), iota(x, dtype, x.ndim - 1)
+    chosen = []
+    for key, position in probes:
+        position = position.astype(dtype)
+        left = position - jnp.minimum(start, position)
+        chosen.append(x > key - (column < left).astype(x.dtype))
+    return chosen
 
 
 def _count(
@@ -387,22 +402,6 @@ def _parts(width: Array) -> list[Array]:
     """A quarter, a half and three quarters of unsigned integers, rounded down."""
     quarter, rest = width >> 2, width & 3
     return [quarter * m + ((rest * m) >> 2) for m in (1, 2, 3)]
-
-
-def _before(x: Array, position: Array) -> Array:
-    """Whether the row-major index of every entry is below `position`.
-
-    The start of each row is compared first, and then the place within the row: an
-    index of every entry would be an array that XLA hoists out of the loop and reads in
-    every pass.
-    """
-    if x.ndim == 0:
-        return position > 0
-    dtype = jnp.dtype(jnp.uint32 if x.size < 2**32 else jnp.uint64)
-    position = position.astype(dtype)
-    start = _row_starts(x, dtype)
-    left = jnp.where(position > start, position - start, jnp.zeros((), dtype))
-    return iota(x, dtype, x.ndim - 1) < left
 
 
 def _row_starts(x: Array, dtype: jnp.dtype) -> Array:
