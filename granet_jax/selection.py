@@ -282,11 +282,13 @@ def check_scope(scope: str) -> None:
 
 
 def _unknown_range(stop: int) -> Sequence[Array]:
-    """The numbers below `stop`, unknown to the compiler: nearly all of an update's code.
+    """The numbers below `stop`, as scalars whose values the compiler does not know.
 
-    XLA compiles a kernel once for all that compute the same (on CPU), and leaves of one
-    shape, searched alike, differ in their row of a vector alone: so that is to be an
-    argument of their kernels, where a constant would be part of their code.
+    XLA compiles kernels that compute the same once (on CPU), and those of leaves of one
+    shape differ in nothing but their row of the vectors of a search. As a constant the
+    row would be part of the code; so it is made an argument, the result of a choice
+    that nothing can foresee. (Where the barrier is no obstacle to constant folding,
+    there are as many kernels as leaves, and all else is the same.)
     """
     known = tuple(jnp.asarray(i, jnp.uint32) for i in range(stop))
     always = lax.optimization_barrier(jnp.ones((), bool))

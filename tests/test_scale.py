@@ -4,6 +4,7 @@ Only shapes and shardings go in: nothing is allocated but in the test of passes.
 """
 
 import functools
+import inspect
 import math
 from typing import Any
 
@@ -144,8 +145,11 @@ def test_without_donation_the_copies_are_seen() -> None:
     shapes = resnet50.small_shapes()
     mesh = scale.make_mesh(1, "auto")
     step, _ = scale.compile_step(shapes, scale.METHODS["rigl"], mesh, donate=False)
-    assert step.memory_analysis().alias_size_in_bytes == 0
-    copied = [c.bytes for c in scale.copies(step.as_text()) if not c.looped]
+    memory, text = step.memory_analysis(), step.as_text()
+    assert memory is not None
+    assert text is not None
+    assert memory.alias_size_in_bytes == 0
+    copied = [c.bytes for c in scale.copies(text) if not c.looped]
     # Masks and what continues go through a loop, which must not change arguments.
     assert sum(copied) >= sum(masked_sizes(shapes))
 
@@ -172,7 +176,7 @@ def test_passes_stay_within_their_bound(
     }
     most = []
     # Untraced as yet under the counter, so not to be found among what is compiled.
-    select = jax.jit(functools.partial(selection.top_k.__wrapped__, scope=scope))
+    select = jax.jit(functools.partial(inspect.unwrap(selection.top_k), scope=scope))
     for leaves in cases.values():
         for k in (1, 17, 34):
             passes.clear()
