@@ -6,8 +6,9 @@
 For each case (tree of parameters, method, number of virtual CPU devices, kind of mesh
 axes) the whole optimizer step, sgd with momentum inside, is compiled ahead of time from
 shapes and shardings alone: nothing is allocated and nothing runs. Parameters,
-gradients, moments and masks are float32 or bool, sharded over a mesh (fsdp x tensor).
-Each case has a process of its own, in which the number of devices can be set.
+gradients, moments and masks are float32 or bool, sharded over a mesh (fsdp x tensor),
+which is set (`jax.set_mesh`). Each case has a process of its own, in which the number
+of devices can be set.
 
 Read off the compiled text and its analysis, per device:
 
@@ -300,7 +301,7 @@ def run_case(case: Case, timeout: float) -> dict[str, Any]:
 
 
 def report(results: Sequence[dict[str, Any]]) -> str:
-    """The table of all cases; memory is of one device."""
+    """The table of all cases; devices as fsdp x tensor, memory of one device."""
     header = [
         "tree",
         "masked leaves",
@@ -321,7 +322,8 @@ def report(results: Sequence[dict[str, Any]]) -> str:
     rows = []
     for r in results:
         start = [r["tree"], str(r.get("masked_leaves", "")), r["method"]]
-        start += [str(r["devices"]), r["axes"]]
+        start += ["x".join(map(str, r["mesh"])) if "mesh" in r else str(r["devices"])]
+        start += [r["axes"]]
         if "error" in r:
             rows.append([*start, r["error"], *[""] * (len(header) - len(start) - 1)])
             continue
