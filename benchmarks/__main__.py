@@ -30,6 +30,8 @@ NAMES = (
     "masks",
     "sparse_linear",
     "file_size",
+    "scale",
+    "estimate",
 )
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,6 +1,6 @@
 """An estimate of what a mask update costs on chips that were not at hand.
 
-    python -m benchmarks.estimate            # from benchmarks/results/scale.json
+    python -m benchmarks.estimate --out DIR    # from DIR/scale.json
 
 Not a measurement. From the compiled programs of `benchmarks.scale` come the bytes and
 the number of collectives of a pass, and the most passes; from data sheets the speeds;
@@ -11,13 +11,11 @@ number depend on the number of devices. Seconds of an update on each chip:
     + passes x (collectives a pass x latency + 2 x bytes a pass / link bandwidth)
 """
 
-import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import scale, timing
+from benchmarks import commands, scale, timing
 
 # Read or written for each weight: in a pass its key; in a phase what the key is made
 # of (parameter, gradient, momentum, masks), the key, and masks.
@@ -69,12 +67,15 @@ def update_seconds(case: dict[str, Any], chip: Chip, chips: int) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table of estimates."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--results", type=Path, default=scale.RESULTS / "scale.json")
+    parser = commands.parser(__doc__)
     options = parser.parse_args(arguments)
+    if options.quick:
+        return  # There is nothing to check.
+    if options.out is None:
+        parser.error("--out must be the folder with scale.json")
     cases = [
         case
-        for case in json.loads(options.results.read_text())["cases"]
+        for case in json.loads((options.out / "scale.json").read_text())["cases"]
         if case["axes"] == "explicit" and "error" not in case
     ]
     most = max(case["devices"] for case in cases)
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for chips in CHIPS
         if chips <= chip.largest
     ]
-    print(timing.table(header, rows))
+    commands.publish(options, "estimate", timing.table(header, rows), {}, {})
 
 
 if __name__ == "__main__":

@@ -20,22 +20,19 @@ Read off the compiled text and its analysis, per device:
 - memory: arguments, what of them the results take over (aliases), and temporaries.
 - seconds to trace, to lower and to compile, by the clock and of the processor.
 
-Figures go to benchmarks/results/scale.json, with a table beside it in scale.md.
+With `--quick` one small case is compiled.
 """
 
 import argparse
-import datetime
 import itertools
 import json
 import math
 import os
 import re
-import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -45,10 +42,9 @@ from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
 import granet_jax
-from benchmarks import timing, trees
+from benchmarks import commands, programs, timing, trees
 
 PyTree = Any
-RESULTS = Path(__file__).parent / "results"
 METHODS = {
     "granet": granet_jax.granet(0.9, 100_000, initial_sparsity=0.5, interval=1000),
     "rigl": granet_jax.rigl(0.9, 100_000, interval=1000),
@@ -66,7 +62,6 @@ COLLECTIVES = (
     "send",
     "recv",
 )
-_ITEM_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "token": 0}
 
 
 class Case(NamedTuple):
@@ -85,13 +80,6 @@ class Collective(NamedTuple):
     """One collective of a program: bytes of what it yields on a device."""
 
     kind: str
-    bytes: int
-    looped: bool
-
-
-class Copy(NamedTuple):
-    """One copy in a program: its bytes, and whether it is within a loop."""
-
     bytes: int
     looped: bool
 
@@ -166,64 +154,15 @@ def search_passes(largest_leaf: int, *, bits: int = 32) -> int:
     return 1 + search(2**bits - 2) + search(largest_leaf)
 
 
-def in_loops(program: str) -> list[tuple[bool, str]]:
-    """The instructions of a compiled program's text, and whether a loop has them."""
-    bodies: dict[str, list[str]] = {}
-    current: list[str] = []
-    for line in program.splitlines():
-        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            current = bodies.setdefault(header[1], [])
-        elif " = " in line:
-            current.append(line)
-    looped: set[str] = set()
-    waiting = re.findall(r"(?:body|condition)=%?([\w.\-]+)", program)
-    while waiting:
-        name = waiting.pop()
-        if name in looped:
-            continue
-        looped.add(name)
-        for line in bodies.get(name, ()):
-            waiting += _called(line)
-    return [(name in looped, line) for name in bodies for line in bodies[name]]
-
-
-def _called(line: str) -> list[str]:
-    single = r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
-    found = re.findall(single, line)
-    for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
-        found += [name.strip().lstrip("%") for name in group.split(",")]
-    return found
-
-
 def collectives(program: str) -> list[Collective]:
     """All communication between devices in a compiled program's text."""
     kinds = "|".join(COLLECTIVES)
     found = []
-    for looped, line in in_loops(program):
+    for looped, line in programs.in_loops(program):
         line = line.replace("/*index=", "/*")
         if match := re.search(rf"= ([^=]*?) ({kinds})(?:-start)?\(", line):
-            found.append(Collective(match[2], type_bytes(match[1]), looped))
+            found.append(Collective(match[2], programs.type_bytes(match[1]), looped))
     return found
-
-
-def copies(program: str) -> list[Copy]:
-    """All copies in a compiled program's text."""
-    return [
-        Copy(type_bytes(match[1]), looped)
-        for looped, line in in_loops(program)
-        if (match := re.search(r"= (\S+) copy\(", line))
-    ]
-
-
-def type_bytes(types: str) -> int:
-    """Bytes of all arrays of a type in a program's text: "(f32[8,2]{1,0}, u8[])"."""
-    total = 0
-    for kind, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", types):
-        width = _ITEM_BYTES.get(kind)
-        if width is None:
-            width = int(re.sub(r"\D", "", kind)) // 8
-        total += width * math.prod(int(n) for n in dims.split(",") if n)
-    return total
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -269,7 +208,9 @@ def measure(case: Case) -> dict[str, Any]:
         "alias_bytes": memory.alias_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "copied_every_step_bytes": sum(c.bytes for c in copies(text) if not c.looped),
+        "copied_every_step_bytes": sum(
+            c.bytes for c in programs.copies(text) if not c.looped
+        ),
         "seconds": seconds,
     }
 
@@ -350,19 +291,21 @@ def report(results: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles all cases, each in its process, and writes table and figures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = commands.parser(__doc__)
     parser.add_argument("--trees", nargs="+", default=trees.TREES, choices=trees.TREES)
     parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS)
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--axes", nargs="+", default=[*AXES], choices=AXES)
     parser.add_argument("--timeout", type=float, default=1800, help="seconds a case")
-    parser.add_argument("--out", type=Path, default=RESULTS / "scale.json")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.case:
         tree, method, devices, axes = options.case
         print(json.dumps(measure(Case(tree, method, int(devices), axes))))
         return
+    if options.quick:
+        options.trees, options.methods = ["100m-stacked"], ["rigl"]
+        options.devices, options.axes = [2], ["explicit"]
     cases = [
         Case(tree, method, devices, axes)
         for tree in options.trees
@@ -370,21 +313,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for devices in options.devices
         for axes in (options.axes if devices > 1 else options.axes[:1])
     ]
-    results = []
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "-m", "benchmarks.scale", *sys.argv[1:]])
+    results: list[dict[str, Any]] = []
     with tqdm(cases) as bar:
         for case in bar:
             bar.set_description(str(case))
             results.append(run_case(case, options.timeout))
             # After every case: a run that is stopped has been of use.
-            date = datetime.date.today().isoformat()
-            timing.write_json(
-                options.out, {"command": command, "date": date, "cases": results}
-            )
-            table = report(results)
-            text = f"`{command}`, {date}, {json.dumps(timing.environment())}\n\n"
-            options.out.with_suffix(".md").write_text(f"{text}{table}\n")
+            commands.write(options, "scale", report(results), {"cases": results}, {})
+    if options.quick:
+        assert not any("error" in r for r in results), results
+        assert results[0]["bytes_every_step"] == 0, results
+        return
     print(report(results))
 
 

@@ -15,7 +15,7 @@ import pytest
 from jax import Array
 
 import granet_jax
-from benchmarks import resnet50, scale, trees
+from benchmarks import programs, resnet50, scale, trees
 from granet_jax import selection
 
 DEVICES = 8
@@ -135,7 +135,9 @@ def test_a_donated_step_copies_nothing_between_updates(method: str) -> None:
     assert memory.alias_size_in_bytes >= 8 * weights + 2 * masked
     assert memory.alias_size_in_bytes <= 8 * weights + 2 * masked + KIB
     smallest = min(masked_sizes(shapes))
-    assert not [c for c in scale.copies(text) if not c.looped and c.bytes >= smallest]
+    assert not [
+        c for c in programs.copies(text) if not c.looped and c.bytes >= smallest
+    ]
     # At an update: a key of 4 bytes a weight, and masks; not the stepped weights too.
     assert memory.temp_size_in_bytes <= 6 * masked + 64 * KIB
 
@@ -149,7 +151,7 @@ def test_without_donation_the_copies_are_seen() -> None:
     assert memory is not None
     assert text is not None
     assert memory.alias_size_in_bytes == 0
-    copied = [c.bytes for c in scale.copies(text) if not c.looped]
+    copied = [c.bytes for c in programs.copies(text) if not c.looped]
     # Masks and what continues go through a loop, which must not change arguments.
     assert sum(copied) >= sum(masked_sizes(shapes))
 
@@ -217,7 +219,7 @@ def test_parser_of_programs() -> None:
         scale.Collective("all-reduce", 3 * 4 + 2 * 8, True),
         scale.Collective("all-gather", 48, False),
     ]
-    assert scale.copies(program) == [scale.Copy(16, True), scale.Copy(32, False)]
+    assert programs.copies(program) == [scale.Copy(16, True), scale.Copy(32, False)]
 
 
 def test_trees_have_the_published_sizes() -> None:
