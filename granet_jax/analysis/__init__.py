@@ -3,6 +3,8 @@
 from granet_jax.analysis._flops import Flops as Flops
 from granet_jax.analysis._flops import LeafFlops as LeafFlops
 from granet_jax.analysis._flops import flops as flops
+from granet_jax.analysis._summary import Summary as Summary
+from granet_jax.analysis._summary import summary as summary
 from granet_jax.analysis.metrics import Churn as Churn
 from granet_jax.analysis.metrics import Connectivity as Connectivity
 from granet_jax.analysis.metrics import Overlap as Overlap
@@ -21,6 +23,4 @@ from granet_jax.analysis.plasticity import apply_pruned as apply_pruned
 from granet_jax.analysis.plasticity import keep_counts as keep_counts
 from granet_jax.analysis.plasticity import prune as prune
 from granet_jax.analysis.plasticity import sparsities as sparsities
-from granet_jax.analysis._summary import Summary as Summary
-from granet_jax.analysis._summary import summary as summary
 from granet_jax.analysis.training_cost import training_flops as training_flops

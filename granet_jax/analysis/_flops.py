@@ -178,38 +178,13 @@ _CONSTANT = _Value(frozenset(), False)
 # Of the first operand, at other places or in another form, with its zeros. The other
 # operands say where.
 _MOVES = frozenset(
-    # fmt: off
-    {
-        "broadcast_in_dim",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "dynamic_slice",
-        "gather",
-        "mesh_cast",
-        "reduce_precision",
-        "reshape",
-        "reshard",
-        "rev",
-        "sharding_constraint",
-        "slice",
-        "split",
-        "squeeze",
-        "transpose",
-        "abs",
-        "ceil",
-        "clamp",
-        "div",
-        "floor",
-        "integer_pow",
-        "neg",
-        "round",
-        "sign",
-        "sqrt",
-        "square",
+    (
+        *("broadcast_in_dim", "convert_element_type", "copy", "dynamic_slice"),
+        *("gather", "mesh_cast", "reduce_precision", "reshape", "reshard", "rev"),
+        *("sharding_constraint", "slice", "split", "squeeze", "transpose"),
+        *("abs", "clamp", "div", "integer_pow", "neg", "round", "sign", "square"),
         "tanh",
-    }
-    # fmt: on
+    )
 )
 # One output for each operand.
 _EACH = frozenset({"optimization_barrier", "pvary"})

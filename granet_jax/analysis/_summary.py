@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from granet_jax.analysis._leaves import paired
 from granet_jax.analysis._flops import Flops
+from granet_jax.analysis._leaves import paired
 from granet_jax.masking import PyTree
 
 if TYPE_CHECKING:
@@ -21,15 +21,15 @@ _HEADINGS = {
     "weights": "weights",
     "active": "active",
     "sparsity": "sparsity / %",
-    "share": "of all active / %",
-    "dense_flops": "FLOPs, dense",
+    "share": "share / %",
+    "dense_flops": "dense FLOPs",
     "flops": "FLOPs",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a sparse network has, leaf by leaf; `str()` of it, and rich, show a table.
+    """What a sparse network has, leaf by leaf; `print` and `rich.print` show a table.
 
     Each is a dict with
 
@@ -77,10 +77,12 @@ class Summary:
         headings, *rows = self._rows()
         result = table.Table(box=box.SIMPLE_HEAD)
         for i, heading in enumerate(headings):
+            words = i < _LEFT
             result.add_column(
                 heading,
-                justify="left" if i < _LEFT else "right",
+                justify="left" if words else "right",
                 overflow="fold",
+                no_wrap=not words,
             )
         for i, row in enumerate(rows):
             result.add_row(*row, end_section=i == len(rows) - 3)
