@@ -193,11 +193,8 @@ def test_an_exchange_drops_and_grows_alike() -> None:
 
 
 def test_exploration_by_hand() -> None:
-    history = [
-        {"x": mask("*... ....")},
-        {"x": mask(".*.. *...")},
-        {"x": mask("*... ....")},
-    ]
+    masks = [mask("*... ...."), mask(".*.. *..."), mask("*... ....")]
+    history = [{"x": m} for m in masks]
     kept = [m.copy() for m in masks]
     found = analysis.exploration(history)
     assert (found.total, found.leaves) == (3 / 8, {"x": 3 / 8})
@@ -338,14 +335,11 @@ def test_gradient_flow_is_what_a_step_gains() -> None:
     grads = trees.gradients(0)
     masks = granet_jax.init_masks(granet_jax.static(0.5), grads)
     found = jax.jit(analysis.gradient_flow)(grads, granet_jax.pack_masks(masks))
-    expected = {
-        f"{name}/kernel": float(
-            np.sum(
-                np.square(np.asarray(grads[name]["kernel"], np.float64)[np.asarray(m)])
-            )
-        )
-        for name, m in ((n, masks[n]["kernel"]) for n in ("conv", "dense"))
-    }
+    expected = {}
+    for name in ("conv", "dense"):
+        active = np.asarray(masks[name]["kernel"])
+        values = np.asarray(grads[name]["kernel"], np.float64)[active]
+        expected[f"{name}/kernel"] = float(np.sum(values**2))
     assert {k: float(v) for k, v in found.leaves.items()} == pytest.approx(expected)
     assert float(found.total) == pytest.approx(sum(expected.values()))
     # The slope of the loss along the step, without the bias, which has no mask.

@@ -51,6 +51,8 @@ _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")
 _MOST_NAMES = 10
 # An image has no more cells than this a side; those of larger masks are averaged.
 _MOST_CELLS = 1200
+# Lines between more tiles a side would hide them.
+_MOST_TILES = 64
 
 
 def looks(labels: Iterable[str]) -> dict[str, Look]:
@@ -164,11 +166,11 @@ def mask(mask: Any, title: str = "") -> "Figure":
         _tiles(axes, cells.shape, (inputs, outputs))
         axes.set_xlabel(f"output channel (each tile is a {small} kernel)")
         axes.set_ylabel("input channel")
-        if max(inputs * height, outputs * width) <= 120 and height * width > 1:
+        if max(inputs, outputs) <= _MOST_TILES and height * width > 1:
             for n in range(1, inputs):
-                axes.axhline(n * height, color="#0072B2", linewidth=0.7)
+                axes.axhline(n * height, color="#E69F00", linewidth=0.8)
             for n in range(1, outputs):
-                axes.axvline(n * width, color="#0072B2", linewidth=0.7)
+                axes.axvline(n * width, color="#E69F00", linewidth=0.8)
     else:
         axes.set(xlabel="output unit", ylabel="input unit")
     return figure
