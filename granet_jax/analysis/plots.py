@@ -49,8 +49,9 @@ _STYLES = ("-", "--", "-.", ":")
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")
 # More lines than this have colours in order, on a bar, instead of names.
 _MOST_NAMES = 10
-# An image has no more cells than this a side; those of larger masks are averaged.
-_MOST_CELLS = 1200
+# An image has no more cells than this a side, a pixel each at least; those of larger
+# masks are averaged.
+_MOST_CELLS = 500
 # Lines between more tiles a side would hide them.
 _MOST_TILES = 64
 
@@ -154,7 +155,7 @@ def mask(mask: Any, title: str = "") -> "Figure":
         cmap="Greys",
         vmin=0.0,
         vmax=1.0,
-        interpolation="nearest" if max(rows, columns) < 400 else "antialiased",
+        interpolation="nearest",
         aspect="equal" if square else "auto",
         extent=(0, outputs, inputs, 0) if not kernel else (0, columns, rows, 0),
     )
@@ -196,7 +197,7 @@ def inputs(mask: Any, image_shape: Sequence[int], title: str = "") -> "Figure":
             f"of image_shape={tuple(image_shape)}, got shape {array.shape}."
         )
     kept = array.sum(axis=1).reshape(height, width, -1).sum(axis=-1)
-    figure = _figure(5.6, 4.9 * max(height / width, 0.5) + 0.3)
+    figure = _figure(5.6, 4.9 * max(height / width, 0.7) + 0.3)
     axes = figure.subplots()
     image = axes.imshow(kept, cmap="cividis", vmin=0, interpolation="nearest")
     among = array.shape[1] * math.prod(channels)
