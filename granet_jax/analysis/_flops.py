@@ -116,19 +116,21 @@ def flops(
 ) -> Flops:
     """FLOPs of `apply_fn(params, *inputs)`, dense and with masks.
 
-        flops(lambda p, x: model.apply({"params": p}, x), params, masks, x)  # linen
+    With linen, nnx and equinox:
+
+        flops(lambda p, x: model.apply({"params": p}, x), params, masks, x)
         graph, params, rest = nnx.split(model, nnx.Param, ...)
-        flops(lambda p, x: nnx.merge(graph, p, rest)(x), params, masks, x)  # nnx
+        flops(lambda p, r, x: nnx.merge(graph, p, r)(x), params, masks, rest, x)
         params, static = eqx.partition(model, eqx.is_array)
-        flops(lambda p, x: eqx.combine(p, static)(x), params, masks, x)  # equinox
+        flops(lambda p, x: eqx.combine(p, static)(x), params, masks, x)
 
     Args:
       apply_fn: the forward pass; traced, not run.
       params: pytree of arrays or `jax.ShapeDtypeStruct`s.
       masks: concrete masks of these leaves (None or `optax.MaskedNode()` at leaves
         without one, packed or not), matched by name; or None for a dense network.
-      *inputs: arrays or `jax.ShapeDtypeStruct`s. FLOPs are those of all of them: of a
-        batch, if they are one.
+      *inputs: pytrees of arrays or `jax.ShapeDtypeStruct`s. FLOPs are those of all of
+        them: of a batch, if they are one.
 
     Returns:
       See `Flops`.

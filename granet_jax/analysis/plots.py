@@ -157,14 +157,14 @@ def mask(mask: Any, title: str = "") -> "Figure":
         vmax=1.0,
         interpolation="nearest",
         aspect="equal" if square else "auto",
-        extent=(0, outputs, inputs, 0) if not kernel else (0, columns, rows, 0),
+        extent=(0, outputs * width, inputs * height, 0),
     )
     active = int(np.count_nonzero(array))
     share = f"{active:,} of {array.size:,} weights active ({active / array.size:.2%})"
     axes.set_title(f"{title}\n{share}" if title else share, fontsize=11)
     if kernel:
         small = " x ".join(map(str, kernel))
-        _tiles(axes, cells.shape, (inputs, outputs))
+        _tiles(axes, (inputs * height, outputs * width), (inputs, outputs))
         axes.set_xlabel(f"output channel (each tile is a {small} kernel)")
         axes.set_ylabel("input channel")
         if max(inputs, outputs) <= _MOST_TILES and height * width > 1:
@@ -444,9 +444,9 @@ def _averaged(cells: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return cells
 
 
-def _tiles(axes: "Axes", cells: tuple[int, ...], channels: tuple[int, int]) -> None:
-    """Numbers channels, and not cells, along both axes."""
-    sides = ((axes.yaxis, cells[0], channels[0]), (axes.xaxis, cells[1], channels[1]))
+def _tiles(axes: "Axes", shape: tuple[int, int], channels: tuple[int, int]) -> None:
+    """Numbers channels, and not weights, along both axes."""
+    sides = ((axes.yaxis, shape[0], channels[0]), (axes.xaxis, shape[1], channels[1]))
     for axis, length, number in sides:
         step = max(1, 2 ** math.ceil(math.log2(number / 12)))
         at = np.arange(0, number, step)
