@@ -219,7 +219,10 @@ def test_parser_of_programs() -> None:
         scale.Collective("all-reduce", 3 * 4 + 2 * 8, True),
         scale.Collective("all-gather", 48, False),
     ]
-    assert programs.copies(program) == [scale.Copy(16, True), scale.Copy(32, False)]
+    assert programs.copies(program) == [
+        programs.Copy(16, True),
+        programs.Copy(32, False),
+    ]
 
 
 def test_trees_have_the_published_sizes() -> None:
