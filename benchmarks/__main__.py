@@ -86,6 +86,13 @@ GOALS = (
     Goal("state, bytes a weight", "step", "state bytes a weight, sparse", 1.0),
     Goal("packed state, bytes a weight", "step", "state bytes a weight, packed", 0.125),
     Goal("seconds to compile the step, 54 leaves", "step", "compile seconds", 10.0),
+    *(
+        Goal(
+            f"KiB sent by an update, {tree}, {axes} axes", "scale", f"{tree}, {axes}", k
+        )
+        for tree, k in (("resnet50", 64), ("7b-stacked", 1024))
+        for axes in ("explicit", "auto")
+    ),
 )
 
 

@@ -1,7 +1,7 @@
 """What a step with its mask update costs on many devices, read off compiled programs.
 
-    python -m benchmarks.scale                       # all: about an hour on 2 cores
-    python -m benchmarks.scale --trees resnet50 7b-stacked --devices 1 8
+    python -m benchmarks.scale                       # the usual cases
+    python -m benchmarks.scale --trees 70b-layers --methods granet rigl --devices 8
 
 For each case (tree of parameters, method, number of virtual CPU devices, kind of mesh
 axes) the whole optimizer step, sgd with momentum inside, is compiled ahead of time from
@@ -50,6 +50,8 @@ METHODS = {
     "rigl": granet_jax.rigl(0.9, 100_000, interval=1000),
 }
 PHASES = {"granet": 3, "rigl": 2}
+# Without the transformers whose layers are leaves of their own, but for the smallest.
+USUAL = ("resnet50", "100m-layers", *(f"{n}-stacked" for n in trees.TRANSFORMERS))
 AXES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 COLLECTIVES = (
     "all-gather",
@@ -289,12 +291,22 @@ def report(results: Sequence[dict[str, Any]]) -> str:
     return timing.table(header, rows)
 
 
+def most_sent(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """KiB of an update by tree and axes, at most: of all methods and meshes."""
+    most: dict[str, float] = {}
+    for r in results:
+        if r["devices"] > 1 and "error" not in r:
+            name, sent = f"{r['tree']}, {r['axes']}", r["bytes_per_update"] / 2**10
+            most[name] = max(sent, most.get(name, 0.0))
+    return most
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles all cases, each in its process, and writes table and figures."""
     parser = commands.parser(__doc__)
-    parser.add_argument("--trees", nargs="+", default=trees.TREES, choices=trees.TREES)
-    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS)
-    parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--trees", nargs="+", default=USUAL, choices=trees.TREES)
+    parser.add_argument("--methods", nargs="+", default=["granet"], choices=METHODS)
+    parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 8])
     parser.add_argument("--axes", nargs="+", default=[*AXES], choices=AXES)
     parser.add_argument("--timeout", type=float, default=1800, help="seconds a case")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
@@ -319,7 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             bar.set_description(str(case))
             results.append(run_case(case, options.timeout))
             # After every case: a run that is stopped has been of use.
-            commands.write(options, "scale", report(results), {"cases": results}, {})
+            table, values = report(results), {"cases": results}
+            commands.write(options, "scale", table, values, most_sent(results))
     if options.quick:
         assert not any("error" in r for r in results), results
         assert results[0]["bytes_every_step"] == 0, results
