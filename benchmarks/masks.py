@@ -9,16 +9,14 @@ those of the papers (60 for FORCE, 100 for SynFlow) or `--rounds`. Compilation i
 included, since each call compiles the network anew.
 """
 
-import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 
 import granet_jax
-from benchmarks import timing
+from benchmarks import commands, timing
 from benchmarks.throughput import random_images
 from experiments import models, sources
 from experiments.config import Config
@@ -39,15 +37,13 @@ SOURCES: dict[SourceName, tuple[bool, bool]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Times every source, and checks its counts."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="check only")
+    parser = commands.parser(__doc__)
     parser.add_argument("--model", default="resnet-20", choices=models.NAMES)
     parser.add_argument("--size", type=int, default=32, help="pixels, square")
     parser.add_argument("--channels", type=int, default=3)
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--rounds", type=int, help="of FORCE and SynFlow")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args(arguments)
     if options.quick:
         options.model, options.size, options.images = "cnn-bn", 12, 20
@@ -82,10 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         return
     rows = [[name, f"{value:.2f}"] for name, value in seconds.items()]
-    print(timing.table(["source", "seconds"], rows))
-    print(timing.environment())
-    given = {k: str(v) for k, v in vars(options).items()}
-    timing.write_json(options.json, {"options": given, "seconds": seconds})
+    table = timing.table(["source", "seconds"], rows)
+    commands.publish(options, "masks", table, {"seconds": seconds}, {})
 
 
 if __name__ == "__main__":

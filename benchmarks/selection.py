@@ -1,26 +1,36 @@
-"""Selection of the k largest of ResNet-50's weights, and the whole GraNet update.
+"""Selection of the k largest of ResNet-50's weights, and whole mask updates.
 
-    python -m benchmarks.selection            # 25.5 M weights, about two minutes
+    python -m benchmarks.selection            # 25.5 M weights, some minutes
     python -m benchmarks.selection --quick    # small tree: checks the masks only
 
 Contenders, on the same scores and in the same run: `granet_jax.selection.top_k`, the
 concatenate-argsort-scatter formulation of jaxpruner, a sort, and NumPy's introselect on
-the host. Timings are printed and never asserted; that all agree on the masks is.
+the host; and the updates of GraNet and RigL, by this library and by argsort. Timings
+are printed and never asserted; that all agree on the masks is.
+
+A pass reads a key of 4 bytes for every weight. Passes are counted by running the same
+search with a counter in its loop (`programs.count_trips`). Bandwidth is the bytes of
+all passes over the whole time, so what else a selection does, making keys and writing
+masks, counts against it; beside it stands that of a copy, which reads and writes the
+keys once. Memory is of the optimizer step that updates the masks (SGD with momentum,
+parameters and state donated): what XLA allocates for it beyond parameters, gradients
+and state.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
-from benchmarks import resnet50, timing
+import granet_jax
+from benchmarks import commands, programs, resnet50, timing
 from granet_jax import distributions, schedules, updates
 from granet_jax.selection import top_k
 
@@ -28,9 +38,13 @@ from granet_jax.selection import top_k
 SPARSITY_BEFORE = 0.8
 SPARSITY_AFTER = 0.9
 FRACTION = 0.3
+KEY_BYTES = 4
+METHODS = {
+    "granet": granet_jax.granet(0.9, 100_000, initial_sparsity=0.5),
+    "rigl": granet_jax.rigl(0.9, 100_000),
+}
 
 Leaves = list[Array]
-Update = Callable[[Leaves, Leaves, Leaves], Leaves]
 
 
 def select_ours(scores: Leaves, k: int) -> Leaves:
@@ -60,32 +74,39 @@ def select_introselect(scores: Sequence[np.ndarray], k: int) -> list[np.ndarray]
     return [s >= threshold for s in scores]
 
 
-def update_ours(
-    masks: Leaves, weights: Leaves, grads: Leaves, *, keep: int, fraction: float
-) -> Leaves:
+def granet_ours(masks: Leaves, weights: Leaves, grads: Leaves, *, keep: int) -> Leaves:
     """GraNet's update: global prune, per-layer drop, per-layer regrow."""
     magnitude = [jnp.abs(w) for w in weights]
-    gradient = [jnp.abs(g) for g in grads]
     pruned = updates.prune(masks, magnitude, keep, scope="global")
-    rate = jnp.asarray(schedules.fixed_point(fraction), jnp.uint32)
-    return updates.prune_and_regrow(pruned, magnitude, gradient, rate)
+    return rigl_ours(pruned, weights, grads)
 
 
-def update_argsort(
-    masks: Leaves, weights: Leaves, grads: Leaves, *, keep: int, fraction: float
+def rigl_ours(masks: Leaves, weights: Leaves, grads: Leaves) -> Leaves:
+    """RigL's update: per-layer drop, per-layer regrow."""
+    magnitude = [jnp.abs(w) for w in weights]
+    gradient = [jnp.abs(g) for g in grads]
+    rate = jnp.asarray(schedules.fixed_point(FRACTION), jnp.uint32)
+    return updates.prune_and_regrow(masks, magnitude, gradient, rate)
+
+
+def granet_argsort(
+    masks: Leaves, weights: Leaves, grads: Leaves, *, keep: int
 ) -> Leaves:
     """The same update, every ranking by argsort."""
     magnitude = [
         jnp.where(m, jnp.abs(w), -jnp.inf) for m, w in zip(masks, weights, strict=True)
     ]
-    rate = jnp.asarray(schedules.fixed_point(fraction), jnp.uint32)
+    return rigl_argsort(select_argsort(magnitude, keep), weights, grads)
+
+
+def rigl_argsort(masks: Leaves, weights: Leaves, grads: Leaves) -> Leaves:
+    """The same update, every ranking by argsort."""
+    rate = jnp.asarray(schedules.fixed_point(FRACTION), jnp.uint32)
     new = []
-    for pruned, weight, grad in zip(
-        select_argsort(magnitude, keep), weights, grads, strict=True
-    ):
-        active = jnp.sum(pruned, dtype=jnp.uint32)
+    for mask, weight, grad in zip(masks, weights, grads, strict=True):
+        active = jnp.sum(mask, dtype=jnp.uint32)
         dropped = schedules.ceil_of(rate, active)
-        score = jnp.where(pruned, jnp.abs(weight), -jnp.inf)
+        score = jnp.where(mask, jnp.abs(weight), -jnp.inf)
         (kept,) = select_argsort([score], active - dropped)
         score = jnp.where(kept, -jnp.inf, jnp.abs(grad))
         (grown,) = select_argsort([score], dropped)
@@ -95,10 +116,8 @@ def update_argsort(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Checks that the contenders agree, then times them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="check only, small tree")
+    parser = commands.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="timings of each")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args(arguments)
 
     shapes = resnet50.small_shapes() if options.quick else resnet50.shapes()
@@ -106,10 +125,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     total = sum(s.size for s in scores)
     keep = distributions.total_count(total, SPARSITY_AFTER)
     _check_selection(scores, keep)
-    settings: dict[str, Any] = {"keep": keep, "fraction": FRACTION}
-    ours = jax.jit(partial(update_ours, **settings))
-    argsort = jax.jit(partial(update_argsort, **settings))
-    _check_update(ours, argsort, masks, weights, grads, keep)
+    ours = {
+        "GraNet": jax.jit(partial(granet_ours, keep=keep)),
+        "RigL": jax.jit(rigl_ours),
+    }
+    argsort = {
+        "GraNet": jax.jit(partial(granet_argsort, keep=keep)),
+        "RigL": jax.jit(rigl_argsort),
+    }
+    active = {"GraNet": keep, "RigL": _count(masks)}
+    for name, update in ours.items():
+        found = update(masks, weights, grads)
+        assert _count(found) == active[name], (name, _count(found), active[name])
+        _assert_equal(found, argsort[name](masks, weights, grads))
     print(f"{total:,} weights in {len(scores)} leaves, {keep:,} kept: all masks agree")
     if options.quick:
         return
@@ -118,18 +146,58 @@ def main(arguments: Sequence[str] | None = None) -> None:
     select = jax.jit(select_ours, static_argnums=1)
     select_by_argsort = jax.jit(select_argsort, static_argnums=1)
     select_by_sort = jax.jit(select_sort, static_argnums=1)
+    copy = _copy(scores)
     seconds = timing.interleaved(
         {
             "select: granet_jax": lambda: select(scores, keep),
             "select: argsort": lambda: select_by_argsort(scores, keep),
             "select: sort": lambda: select_by_sort(scores, keep),
             "select: NumPy introselect": lambda: select_introselect(host, keep),
-            "update: granet_jax": lambda: ours(masks, weights, grads),
-            "update: argsort": lambda: argsort(masks, weights, grads),
+            **{
+                f"update: {name}, {how}": partial(update, masks, weights, grads)
+                for how, updates_ in {"granet_jax": ours, "argsort": argsort}.items()
+                for name, update in updates_.items()
+            },
+            "copy": copy,
         },
         rounds=options.rounds,
     )
-    _report(seconds, options.json)
+    inputs = {"select": (partial(select_ours, k=keep), (scores,))}
+    inputs |= {
+        f"update: {name}": (update, (masks, weights, grads))
+        for name, update in ours.items()
+    }
+    passes = {
+        name: programs.count_trips(f, *args) for name, (f, args) in inputs.items()
+    }
+    memory = {name: step_memory(method, shapes) for name, method in METHODS.items()}
+    _report(options, seconds, passes, memory, total)
+
+
+def step_memory(method: granet_jax.Method, shapes: resnet50.Shapes) -> dict[str, float]:
+    """Bytes a weight that the compiled step allocates besides its arguments."""
+    tx = granet_jax.transform(method, optax.sgd(0.1, momentum=0.9))
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    state = jax.eval_shape(tx.init, params)
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        changes, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, changes), state
+
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    analysis = jitted.lower(params, state, params).compile().memory_analysis()
+    assert analysis is not None, "this backend reports no memory"
+    weights = sum(p.size for p in jax.tree.leaves(params) if len(p.shape) >= 2)
+    # Results that do not take over the memory of what was donated count, too.
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return {
+        "temporary": analysis.temp_size_in_bytes / weights,
+        "results": results / weights,
+    }
 
 
 def _load(shapes: resnet50.Shapes) -> tuple[Leaves, Leaves, Leaves, Leaves]:
@@ -167,19 +235,6 @@ def _check_selection(scores: Leaves, k: int) -> None:
         _assert_equal([s >= lowest for s in scores], other)
 
 
-def _check_update(
-    update: Update,
-    argsort: Update,
-    masks: Leaves,
-    weights: Leaves,
-    grads: Leaves,
-    keep: int,
-) -> None:
-    ours = update(masks, weights, grads)
-    assert _count(ours) == keep, (_count(ours), keep)
-    _assert_equal(ours, argsort(masks, weights, grads))
-
-
 def _assert_equal(ours: Sequence[Any], others: Sequence[Any]) -> None:
     for i, (a, b) in enumerate(zip(ours, others, strict=True)):
         different = int(np.sum(np.asarray(a) != np.asarray(b)))
@@ -196,32 +251,74 @@ def _split(flat: Array, like: Leaves) -> Leaves:
     return [p.reshape(x.shape) for p, x in zip(parts, like, strict=True)]
 
 
-def _report(seconds: timing.Rounds, path: Path | None) -> None:
-    selection, update = "select: granet_jax", "update: granet_jax"
-    rows = []
-    for name, times in seconds.items():
-        rows.append(
-            [
-                name,
-                f"{statistics.median(times):.3f}",
-                f"{timing.ratio_of_medians(seconds, name, selection):.2f}",
-                f"{timing.ratio_of_medians(seconds, name, update):.2f}",
-            ]
-        )
-    header = ["contender", "median s", "x one selection", "x our update"]
-    print(timing.table(header, rows))
-    print(timing.environment())
-    timing.write_json(
-        path,
+def _copy(scores: Leaves) -> Callable[[], Leaves]:
+    """Copies all scores, to memory that is there already."""
+    # The results take over the memory of what is donated, so nothing is allocated.
+    copy = jax.jit(
+        lambda into, leaves: [-x for x in leaves], donate_argnums=0, keep_unused=True
+    )
+    into = [jnp.zeros_like(x) for x in scores]
+
+    def run() -> Leaves:
+        nonlocal into
+        into = copy(into, scores)
+        return into
+
+    return run
+
+
+def _report(
+    options: argparse.Namespace,
+    seconds: timing.Rounds,
+    passes: dict[str, int],
+    memory: dict[str, dict[str, float]],
+    total: int,
+) -> None:
+    selection, update = "select: granet_jax", "update: GraNet, granet_jax"
+    of = partial(timing.ratio_of_medians, seconds)
+    rows = [
+        [
+            name,
+            f"{statistics.median(times):.3f}",
+            f"{of(name, selection):.2f}",
+            f"{of(name, update):.2f}",
+        ]
+        for name, times in seconds.items()
+    ]
+    header = ["contender", "median s", "x one selection", "x our GraNet update"]
+    tables = [timing.table(header, rows)]
+
+    copied = 2 * KEY_BYTES * total
+    speed = copied / statistics.median(seconds["copy"])
+    rows = [["copy", "-", f"{copied / 1e9:.2f}", f"{speed / 1e9:.1f}", "1"]]
+    shares = {}
+    for name, number in passes.items():
+        timed = f"{name}: granet_jax" if name == "select" else f"{name}, granet_jax"
+        read = number * KEY_BYTES * total
+        achieved = read / statistics.median(seconds[timed])
+        shares[name] = achieved / speed
+        cells = [f"{read / 1e9:.2f}", f"{achieved / 1e9:.1f}", f"{shares[name]:.2f}"]
+        rows.append([timed, str(number), *cells])
+    header = ["", "passes", "GB", "GB / s", "of the copy's"]
+    tables.append(timing.table(header, rows))
+
+    rows = [
+        [name, f"{m['temporary']:.2f}", f"{m['results']:.2f}"]
+        for name, m in memory.items()
+    ]
+    header = ["step with update", "temporary bytes a weight", "results not in place"]
+    tables.append(timing.table(header, rows))
+    commands.publish(
+        options,
+        "selection",
+        "\n\n".join(tables),
+        {"seconds": seconds, "passes": passes, "bandwidth": shares, "memory": memory},
         {
-            "seconds": seconds,
-            "selection_speedup_over_argsort": timing.ratio_of_medians(
-                seconds, "select: argsort", selection
-            ),
-            "update_speedup_over_argsort": timing.ratio_of_medians(
-                seconds, "update: argsort", update
-            ),
-            "update_per_selection": timing.ratio_of_medians(seconds, update, selection),
+            "over_introselect": of(selection, "select: NumPy introselect"),
+            "argsort_over_selection": of("select: argsort", selection),
+            "argsort_over_update": of("update: GraNet, argsort", update),
+            "update_over_selection": of(update, selection),
+            **{f"memory_{k}": sum(m.values()) for k, m in memory.items()},
         },
     )
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import timing
+from benchmarks import commands, timing
 from experiments import augment, data, models, trainer
 from experiments.config import CheckpointConfig, Config, DataConfig, MaskConfig
 
@@ -143,8 +143,7 @@ def with_trainer(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Checks that the loops agree, then times them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="check only")
+    parser = commands.parser(__doc__)
     parser.add_argument("--model", default="cnn", choices=models.NAMES)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--size", type=int, default=28, help="pixels, square")
@@ -153,7 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=200, help="of one run")
     parser.add_argument("--interval", type=int, default=100, help="of mask updates")
     parser.add_argument("--rounds", type=int, default=11, help="runs of each")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args(arguments)
     if options.quick:
         options.model, options.steps, options.interval = "lenet-300-100", 30, 5
@@ -233,15 +231,12 @@ def report(seconds: timing.Rounds, options: argparse.Namespace) -> None:
             ]
         rows.append(cells)
     header = ["loop", "images / s", "ratio of medians", "median of ratios"]
-    print(timing.table(header, rows))
-    print(timing.environment())
-    timing.write_json(
-        options.json,
-        {
-            "options": {k: str(v) for k, v in vars(options).items()},
-            "seconds": seconds,
-            "ratios": ratios,
-        },
+    commands.publish(
+        options,
+        "throughput",
+        timing.table(header, rows),
+        {"seconds": seconds, "ratios": ratios},
+        {name: of_medians for name, (of_medians, _) in ratios.items()},
     )
 
 

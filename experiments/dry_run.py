@@ -21,13 +21,13 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 import granet_jax
-from experiments import macs, models
+from experiments import models
 from experiments.config import Config
 from experiments.data import Dataset, Split, Stream
 from experiments.files import complete
 from experiments.recipes import Recipe, columns
 from experiments.step import Functions
-from granet_jax import distributions, masking
+from granet_jax import analysis, distributions, masking
 
 PyTree = Any
 
@@ -95,6 +95,7 @@ class DryRun:
       facts: of its data set.
       functions: the configuration as functions.
       leaves: all parameters, from input to output.
+      flops: of an example's forward pass, of kernels alone.
       memory: bytes of every part of the state, and of the data kept beside it.
     """
 
@@ -102,6 +103,7 @@ class DryRun:
     facts: Facts
     functions: Functions
     leaves: tuple[Leaf, ...]
+    flops: analysis.Flops
     memory: dict[str, int]
 
     @property
@@ -185,7 +187,7 @@ def analyse(config: Config) -> DryRun:
         )
     functions = Functions(config, _stand_in(config, facts))
     state = jax.eval_shape(functions.create, jnp.uint32(0))
-    costs = macs.multiply_accumulates(functions.model, facts.shape)
+    flops = _flops(functions, facts, state)
     flags = jax.tree.leaves(masking.maskable(state.params, models.maskable))
     named = [
         (masking.leaf_name(path), tuple(leaf.shape), flag)
@@ -197,7 +199,8 @@ def analyse(config: Config) -> DryRun:
     leaves, drawn = [], iter(start)
     for name, shape, flag in named:
         active = next(drawn) if flag else math.prod(shape)
-        leaves.append(Leaf(name, shape, flag, costs.get(name, 0), active))
+        multiplied = flops.leaves[name].dense // 2
+        leaves.append(Leaf(name, shape, flag, multiplied, active))
     memory = {
         "parameters": _bytes(state.params),
         "batch statistics": _bytes(state.statistics),
@@ -205,7 +208,7 @@ def analyse(config: Config) -> DryRun:
         "moving average": _bytes(state.average),
         "order of the data": _bytes(state.order),
     }
-    return DryRun(config, facts, functions, tuple(leaves), memory)
+    return DryRun(config, facts, functions, tuple(leaves), flops, memory)
 
 
 def path_of(config: Config, name: str) -> pathlib.Path:
@@ -247,39 +250,20 @@ def run(config: Config, recipe: Recipe | None = None) -> pathlib.Path:
 def training_cost(result: DryRun, distribution: str) -> float:
     """Training FLOPs relative to dense training, of layers split by `distribution`.
 
-    Exact, by the rules of `macs.training_flops`, where the layers keep their number of
-    weights and `distribution` is the configured one; else an estimate.
+    Exact, by the rules of `analysis.training_flops`, where the layers keep their number
+    of weights and `distribution` is the configured one; else an estimate.
     """
-    method, steps, updates = result.method, result.config.steps, result.updates
-    if method is None:
+    if result.method is None:
         return 1.0
-    costs = _costs(result)
-    bounds = [0, *updates, steps]
-    periods = [
-        (after - before, result.densities(method.sparsity(before), distribution))
-        for before, after in itertools.pairwise(bounds)
-    ]
-    # An upper bound for top-kast, which moves some of the weights, not all.
-    if method.accumulator_decay is not None or method.weights != "sparse":
-        return macs.training_flops(costs, periods, dense_gradients="always")
-    if not (method.needs_gradient and updates):
-        return macs.training_flops(costs, periods, dense_gradients="never")
-    interval = method.updates.interval
-    # After the last update no dense gradient is needed any more.
-    last = min(updates[-1], steps)
-    growing = macs.training_flops(
-        costs, periods[:-1], dense_gradients="updates", interval=interval
+    return analysis.training_flops(
+        result.method, result.config.steps, result.flops, distribution=distribution
     )
-    if last == steps:
-        return growing
-    rest = macs.training_flops(costs, periods[-1:], dense_gradients="never")
-    return (growing * last + rest * (steps - last)) / steps
 
 
 def forward_cost(result: DryRun, distribution: str) -> float:
     """Multiply-accumulates of an example's forward pass at the end of training."""
     sparsity = 0.0 if result.method is None else result.config.sparsity
-    return macs.sparse_forward(_costs(result), result.densities(sparsity, distribution))
+    return result.flops.at(result.densities(sparsity, distribution)) / 2
 
 
 def text(result: DryRun, name: str, recipe: Recipe | None = None) -> str:
@@ -404,8 +388,26 @@ def _bytes(tree: PyTree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _costs(result: DryRun) -> dict[str, int]:
-    return {leaf.name: leaf.macs for leaf in result.leaves if leaf.macs}
+def _flops(functions: Functions, facts: Facts, state: PyTree) -> analysis.Flops:
+    """Of an example's forward pass; not of the products of activations in attention."""
+
+    def forward(params: PyTree, statistics: PyTree, x: jax.Array) -> Any:
+        variables = {"params": params, "batch_stats": statistics}
+        return functions.model.apply(variables, x, train=False)
+
+    masks = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            # A view of a single number, which takes no memory.
+            np.broadcast_to(True, leaf.shape)
+            if models.maskable(masking.leaf_name(path), leaf)
+            else None
+        ),
+        state.params,
+    )
+    dtype = jnp.uint8 if len(facts.shape) == 1 else jnp.float32
+    x = jax.ShapeDtypeStruct((1, *facts.shape), dtype)
+    found = analysis.flops(forward, state.params, masks, state.statistics, x)
+    return dataclasses.replace(found, other=0)
 
 
 def _published(recipe: Recipe, config: Config) -> str:

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from experiments.files import complete, write_json
 from experiments.plasticity_config import UNPRUNED, Branch, Point
-from experiments.sweep_report import LOOKS
 from granet_jax.analysis.plasticity import Recovery
+from granet_jax.analysis.plots import LOOKS
 
 # More of them than this are no drops, but a schedule that falls all the time.
 _MOST_DROPS = 10

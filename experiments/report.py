@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.metrics import Record
+from granet_jax.analysis import plots
 
 # Okabe and Ito's colours, which the colour-blind tell apart: method, dense.
 _COLOURS = ("#0072B2", "#D55E00")
@@ -147,39 +148,21 @@ def _curve(axes: Axes, run: Runs, values: list[list[float]], look: Any) -> None:
 
 def _bars(axes: Axes, runs: Sequence[Runs]) -> None:
     layers = list(runs[0].last[0].sparsity.leaves)
-    height = 0.8 / len(runs)
-    for i, (run, colour) in enumerate(zip(runs, _COLOURS, strict=False)):
-        densities = [
-            statistics.mean(
-                100 * (1 - last.sparsity.leaves[layer]) for last in run.last
-            )
-            for layer in layers
-        ]
-        positions = [j + (i - (len(runs) - 1) / 2) * height for j in range(len(layers))]
-        bars = axes.barh(
-            positions,
-            densities,
-            height * 0.92,
-            color=colour,
-            hatch=("", "///")[i],
-            edgecolor="white",
-            label=run.method,
-        )
-        axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=9)
-    axes.set_yticks(
-        range(len(layers)), [layer.replace("/kernel", "") for layer in layers]
+    plots.draw_bars(
+        axes,
+        {
+            run.method: {
+                layer: 1 - statistics.mean(r.sparsity.leaves[layer] for r in run.last)
+                for layer in layers
+            }
+            for run in runs
+        },
     )
-    axes.invert_yaxis()
     several = len(runs[0].seeds) > 1
     axes.set(
         title="Density of each layer at the end" + (" (mean)" if several else ""),
-        xlabel="active weights / % of the layer",
         ylabel="layer, from input to output",
-        xlim=(0, 114),
     )
-    axes.set_xticks(range(0, 101, 20))
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
 
 
 def _accuracies(records: Sequence[Record]) -> list[float]:

@@ -1,7 +1,6 @@
 """What a sweep leaves behind: tables, all numbers as JSON, and a plot."""
 
 import dataclasses
-import itertools
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -14,24 +13,7 @@ from experiments.config import Config
 from experiments.files import complete, write_json
 from experiments.report import Runs
 from experiments.sweep_file import Sweep
-
-# Okabe and Ito's colours, which the colour-blind tell apart, with grey for the yellow
-# that white paper swallows, and then Tol's darker ones; dense is black.
-LOOKS = {
-    "granet": ("#D55E00", "o"),
-    "granet-st": ("#E69F00", "s"),
-    "gmp": ("#0072B2", "^"),
-    "rigl": ("#009E73", "D"),
-    "set": ("#CC79A7", "v"),
-    "snfs": ("#777777", "P"),
-    "static": ("#56B4E9", "X"),
-    "cyclical": ("#332288", ">"),
-    "acdc": ("#44AA99", "<"),
-    "sculpt": ("#AA4499", "p"),
-    "straight-through": ("#882255", "h"),
-    "top-kast": ("#999933", "d"),
-    "greg2": ("#661100", "*"),
-}
+from granet_jax.analysis import plots
 
 
 def write(
@@ -245,8 +227,7 @@ def plot(sweep: Sweep, runs: Mapping[str, Runs], path: pathlib.Path) -> None:
         panels = [(row, {label: row + v for v, label in named.items()}) for row in rows]
     labels = panels[0][1]
     # Rows with names of their own look as methods that are not there.
-    free = itertools.cycle([m for m in LOOKS if m not in labels] or LOOKS)
-    looks = {name: LOOKS[name if name in LOOKS else next(free)] for name in labels}
+    looks = plots.looks(labels)
     width = 8 if len(panels) == 1 else 3 * len(panels) + 2
     figure = Figure(figsize=(width, 5), layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
@@ -256,7 +237,9 @@ def plot(sweep: Sweep, runs: Mapping[str, Runs], path: pathlib.Path) -> None:
             shift = 0.035 * (i - (len(lines) - 1) / 2)
             _line(axes, sweep, runs, row, shift, looks[label], label)
         if "dense" in runs:
-            _band(axes, [record.test_accuracy for record in runs["dense"].last])
+            plots.draw_dense(
+                axes, [record.test_accuracy for record in runs["dense"].last]
+            )
         axes.set_title(title)
         axes.set_xlim(-0.4, len(sweep.sparsities) - 0.6)
         axes.set_xticks(range(len(sweep.sparsities)), map(_percent, sweep.sparsities))
@@ -289,34 +272,12 @@ def _line(
     for x, sparsity in enumerate(sweep.sparsities):
         run = runs.get(sweep.cell(row, sparsity))
         if run is not None:
-            values = [100 * record.test_accuracy for record in run.last]
-            points.append((x + shift, statistics.mean(values), _std(values) or 0))
+            values = [record.test_accuracy for record in run.last]
+            points.append((x + shift, values))
     if not points:
         return
-    xs, means, errors = zip(*points, strict=True)
-    colour, marker = look
-    axes.errorbar(
-        xs,
-        means,
-        yerr=errors if any(errors) else None,
-        color=colour,
-        marker=marker,
-        markersize=7,
-        markeredgecolor="white",
-        markeredgewidth=0.6,
-        linewidth=1.6,
-        elinewidth=1.2,
-        capsize=2.5,
-        label=label,
-    )
-
-
-def _band(axes: Axes, accuracies: Sequence[float]) -> None:
-    """Mean and standard deviation of dense training, across the whole width."""
-    values = [100 * accuracy for accuracy in accuracies]
-    mean, std = statistics.mean(values), _std(values) or 0
-    axes.axhline(mean, color="black", linestyle="--", linewidth=1.2, label="dense")
-    axes.axhspan(mean - std, mean + std, color="black", alpha=0.12, linewidth=0)
+    places, values = zip(*points, strict=True)
+    plots.draw_accuracies(axes, places, values, look, label)
 
 
 def cell(accuracies: Sequence[float], sign: Literal["-", "+"] = "-") -> str:

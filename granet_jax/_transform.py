@@ -151,13 +151,10 @@ def transform(
     def plan(shapes: tuple[tuple[int, ...], ...]) -> plans.Plan:
         return plans.plan(method, shapes)
 
-    # Compiled also for those who call `update` outside jit: op by op, its loops would
-    # be compiled anew at every mask update.
-    @functools.partial(jax.jit, static_argnums=0, inline=True)
     def update_masks(
         names: tuple[str, ...],
         leaves: list[Array],
-        stepped: list[Array],
+        stepped: Callable[[], list[Array]],
         grads: list[Array] | None,
         accumulators: list[Array] | None,
         marked: list[Array] | None,
@@ -175,6 +172,17 @@ def transform(
             count=count,
             key=step_key(seed, count),
         )
+
+    # Compiled also for those who call `update` outside jit: op by op, its loops would
+    # be compiled anew at every mask update.
+    @functools.partial(jax.jit, static_argnums=0)
+    def update_masks_compiled(
+        names: tuple[str, ...],
+        leaves: list[Array],
+        stepped: list[Array],
+        *rest: Any,
+    ) -> tuple[list[Array], list[Array]]:
+        return update_masks(names, leaves, lambda: stepped, *rest)
 
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def choose_masks(
@@ -293,21 +301,26 @@ def transform(
             return wrapped.update(gradient, inner_state, params_, **extra_args)
 
         def change_masks(
-            stored: PyTree, inner_updates: PyTree
+            stored: PyTree, step: Callable[[], PyTree]
         ) -> tuple[PyTree, PyTree]:
+            """New masks, and what continues, from masks and a function to updates."""
             masks_ = unpack(stored)
-            dense = None if grads is None else masking.maskable_leaves(grads, masks_)
             leaves, treedef = jax.tree.flatten(masks_)
-            stepped = _stepped(params, inner_updates, masks_)
-            changed, kept = update_masks(
-                _names(masks_),
-                leaves,
-                list(map(where_active, leaves, stepped)),
-                dense,
+
+            def stepped() -> list[Array]:
+                return list(map(where_active, leaves, _stepped(params, step(), masks_)))
+
+            rest = (
+                None if grads is None else masking.maskable_leaves(grads, masks_),
                 jax.tree.leaves(accumulator) or None,
                 jax.tree.leaves(unpack(state.marked)) or None,
                 count,
             )
+            names = _names(masks_)
+            if isinstance(count, Tracer):
+                changed, kept = update_masks(names, leaves, stepped, *rest)
+            else:
+                changed, kept = update_masks_compiled(names, leaves, stepped(), *rest)
             return pack(treedef.unflatten(changed)), pack(treedef.unflatten(kept))
 
         given = updates
@@ -396,10 +409,11 @@ def transform(
             # in place. (The inner step is computed again inside, on update steps only:
             # handing its result in would force it through memory in every step.)
             def change(stored: PyTree) -> tuple[PyTree, PyTree]:
-                masks_ = unpack(stored)
-                masked = masking.map_masked(where_active, masks_, given)
-                inner_updates, _ = step_inner(masked, state.inner_state, params)
-                return change_masks(stored, inner_updates)
+                def step() -> PyTree:
+                    masked = masking.map_masked(where_active, unpack(stored), given)
+                    return step_inner(masked, state.inner_state, params)[0]
+
+                return change_masks(stored, step)
 
             def change_both(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
                 return _if(updating, lambda both: change(both[0]), (now[0], now[0]))
@@ -428,7 +442,7 @@ def transform(
 
         def change_last(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
             masks_, emitted, inner_state, continuing = now
-            new, kept = change_masks(masks_, emitted)
+            new, kept = change_masks(masks_, lambda: now[1])
             keep = unpack(kept)
             emitted = masking.map_masked(_emit, keep, emitted, params)
             continuing = kept if regrows else ()

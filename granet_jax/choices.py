@@ -60,7 +60,7 @@ def update_masks(
     plan: Plan,
     names: tuple[str, ...],
     masks: list[Array],
-    params: list[Array],
+    params: Callable[[], list[Array]],
     grads: list[Array] | None,
     accumulators: list[Array] | None,
     marked: list[Array] | None,
@@ -72,6 +72,9 @@ def update_masks(
 
     Whole boxes of a structure are to it what weights are otherwise.
 
+    The weights are a function, called where they are scored: made there, they fuse with
+    what ranks them, where an array made before would be kept beside it all along.
+
     Returns the new masks, and which weights continue (see `updates.run_phases`).
     """
     index = method.updates.update_index(count)
@@ -80,12 +83,13 @@ def update_masks(
 
     def rank(score: Score) -> Callable[[list[Array]], list[Array]]:
         def ranked(present: list[Array]) -> list[Array]:
+            weights = params()
             if whole:
-                present = _spread(structure, present, params)
+                present = _spread(structure, present, weights)
             # Of leaves that the score does not look at, nothing is computed.
-            left = list(map(where_active, present, params))
+            left = list(map(where_active, present, weights))
             found = scored(
-                score, names, present, params, left, grads, accumulators, key, marked
+                score, names, present, weights, left, grads, accumulators, key, marked
             )
             return [structures.merge(structure, x) for x in found]
 

@@ -12,7 +12,7 @@ reduction and an exchange of a few small vectors of integers.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +140,7 @@ def largest_keys(
     key_type = keys[0].dtype
     lowest = jnp.asarray(jnp.iinfo(key_type).min, key_type)
     sizes = jnp.asarray([x.size for x in keys], counter)
+    rows = _unknown_range(leaves)
 
     def of_group(per_leaf: Array) -> Array:
         return jnp.where(across, jnp.sum(per_leaf, dtype=counter), per_leaf)
@@ -201,14 +202,14 @@ def largest_keys(
             for middle in middles
         ]
         before = [jnp.where(in_keys, 0, place) for place in places]
-        per_leaf = [
-            _count(
-                [_chosen(x, a[i], b[i]) for a, b in zip(above, before, strict=True)],
-                counter,
-            )
-            for i, x in enumerate(keys)
-        ]
-        counts = [jnp.stack(count) for count in zip(*per_leaf, strict=True)]
+        probes = list(zip(above, before, strict=True))
+        counts = _count_leaves(
+            [
+                _chosen(x, [(_at(a, i), _at(b, i)) for a, b in probes])
+                for i, x in zip(rows, keys, strict=True)
+            ],
+            counter,
+        )
 
         def narrow(s: _Search, counts: list[Array]) -> _Search:
             new = s
@@ -242,7 +243,11 @@ def largest_keys(
     key = jnp.where(share == ties, s.low - 1, jnp.where(share == 0, s.high - 1, s.low))
     place = jnp.where(s.count_last == share, s.last, s.first)
     place = jnp.where((share == ties) | (share == 0), 0, place)
-    return [_chosen(x, key[i], place[i]) for i, x in enumerate(keys)], s.candidates
+    chosen = [
+        _chosen(x, [(_at(key, i), _at(place, i))])[0]
+        for i, x in zip(rows, keys, strict=True)
+    ]
+    return chosen, s.candidates
 
 
 class _Search(NamedTuple):
@@ -276,49 +281,129 @@ def check_scope(scope: str) -> None:
         raise ValueError(f'scope must be "layer" or "global", got {scope!r}.')
 
 
-def _chosen(x: Array, key: Array, position: Array) -> Array:
-    """Entries above `key`, and of those equal to it the ones before `position`."""
-    before = _before(x, position)
-    return x > key - before.astype(x.dtype)
+def _unknown_range(stop: int) -> Sequence[Array]:
+    """The numbers below `stop`, as scalars whose values the compiler does not know.
 
-
-def _count(flags: Sequence[Array], counter: jnp.dtype) -> Sequence[Array]:
-    """How many entries of every array are True, in one pass over memory.
-
-    As one reduction of several operands, which XLA fuses with what makes them. (On CPU
-    it splits a reduction of a single operand in two, to round better, and writes the
-    operand out as integers in between: five times as slow.)
+    XLA compiles kernels that compute the same once (on CPU), and those of leaves of one
+    shape differ in nothing but their row of the vectors of a search. As a constant the
+    row would be part of the code; so it is made an argument, the result of a choice
+    that nothing can foresee. (Where the barrier is no obstacle to constant folding,
+    there are as many kernels as leaves, and all else is the same.)
     """
-    operands = tuple(x.astype(counter) for x in flags)
-    zeros = tuple(jnp.zeros((), counter) for _ in flags)
-    return lax.reduce(
-        operands,
-        zeros,
-        lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)),
-        tuple(range(flags[0].ndim)),
+    known = tuple(jnp.asarray(i, jnp.uint32) for i in range(stop))
+    always = lax.optimization_barrier(jnp.ones((), bool))
+    return lax.cond(always, lambda: known, lambda: (jnp.zeros((), jnp.uint32),) * stop)
+
+
+def _at(vector: Array, row: Array) -> Array:
+    return lax.dynamic_index_in_dim(vector, row, keepdims=False)
+
+
+def _chosen(x: Array, probes: Sequence[tuple[Array, Array]]) -> list[Array]:
+    """Of each probe (key, position), the entries above it.
+
+    Those are the ones above the key, and of those equal to it the ones before the
+    position. (The start of each row is compared first, and then the place within the
+    row: an index of every entry would be an array that XLA hoists out of the loop and
+    reads in every pass.)
+    """
+    if x.ndim == 0:
+        return [x > key - (position > 0).astype(x.dtype) for key, position in probes]
+    dtype = jnp.dtype(jnp.uint32 if x.size < 2**32 else jnp.uint64)
+    start, column = _row_starts(x, dtype), iota(x, dtype, x.ndim - 1)
+    chosen = []
+    for key, position in probes:
+        position = position.astype(dtype)
+        left = position - jnp.minimum(start, position)
+        chosen.append(x > key - (column < left).astype(x.dtype))
+    return chosen
+
+
+def _count(
+    flags: Sequence[Sequence[Array]], counter: jnp.dtype
+) -> Sequence[Sequence[Array]]:
+    """How many entries of every array of every leaf are True, one pass over memory.
+
+    On accelerators XLA fuses the sums of a leaf with each other and with what makes
+    them; and divides each over the devices of Auto mesh axes, which ends in all-reduces
+    of one number, combined. On CPU it splits such a sum in two, to round better, and
+    writes the array out as integers in between: there it gets one reduction of several
+    arrays, five times as fast. But that it divides with gathers of the counts of every
+    device, so not where a mesh of Auto axes is set (`jax.set_mesh`): virtual devices
+    then show what accelerators do.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    if any(kind == jax.sharding.AxisType.Auto and size > 1 for kind, size in kinds):
+        return _count_singly(flags, counter)
+    return lax.platform_dependent(
+        flags,
+        cpu=functools.partial(_count_together, counter=counter),
+        default=functools.partial(_count_singly, counter=counter),
     )
+
+
+def _count_singly(flags: Any, counter: jnp.dtype) -> list[list[Array]]:
+    return [[jnp.sum(x, dtype=counter) for x in leaf] for leaf in flags]
+
+
+def _count_together(flags: Any, counter: jnp.dtype) -> list[list[Array]]:
+    def add(a: Sequence[Array], b: Sequence[Array]) -> Sequence[Array]:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    def count(leaf: Sequence[Array]) -> list[Array]:
+        operands = tuple(x.astype(counter) for x in leaf)
+        zeros = tuple(jnp.zeros((), counter) for _ in leaf)
+        return list(lax.reduce(operands, zeros, add, tuple(range(leaf[0].ndim))))
+
+    return list(map(count, flags))
+
+
+def _count_leaves(flags: Sequence[Sequence[Array]], counter: jnp.dtype) -> list[Array]:
+    """`_count` of every leaf: of each of its arrays, a vector with a row per leaf.
+
+    On Explicit mesh axes it is known how a leaf is sharded: every device counts its
+    shards, and one all-reduce adds the counts of all leaves.
+    """
+    meshes = {jax.typeof(f[0]).sharding.mesh for f in flags}
+    kinds = {kind for mesh in meshes for kind in getattr(mesh, "axis_types", ())}
+    if len(meshes) > 1 or kinds != {jax.sharding.AxisType.Explicit}:
+        per_leaf = _count(flags, counter)
+        return [jnp.stack(count) for count in zip(*per_leaf, strict=True)]
+    specs = [jax.typeof(f[0]).sharding.spec for f in flags]
+    axes = [_mesh_axes(spec) for spec in specs]
+    names = tuple(dict.fromkeys(name for mine in axes for name in mine))
+
+    def count_shards(flags: list[list[Array]]) -> Array:
+        rows = [jnp.stack(list(counts)) for counts in _count(flags, counter)]
+        for i, mine in enumerate(axes):
+            # Of devices that hold the same shard of a leaf, the first counts it.
+            for name in names:
+                if name not in mine:
+                    first = lax.axis_index(name) == 0
+                    rows[i] = jnp.where(first, rows[i], jnp.zeros_like(rows[i]))
+        counts = jnp.stack(rows, axis=1)
+        return lax.psum(counts, names) if names else counts
+
+    count = jax.shard_map(
+        count_shards,
+        mesh=meshes.pop(),
+        in_specs=([[spec] * len(f) for spec, f in zip(specs, flags, strict=True)],),
+        out_specs=jax.sharding.PartitionSpec(),
+    )
+    return list(count([list(f) for f in flags]))
+
+
+def _mesh_axes(spec: jax.sharding.PartitionSpec) -> list[str]:
+    """The mesh axes over which an array is sharded."""
+    names = [name if isinstance(name, tuple) else (name,) for name in spec]
+    return [name for group in names for name in group if name is not None]
 
 
 def _parts(width: Array) -> list[Array]:
     """A quarter, a half and three quarters of unsigned integers, rounded down."""
     quarter, rest = width >> 2, width & 3
     return [quarter * m + ((rest * m) >> 2) for m in (1, 2, 3)]
-
-
-def _before(x: Array, position: Array) -> Array:
-    """Whether the row-major index of every entry is below `position`.
-
-    The start of each row is compared first, and then the place within the row: an
-    index of every entry would be an array that XLA hoists out of the loop and reads in
-    every pass.
-    """
-    if x.ndim == 0:
-        return position > 0
-    dtype = jnp.dtype(jnp.uint32 if x.size < 2**32 else jnp.uint64)
-    position = position.astype(dtype)
-    start = _row_starts(x, dtype)
-    left = jnp.where(position > start, position - start, jnp.zeros((), dtype))
-    return iota(x, dtype, x.ndim - 1) < left
 
 
 def _row_starts(x: Array, dtype: jnp.dtype) -> Array:

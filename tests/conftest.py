@@ -36,11 +36,21 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(PROFILE)
 
 
-# Modules whose programs are compiled as those of users are. The others take a half to
-# two thirds of the time without LLVM's optimizations; XLA's own passes, which decide
-# what is fused, copied and sent between devices, are the same. All are optimized in the
-# nightly run.
-OPTIMIZED = ("invariants", "oracle", "reference", "selection", "readme", "experiments")
+# Modules whose programs are compiled as those of users are: where results are compared
+# with an oracle's or another process's, or whole networks run for long. The others take
+# a half to two thirds of the time without LLVM's optimizations; XLA's own passes, which
+# decide what is fused, copied and sent between devices, are the same. All are optimized
+# in the nightly run.
+OPTIMIZED = (
+    "experiments",
+    "invariants",
+    "mask_sources_flow",
+    "oracle",
+    "processes",
+    "readme",
+    "reference",
+    "selection",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")

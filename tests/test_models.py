@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from experiments import macs, models
+from experiments import models
 from experiments.models import layers
 from experiments.models.resnet import Block, ResNet
-from granet_jax import masking
+from granet_jax import analysis, masking
 
 LARGE = ("resnet-50", "mobilenet-v1", "mobilenet-v2", "vit-s-16")
 GREY = ("lenet-300-100", "lenet-5", "cnn", "cnn-bn", "cnn-bn-small")
@@ -543,9 +543,28 @@ def from_jaxpr(jaxpr) -> int:
     return total
 
 
+def multiplied(model: nn.Module, shape: tuple[int, ...]) -> analysis.Flops:
+    """FLOPs of a forward pass of one example."""
+    x = jax.ShapeDtypeStruct((1, *shape), jnp.uint8 if len(shape) == 1 else jnp.float32)
+    init = functools.partial(model.init, train=False)
+    variables = jax.eval_shape(init, jax.random.key(0), x)
+    params = variables.pop("params")
+
+    def forward(params, rest, x):
+        return model.apply({"params": params, **rest}, x, train=False)
+
+    return analysis.flops(forward, params, None, variables, x)
+
+
 @functools.cache
+def flops(name: str) -> analysis.Flops:
+    return multiplied(network(name), input_shape(name))
+
+
 def counted(name: str) -> dict[str, int]:
-    return macs.multiply_accumulates(network(name), input_shape(name))
+    """Multiply-accumulates of every kernel."""
+    leaves = flops(name).leaves.items()
+    return {leaf: found.dense // 2 for leaf, found in leaves if found.dense}
 
 
 @pytest.mark.parametrize("name", models.NAMES)
@@ -553,7 +572,8 @@ def test_multiply_accumulates_are_those_of_the_jaxpr(name: str) -> None:
     jaxpr, _ = evaluation(name)
     # Queries times keys and weights times values, (positions, positions, width) each.
     attention = {"vit-s-16": 12 * 2 * 197**2 * 384, "gpt": 4 * 2 * 128**2 * 128}
-    assert sum(counted(name).values()) == from_jaxpr(jaxpr) - attention.get(name, 0)
+    assert flops(name).dense == 2 * from_jaxpr(jaxpr)
+    assert flops(name).other == 2 * attention.get(name, 0)
     assert list(counted(name)) == kernels(name)
 
 
@@ -604,85 +624,6 @@ class Twice(nn.Module):
         return conv(conv(x))
 
 
-class Transposed(nn.Module):
-    @nn.compact
-    def __call__(self, x, train):
-        return nn.ConvTranspose(2, (3, 3), name="up")(x)
-
-
 def test_a_shared_kernel_counts_every_time() -> None:
-    found = macs.multiply_accumulates(Twice(), (8, 8, 1))
-    assert found == {"conv/kernel": 9 * (4 * 4 + 2 * 2)}
-
-
-def test_a_kernel_that_is_not_counted_is_an_error() -> None:
-    with pytest.raises(ValueError, match="up/kernel"):
-        macs.multiply_accumulates(Transposed(), (8, 8, 1))
-
-
-# FLOPs of training, of two kernels: f_D = 400, f_S = 100 * 0.5 + 300 * 0.1 = 80.
-MACS = {"a/kernel": 100, "b/kernel": 300}
-SPARSE = {"a/kernel": 0.5, "b/kernel": 0.1}
-DENSE: dict[str, float] = {}
-
-
-@pytest.mark.parametrize(
-    ("method", "periods", "arguments", "expected"),
-    [
-        ("dense", [(10, DENSE)], {"dense_gradients": "never"}, 1.0),
-        ("static, SET", [(10, SPARSE)], {"dense_gradients": "never"}, 80 / 400),
-        (
-            "RigL, GraNet-ST",
-            [(10, SPARSE)],
-            {"dense_gradients": "updates", "interval": 4},
-            (3 * 80 * 4 + 2 * 80 + 400) / 5 / (3 * 400),
-        ),
-        (
-            "SNFS",
-            [(10, SPARSE)],
-            {"dense_gradients": "always"},
-            (2 * 80 + 400) / (3 * 400),
-        ),
-        (
-            "GMP: 1 step dense, 3 sparse",
-            [(1, DENSE), (3, SPARSE)],
-            {"dense_gradients": "never"},
-            (400 + 3 * 80) / (4 * 400),
-        ),
-        (
-            "GraNet: 1 step dense, 3 sparse",
-            [(3, SPARSE), (1, DENSE)],
-            {"dense_gradients": "updates", "interval": 1},
-            (3 * 400 + 3 * ((3 * 80 + 2 * 80 + 400) / 2)) / (4 * 3 * 400),
-        ),
-        (
-            "a layer kept dense",
-            [(1, {"b/kernel": 0.0})],
-            {"dense_gradients": "never"},
-            100 / 400,
-        ),
-    ],
-)
-def test_training_flops(method, periods, arguments, expected: float) -> None:
-    found = macs.training_flops(MACS, periods, **arguments)
-    assert found == pytest.approx(expected, rel=1e-12), method
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dense_gradients": "often"}, "got 'often'"),
-        ({"interval": 4}, "interval 4 with 'never'"),
-        ({"dense_gradients": "updates"}, "interval None with 'updates'"),
-        ({"dense_gradients": "updates", "interval": 0}, "at least 1, got 0"),
-        ({"periods": []}, "got 0 steps"),
-        ({"periods": [(-1, SPARSE)]}, "got -1"),
-        ({"periods": [(1, {"c/kernel": 0.5})]}, "c/kernel"),
-        ({"periods": [(1, {"a/kernel": 1.5})]}, r"got 1.5 for 'a/kernel'"),
-        ({"macs": {}, "periods": [(1, {})]}, "0 kernels"),
-    ],
-)
-def test_training_flops_of_nonsense(changes, message: str) -> None:
-    given = {"macs": MACS, "periods": [(1, SPARSE)], "dense_gradients": "never"}
-    with pytest.raises(ValueError, match=message):
-        macs.training_flops(**(given | changes))
+    found = multiplied(Twice(), (8, 8, 1))
+    assert found.leaves["conv/kernel"].dense == 2 * 9 * (4 * 4 + 2 * 2) == found.dense

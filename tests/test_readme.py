@@ -27,6 +27,8 @@ def example() -> dict[str, Any]:
 def test_no_block_is_left_out():
     markers = ("load_digits", "def saliency(", "orbax", "synflow(", "rescale_init(")
     markers += ("cyclical(", "sparse_view(", "two_of_four", "analysis.prune(")
+    markers += ("analysis.summary(", "analysis.training_flops(", "plots.densities(")
+    markers += ("memory_analysis", "export.save(", "accelerate(")
     assert len(BLOCKS) == len(markers)
     for marker in markers:
         assert sum(marker in b for b in BLOCKS) == 1
@@ -145,3 +147,37 @@ def test_a_pruned_network_recovers():
     assert found.pruned < found.before
     assert found.regained > 0
     assert found.plasticity == found.after - found.before
+
+
+def test_tables_and_plots_are_as_said(capsys, tmp_path, monkeypatch):
+    scope = run_block("analysis.summary(")
+    printed = capsys.readouterr().out
+    for line in str(scope["table"]).splitlines():
+        assert line in printed
+        assert f"    {line}\n" in README.read_text()
+    run_block("analysis.training_flops(", scope)
+    assert "outputs reached: True" in capsys.readouterr().out
+    assert 0 < scope["explored"] < 1
+    monkeypatch.chdir(tmp_path)
+    run_block("plots.densities(", scope)
+    assert (tmp_path / "densities.png").stat().st_size > 1000
+
+
+def test_an_update_is_compiled_from_shapes(capsys):
+    scope = run_block("memory_analysis")
+    assert isinstance(scope["params"]["kernel"], jax.ShapeDtypeStruct)
+    # A key and two masks a weight.
+    assert 0 < int(capsys.readouterr().out) < 9 * 4096**2
+
+
+def test_files_and_formats_have_the_active_weights():
+    scope = run_block("export.save(")
+    for name in ("hidden", "out"):
+        np.testing.assert_array_equal(
+            scope["loaded"][name]["w"], scope["sparse"][name]["w"]
+        )
+    dense = np.asarray(scope["sparse"]["hidden"]["w"])
+    np.testing.assert_array_equal(scope["csr"].toarray(), dense)
+    np.testing.assert_array_equal(scope["bcoo"].todense(), dense)
+    run_block("accelerate(", scope)
+    assert scope["fast"]["hidden"]["w"].values.size == np.count_nonzero(dense)

@@ -17,6 +17,7 @@ import granet_jax
 from experiments import report, sweep, sweep_report, train, trainer
 from experiments.metrics import Log, Record
 from experiments.sweep_file import Sweep, read
+from granet_jax.analysis import plots
 
 SWEEPS = pathlib.Path(sweep.__file__).parent / "sweeps"
 TOTAL = 64 * 300 + 300 * 100 + 100 * 10
@@ -680,7 +681,7 @@ def test_rows_with_names_have_colours_of_their_own(tmp_path):
     # of snfs.)
     shown = [
         method
-        for method, (colour, _) in sweep_report.LOOKS.items()
+        for method, (colour, _) in plots.LOOKS.items()
         if (np.abs(image - matplotlib.colors.to_rgb(colour)).max(axis=-1) < 0.02).any()
         and method != "snfs"
     ]
@@ -714,7 +715,7 @@ def test_one_seed_has_no_standard_deviation(fake, tmp_path):
 
 
 def test_the_plot_shows_every_method(tmp_path):
-    names = ", ".join(f'"{method}"' for method in ["dense", *sweep_report.LOOKS])
+    names = ", ".join(f'"{method}"' for method in ["dense", *plots.LOOKS])
     text = TINY.replace('"dense", "rigl"', names).replace("masks.interval = 2\n", "")
     text = text.replace("steps = 6", "steps = 48")
     found = written(tmp_path, text)
@@ -731,13 +732,13 @@ def test_the_plot_shows_every_method(tmp_path):
     }
     sweep_report.plot(found, runs, tmp_path / "plot.png")
     image = matplotlib.image.imread(tmp_path / "plot.png")[..., :3]
-    colours = {m: colour for m, (colour, _) in sweep_report.LOOKS.items()}
+    colours = {m: colour for m, (colour, _) in plots.LOOKS.items()}
     for method, colour in colours.items():
         near = np.abs(image - matplotlib.colors.to_rgb(colour)).max(axis=-1) < 0.02
         # The legend alone has fewer.
         assert near.sum() > 300, method
     assert len(set(colours.values())) == len(colours)
-    assert len({marker for _, marker in sweep_report.LOOKS.values()}) == len(colours)
+    assert len({marker for _, marker in plots.LOOKS.values()}) == len(colours)
     # Without rigl there is nothing in its colour.
     fewer = {name: run for name, run in runs.items() if run.method != "rigl"}
     sweep_report.plot(found, fewer, tmp_path / "plot.png")

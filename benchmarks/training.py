@@ -1,0 +1,133 @@
+r"""Seconds of a training step of ResNet-20, sparse over dense, by the trainer.
+
+    python -m benchmarks.training            # 128 images of 32 x 32; some minutes
+    python -m benchmarks.training --quick    # small network: checks the masks only
+
+The contenders, in turns, are the trainer's own steps, forward and backward pass
+included: "dense"; "between", sparse (GraNet from half of the weights) with masks that
+stay; and "updating", the same with a mask update in every step. Training that updates
+masks every `INTERVAL` steps takes as long as so many steps, all but one "between".
+Timings are printed and never asserted; that masks change in updates alone, and have the
+number of weights asked for, is.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import commands, timing
+from benchmarks.throughput import random_images
+from experiments import models, trainer
+from experiments.config import Config, DataConfig, MaskConfig
+from experiments.data import Dataset
+from granet_jax import distributions, masking
+
+INTERVAL = 100
+STEPS = 10_000
+# No update falls into the steps that are timed.
+NEVER = 5000
+SPARSITY = 0.5
+
+
+class Run:
+    """The state of a configuration under the trainer's step."""
+
+    def __init__(self, config: Config, dataset: Dataset):
+        """Initialises; compiles with the first step."""
+        self._trainer = trainer.create(config, dataset, jax.devices()[:1])
+        self._state: Any = self._trainer.program.create([0])
+
+    def __call__(self) -> jax.Array:
+        """One training step; its loss."""
+        self._state, loss = self._trainer.program.steps(
+            self._state, self._trainer.train, 1
+        )
+        return loss
+
+    def masks(self) -> list[np.ndarray]:
+        """Of all leaves that carry one, copied."""
+        masks = self._trainer.program.functions.masks(self._state)
+        return [np.array(m) for m in jax.tree.leaves(masking.unpack_masks(masks))]
+
+    def broken(self) -> int:
+        """How many pruned weights are not zero."""
+        return int(self._trainer.program.inspect(self._state).broken.sum())
+
+
+def check(between: Run, updating: Run) -> None:
+    """Asserts that masks are as they should be after three steps."""
+    for run, changes in ((between, False), (updating, True)):
+        before = run.masks()
+        losses = [float(run()[0, 0]) for _ in range(3)]
+        assert np.isfinite(losses).all(), losses
+        after = run.masks()
+        differ = any((a != b).any() for a, b in zip(before, after, strict=True))
+        assert differ == changes, f"masks change: {differ}, not {changes}"
+        assert run.broken() == 0, f"{run.broken()} pruned weights are not zero"
+    masks = between.masks()
+    active = sum(int(m.sum()) for m in masks)
+    wanted = distributions.total_count(sum(m.size for m in masks), SPARSITY)
+    assert active == wanted, f"{active} active weights, not {wanted}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Checks the masks, then times the steps."""
+    parser = commands.parser(__doc__)
+    parser.add_argument("--model", default="resnet-20", choices=models.NAMES)
+    parser.add_argument("--size", type=int, default=32, help="pixels, square")
+    parser.add_argument("--channels", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=31, help="steps of each")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.model, options.batch_size = "lenet-5", 16
+
+    dataset = random_images(options.size, options.channels, 8 * options.batch_size)
+
+    def run(method: Any, interval: int | None) -> Run:
+        config = Config(
+            method=method,
+            model=options.model,
+            steps=STEPS,
+            data=DataConfig(batch_size=options.batch_size),
+            masks=MaskConfig(interval=interval),
+            seeds=1,
+        )
+        return Run(config, dataset)
+
+    runs: dict[str, Callable[[], Any]] = {
+        "between": (between := run("granet-st", NEVER)),
+        "updating": (updating := run("granet-st", 1)),
+    }
+    check(between, updating)
+    print(f"{options.model}: masks change in updates alone, and have the right size")
+    if options.quick:
+        return
+    runs = {"dense": run("dense", None), **runs}
+    report(options, timing.interleaved(runs, rounds=options.rounds))
+
+
+def report(options: argparse.Namespace, seconds: timing.Rounds) -> None:
+    """The ratios, with updates as often as in training."""
+    ratios = {name: timing.ratio_of_medians(seconds, name, "dense") for name in seconds}
+    training = ((INTERVAL - 1) * ratios["between"] + ratios["updating"]) / INTERVAL
+    rows = [
+        [name, f"{statistics.median(times):.4f}", f"{ratios[name]:.3f}"]
+        for name, times in seconds.items()
+    ]
+    rows.append([f"an update every {INTERVAL} steps", "-", f"{training:.3f}"])
+    commands.publish(
+        options,
+        "training",
+        timing.table(["step", "median s", "of dense"], rows),
+        {"seconds": seconds, "ratios": ratios},
+        {"between": ratios["between"], "training": training},
+    )
+
+
+if __name__ == "__main__":
+    main()
