@@ -1,5 +1,7 @@
 """Sparse parameters on disk, and in the sparse formats of JAX and SciPy.
 
+::
+
     from granet_jax import export
 
     export.save("net.safetensors", params, granet_jax.get_masks(opt_state))
@@ -175,9 +177,9 @@ def load(
         keys.
 
     Returns:
-      params: dense, as NumPy arrays: `jax.device_put` brings them to devices, under any
-        sharding.
-      masks: NumPy arrays of bool, `optax.MaskedNode()` at dense leaves.
+      - params: dense, as NumPy arrays: `jax.device_put` brings them to devices, under
+        any sharding.
+      - masks: NumPy arrays of bool, `optax.MaskedNode()` at dense leaves.
 
     Raises:
       ImportError: safetensors is missing.

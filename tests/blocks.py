@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 
 ROOT = Path(__file__).parents[1]
-_MODULE = re.compile(r"python3? -m ([\w.]+)(.*)")
+# A name in capitals stands for others.
+_MODULE = re.compile(r"python3? -m ([a-z]\w*(?:\.[a-z]\w*)*)(?=[\s,]|$)(.*)")
 
 
 class Command(NamedTuple):

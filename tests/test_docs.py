@@ -63,7 +63,9 @@ def options() -> dict[str, set[str]]:
         if module in FOREIGN:
             continue
         text = io.StringIO()
-        main = importlib.import_module(module).main
+        # That of a package is in its `__main__`.
+        package = hasattr(importlib.import_module(module), "__path__")
+        main = importlib.import_module(f"{module}.__main__" if package else module).main
         with contextlib.redirect_stdout(text), pytest.raises(SystemExit) as stopped:
             main(["--help"])
         assert not stopped.value.code

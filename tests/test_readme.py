@@ -10,7 +10,8 @@ import pytest
 import granet_jax
 from tests.blocks import ROOT, python_blocks, run
 
-BLOCKS = python_blocks(ROOT / "README.md")
+README = ROOT / "README.md"
+BLOCKS = python_blocks(README)
 
 
 def run_block(marker: str, scope: dict[str, Any] | None = None) -> dict[str, Any]:

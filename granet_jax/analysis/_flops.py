@@ -116,7 +116,7 @@ def flops(
 ) -> Flops:
     """FLOPs of `apply_fn(params, *inputs)`, dense and with masks.
 
-    With linen, nnx and equinox:
+    With linen, nnx and equinox::
 
         flops(lambda p, x: model.apply({"params": p}, x), params, masks, x)
         graph, params, rest = nnx.split(model, nnx.Param, ...)
@@ -126,10 +126,10 @@ def flops(
 
     Args:
       apply_fn: the forward pass; traced, not run.
-      params: pytree of arrays or `jax.ShapeDtypeStruct`s.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`.
       masks: concrete masks of these leaves (None or `optax.MaskedNode()` at leaves
         without one, packed or not), matched by name; or None for a dense network.
-      *inputs: pytrees of arrays or `jax.ShapeDtypeStruct`s. FLOPs are those of all of
+      *inputs: pytrees of arrays or `jax.ShapeDtypeStruct`. FLOPs are those of all of
         them: of a batch, if they are one.
 
     Returns:

@@ -31,7 +31,7 @@ _HEADINGS = {
 class Summary:
     """What a sparse network has, leaf by leaf; `print` and `rich.print` show a table.
 
-    Each is a dict with
+    Each is a dict with::
 
       path: name of the leaf ("dense/kernel").
       shape: tuple of integers; None for totals.
@@ -104,7 +104,7 @@ def summary(params: PyTree, masks: PyTree, flops: Flops | None = None) -> Summar
     """What a sparse network has, leaf by leaf and in total.
 
     Args:
-      params: pytree of arrays or `jax.ShapeDtypeStruct`s, of any container.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`, of any container.
       masks: concrete masks of these leaves (None or `optax.MaskedNode()` at leaves
         without one, packed or not), matched by name.
       flops: from `flops(apply_fn, params, masks, ...)`, with these masks.

@@ -26,7 +26,7 @@ def training_flops(
 
     By the rules of the RigL paper's appendix. A backward pass costs two forward passes,
     one by activations and one by weights, and a dense gradient makes the latter dense.
-    With f_S and f_D the FLOPs of the sparse and of the dense forward pass, a step costs
+    With f_S and f_D the FLOPs of the sparse and the dense forward pass, a step costs::
 
         3 f_S                                     static, SET, GMP
         (3 f_S dT + 2 f_S + f_D) / (dT + 1)       RigL, GraNet: a dense gradient at
