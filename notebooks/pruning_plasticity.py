@@ -236,7 +236,7 @@ figure.legend(loc="outside right center", frameon=False)
 figure
 
 # %% [markdown]
-# Here regeneration costs accuracy, the more the more is regenerated: the new weights
+# Here regeneration gains nothing, and that of half of the weights costs much: they
 # start at zero, and a tenth of the training is short for them. The paper trains on for
 # longer, and GraNet regenerates all along the training. The study in full, with gradual
 # pruning, other criteria and more data, is `python -m experiments.plasticity`; its

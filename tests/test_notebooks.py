@@ -13,7 +13,7 @@ import pytest
 from notebooks import build
 
 # Steps of training, for the sizes of the networks and not for what they learn.
-STEPS = "40"
+STEPS = "60"
 SCRIPTS = {path.stem for path in build.FOLDER.glob("*.py")} - {"__init__", "build"}
 # Of the machine that built it.
 PATHS = re.compile(r"/(?:tmp|home|root|work|usr|opt|Users)/|site-packages")
