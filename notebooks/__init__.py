@@ -1,0 +1,1 @@
+"""Short notebooks; `python -m notebooks.build` runs them and keeps their outputs."""
