@@ -12,12 +12,13 @@ A file is one of safetensors: arrays and JSON, nothing that runs when it is read
 without a mask is an array of its own name. A leaf with one is two: `NAME.values`, its
 active weights in row-major order, and `NAME.mask`, bytes of the mask.
 
-The bytes of a mask are a Rice code of the gaps between active weights. A gap, the
-number of pruned weights before an active one, is split at its k lowest bits. First come
-those of all gaps, k bits each; then, for each gap, as many zeros as the rest says, and
-a one. The best k follows from the mask's density: 5 at 98% sparsity. Up to 61% it is 0,
-and the code is the plain bit mask, without the zero bytes at its end. A mask without
-structure takes within 3% of its entropy (`mask_entropy`) from 50% sparsity on.
+The bytes of a mask are a Rice code of the gaps between active weights, or, where more
+than half are active, between pruned ones. A gap, the number of others before one, is
+split at its k lowest bits. First come those of all gaps, k bits each; then, for each
+gap, as many zeros as the rest says, and a one. The best k follows from the density: 5
+at 98% sparsity, and at 2%. From 39 to 61% it is 0, and the code is the plain bit mask
+(or its inverse), without the zero bytes at its end. A mask without structure takes
+within 3% of its entropy (`mask_entropy`).
 
 Needs the extra `granet_jax[export]`: safetensors, and scipy for `to_csr`.
 
@@ -360,22 +361,23 @@ def _mask(name: str) -> str:
 # The code of a mask.
 
 
-def _low_bits(size: int, active: int) -> int:
-    """How many bits of each gap are stored as they are.
+def _low_bits(size: int, marked: int) -> int:
+    """How many bits of each gap between `marked` weights are stored as they are.
 
     floor(1 + log2(log(phi - 1) / log(1 - density))), of at least 0, with phi the golden
     ratio (Kiely, equation 8), is the best for gaps of a geometric distribution. Here in
     integers, alike on every machine, by log(phi - 1) = -0.481 and
     log(1 - density) = -1 / (1 / density - 1/2), to second order.
     """
-    if active == 0:
+    if marked == 0:
         return 0
-    return (481 * (2 * size - active) // (2000 * active)).bit_length()
+    return (481 * (2 * size - marked) // (2000 * marked)).bit_length()
 
 
 def _encode(mask: np.ndarray) -> np.ndarray:
     """Bytes of a mask of one dimension."""
-    gaps = np.diff(np.flatnonzero(mask), prepend=-1) - 1
+    rarer = ~mask if 2 * np.count_nonzero(mask) > mask.size else mask
+    gaps = np.diff(np.flatnonzero(rarer), prepend=-1) - 1
     if gaps.size == 0:
         return np.zeros(0, np.uint8)
     width = _low_bits(mask.size, gaps.size)
@@ -388,25 +390,27 @@ def _encode(mask: np.ndarray) -> np.ndarray:
 
 def _decode(code: np.ndarray, size: int, active: int) -> np.ndarray:
     """The mask of `size` weights, `active` of them True, of its bytes."""
-    width = _low_bits(size, active)
+    inverted = 2 * active > size
+    marked = size - active if inverted else active
+    width = _low_bits(size, marked)
     bits = np.unpackbits(code)
-    low, high = bits[: active * width], bits[active * width :]
+    low, high = bits[: marked * width], bits[marked * width :]
     ends = np.flatnonzero(high)
     used = low.size + (int(ends[-1]) + 1 if ends.size else 0)
-    counts_agree = ends.size == active <= size and low.size == active * width
+    counts_agree = ends.size == marked >= 0 and low.size == marked * width
     if not counts_agree or code.size != -(-used // 8):
         raise ValueError(f"a mask does not have the {active} active weights stored")
     gaps = np.diff(ends, prepend=-1) - 1
     # Checked before the shift, which could overflow.
     if int(gaps.sum()) << width > size:
         raise ValueError(f"a mask has more than its {size} weights")
-    for bit in low.reshape(active, width).T:
+    for bit in low.reshape(marked, width).T:
         gaps = 2 * gaps + bit
     positions = np.cumsum(gaps + 1) - 1
-    if active and positions[-1] >= size:
+    if marked and positions[-1] >= size:
         raise ValueError(f"a mask has more than its {size} weights")
-    mask = np.zeros(size, bool)
-    mask[positions] = True
+    mask = np.full(size, inverted)
+    mask[positions] = not inverted
     return mask
 
 
