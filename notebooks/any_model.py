@@ -175,18 +175,23 @@ def loss(params, x, y):
 
 
 @jax.jit
+def predict(params):
+    return network.apply({"params": params}, x_test)
+
+
+@jax.jit
 def step(params, opt_state, x, y):
     grads = jax.grad(loss)(params, x, y)
     updates, opt_state = kernels.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
 
-dense = network.init(jax.random.key(0), x[:1])["params"]
+dense = jax.jit(network.init)(jax.random.key(0), x[:1])["params"]
 params, opt_state = dense, kernels.init(dense)
 for rows in batches:
     params, opt_state = step(params, opt_state, x[rows], y[rows])
 masks = granet_jax.get_masks(opt_state)
-report(network.apply({"params": params}, x_test), masks)
+report(predict(params), masks)
 assert jax.tree.leaves(masks["position"]) == []
 one_device = masks
 
@@ -267,7 +272,7 @@ for rows in batches[half:]:
     params, opt_state = step(params, opt_state, *split(x[rows], y[rows]))
     jax.block_until_ready(params)
 masks = granet_jax.get_masks(opt_state)
-report(network.apply({"params": params}, x_test), masks)
+report(predict(params), masks)
 
 # %% [markdown]
 # The same number of weights, to the weight. Which ones need not be quite the same as on
