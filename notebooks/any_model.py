@@ -157,12 +157,10 @@ class Transformer(nn.Module):
     def __call__(self, x):
         x = nn.Dense(32, name="embed")(x.reshape(-1, 8, 8))
         x += self.param("position", nn.initializers.normal(0.1), (8, 32))
-        for i in range(2):
-            h = nn.LayerNorm(name=f"norm_{i}a")(x)
-            x += nn.MultiHeadDotProductAttention(4, name=f"attention_{i}")(h)
-            h = nn.LayerNorm(name=f"norm_{i}b")(x)
-            h = nn.gelu(nn.Dense(128, name=f"mlp_{i}a")(h))
-            x += nn.Dense(32, name=f"mlp_{i}b")(h)
+        h = nn.LayerNorm(name="norm_1")(x)
+        x += nn.MultiHeadDotProductAttention(4, name="attention")(h)
+        h = nn.LayerNorm(name="norm_2")(x)
+        x += nn.Dense(32, name="mlp_2")(nn.gelu(nn.Dense(128, name="mlp_1")(h)))
         return nn.Dense(10, name="head")(x.mean(1))
 
 
@@ -177,18 +175,23 @@ def loss(params, x, y):
 
 
 @jax.jit
+def predict(params):
+    return network.apply({"params": params}, x_test)
+
+
+@jax.jit
 def step(params, opt_state, x, y):
     grads = jax.grad(loss)(params, x, y)
     updates, opt_state = kernels.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
 
-dense = network.init(jax.random.key(0), x[:1])["params"]
+dense = jax.jit(network.init)(jax.random.key(0), x[:1])["params"]
 params, opt_state = dense, kernels.init(dense)
 for rows in batches:
     params, opt_state = step(params, opt_state, x[rows], y[rows])
 masks = granet_jax.get_masks(opt_state)
-report(network.apply({"params": params}, x_test), masks)
+report(predict(params), masks)
 assert jax.tree.leaves(masks["position"]) == []
 one_device = masks
 
@@ -229,7 +232,7 @@ for rows in batches[:half]:
     params, opt_state = step(params, opt_state, *split(x[rows], y[rows]))
     jax.block_until_ready(params)
 
-mask = granet_jax.get_masks(opt_state)["mlp_0a"]["kernel"]
+mask = granet_jax.get_masks(opt_state)["mlp_1"]["kernel"]
 for shard in mask.addressable_shards:
     print(f"{shard.device}: {list(shard.data.shape)} of {list(mask.shape)}")
 
@@ -269,7 +272,7 @@ for rows in batches[half:]:
     params, opt_state = step(params, opt_state, *split(x[rows], y[rows]))
     jax.block_until_ready(params)
 masks = granet_jax.get_masks(opt_state)
-report(network.apply({"params": params}, x_test), masks)
+report(predict(params), masks)
 
 # %% [markdown]
 # The same number of weights, to the weight. Which ones need not be quite the same as on
