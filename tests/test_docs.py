@@ -88,7 +88,7 @@ def test_commands_are_found() -> None:
     (command,) = [c for c in commands(ROOT / "docs/faq.md") if "step" in c.module]
     assert command == ("benchmarks.step", ())
     readme = commands(ROOT / "README.md")
-    assert ("benchmarks.step", ("--rounds", "15")) in readme
+    assert ("experiments.train", ("--method", "METHOD")) in readme
     results = commands(ROOT / "experiments/results/README.md")
     assert any("--model" in c.arguments for c in results)
 
