@@ -61,11 +61,13 @@ def top_k(
     check_scope(scope)
     if not scores:
         return []
-    keys = sort_keys(scores, among)
-    counter = counter_dtype([x.size for x in keys], scope)
-    wanted = jnp.broadcast_to(jnp.asarray(k).astype(counter), (len(keys),))
+    counter = counter_dtype([jnp.size(x) for x in scores], scope)
+    wanted = jnp.broadcast_to(jnp.asarray(k).astype(counter), (len(scores),))
     selected, _ = largest_keys(
-        keys, lambda _: wanted, across=scope == "global", counter=counter
+        lambda code: code(sort_keys(scores, among)),
+        lambda _: wanted,
+        across=scope == "global",
+        counter=counter,
     )
     return selected
 
@@ -111,7 +113,7 @@ def sort_keys(
 
 
 def largest_keys(
-    keys: Sequence[Array],
+    ranked: Callable[[Callable[[Sequence[Array]], Any]], Any],
     number: Callable[[Array], Array],
     *,
     across: Array | bool,
@@ -119,14 +121,22 @@ def largest_keys(
 ) -> tuple[list[Array], Array]:
     """`top_k` on keys: the lockstep search, first over keys, then over positions.
 
-    A row is a leaf; where `across` holds, all rows share one threshold. The count of
-    candidates, the search over keys and the one over positions are one loop with one
-    counting expression: entries above `key`, and of those equal to it the ones before
-    `position`. (One expression, because compiling the count of every leaf is what the
-    compile time of an update is made of.)
+    A row is a leaf; where `across` holds, all rows share one threshold. Keys are never
+    kept. The search goes from stage to stage, over seven bits of them in each, and a
+    stage makes them anew, where they fuse with what reduces them to codes of one byte:
+    which of 128 equal parts of what is left of the row's range a key lies in, or below
+    or above it. The passes of a stage read the codes. (One function makes the keys of
+    all stages, in one loop: two kernels might round the same score differently, one
+    with a fused multiply-add, and what one counts the other would not select.)
+
+    The count of candidates, the search over codes and the one over positions are one
+    loop with one counting expression: entries above `code`, and of those equal to it
+    the ones before `position`. (One expression, because compiling the count of every
+    leaf is what the compile time of an update is made of.)
 
     Args:
-      keys: from `sort_keys`.
+      ranked: makes the keys of all leaves, by `sort_keys`, and returns what its argument
+        makes of them (so that they need not leave the branch they are made in).
       number: from the number of candidates per leaf to how many to select per leaf
         (where `across`, of all leaves, the same in every row). May be called more
         than once.
@@ -136,14 +146,27 @@ def largest_keys(
     Returns:
       Boolean arrays, True where selected, and the number of candidates per leaf.
     """
-    leaves = len(keys)
-    key_type = keys[0].dtype
+    like = jax.eval_shape(lambda: ranked(list))
+    leaves = len(like)
+    key_type = like[0].dtype
+    unsigned = jnp.dtype(f"uint{8 * key_type.itemsize}")
     lowest = jnp.asarray(jnp.iinfo(key_type).min, key_type)
-    sizes = jnp.asarray([x.size for x in keys], counter)
+    sizes = jnp.asarray([x.size for x in like], counter)
     rows = _unknown_range(leaves)
+    first_shift = (8 * key_type.itemsize - 1) // _STAGE_BITS * _STAGE_BITS
 
     def of_group(per_leaf: Array) -> Array:
         return jnp.where(across, jnp.sum(per_leaf, dtype=counter), per_leaf)
+
+    def parts(s: _Search, low: Array, high: Array) -> Array:
+        """How many parts, of the size that a code stands for, a range reaches into."""
+        width = _width(low, high)
+        whole = width >> s.shift
+        return whole + (whole << s.shift != width)
+
+    def code(s: _Search, key: Array) -> Array:
+        """The lowest code of which all keys are at or above a bound of the stage."""
+        return parts(s, s.base, key).astype(jnp.int8) + jnp.int8(_FIRST)
 
     def judged(s: _Search) -> _Search:
         """With what follows from the bounds and their counts."""
@@ -158,16 +181,21 @@ def largest_keys(
         # All or none of the ties: no position to be found.
         placed = (share == 0) | (share == ties)
         placed |= (s.count_first == share) | (s.count_last == share)
-        return s._replace(found=found, share=share, done=jnp.all(found & placed))
+        done = jnp.all(found & placed)
+        settled = (s.shift > 0) & jnp.all(found | (parts(s, s.low, s.high) <= 1))
+        return s._replace(found=found, share=share, done=done, settled=done | settled)
 
     # Entries that are no candidates have the lowest key, and are never selected. The
     # first pass counts the others; only then is known how many are wanted.
     start = _Search(
+        shift=jnp.asarray(first_shift + _STAGE_BITS, unsigned),
+        base=jnp.full((leaves,), lowest + 1),
         started=jnp.zeros((), bool),
+        settled=jnp.zeros((), bool),
         done=jnp.zeros((), bool),
         candidates=jnp.zeros_like(sizes),
         wanted=jnp.zeros_like(sizes),
-        low=jnp.full((leaves,), lowest),
+        low=jnp.full((leaves,), lowest + 1),
         high=jnp.full((leaves,), jnp.iinfo(key_type).max, key_type),
         count_low=sizes,
         count_high=jnp.zeros_like(sizes),
@@ -183,30 +211,30 @@ def largest_keys(
         count = counts[0]
         wanted = jnp.minimum(number(count), of_group(count))
         return s._replace(
-            started=jnp.ones((), bool),
-            candidates=count,
-            wanted=wanted,
-            low=s.low + 1,
-            count_low=count,
+            started=jnp.ones((), bool), candidates=count, wanted=wanted, count_low=count
         )
 
-    def advance(s: _Search) -> _Search:
+    def advance(s: _Search, codes: Sequence[Array]) -> _Search:
         # With the key of a group found, search the positions of its ties.
         in_keys = ~s.found
         middles = [
-            s.low + part.astype(key_type) for part in _parts(_width(s.low, s.high))
+            s.low + (part << s.shift).astype(key_type)
+            for part in _parts(parts(s, s.low, s.high))
         ]
         places = [s.first + part for part in _parts(s.last - s.first)]
+        below = jnp.int8(_BELOW)
         above = [
-            jnp.where(in_keys, jnp.where(s.started, middle - 1, lowest), s.low)
-            for middle in middles
+            jnp.where(
+                in_keys, jnp.where(s.started, code(s, m) - 1, below), code(s, s.low)
+            )
+            for m in middles
         ]
         before = [jnp.where(in_keys, 0, place) for place in places]
         probes = list(zip(above, before, strict=True))
         counts = _count_leaves(
             [
                 _chosen(x, [(_at(a, i), _at(b, i)) for a, b in probes])
-                for i, x in zip(rows, keys, strict=True)
+                for i, x in zip(rows, codes, strict=True)
             ],
             counter,
         )
@@ -237,29 +265,53 @@ def largest_keys(
 
         return judged(lax.cond(s.started, narrow, count_candidates, s, counts))
 
-    s = lax.while_loop(lambda s: ~s.done, advance, start)
+    def stage(carry: tuple[_Search, list[Array]]) -> tuple[_Search, list[Array]]:
+        s, _ = carry
+        # Where the upper bound is exact the range is empty, and lies above it.
+        above = s.started & (of_group(s.count_high) == s.wanted)
+        low = jnp.where(above, s.high, s.low)
+        count_low = jnp.where(above, s.count_high, s.count_low)
+        shift = s.shift - jnp.asarray(_STAGE_BITS, unsigned)
+        s = s._replace(base=low, low=low, count_low=count_low, shift=shift)
+
+        def codes(keys: Sequence[Array]) -> list[Array]:
+            made = zip(rows, keys, strict=True)
+            return [_code(x, _at(s.base, i), s.shift) for i, x in made]
+
+        # In a branch, or XLA would make the keys before the loop, to keep them.
+        made = lax.cond(s.done, lambda: _blank(like), lambda: ranked(codes))
+        s = s._replace(settled=jnp.zeros((), bool))
+        s = lax.while_loop(lambda s: ~s.settled, lambda s: advance(s, made), s)
+        return s, made
+
+    s, codes = lax.while_loop(lambda c: ~c[0].done, stage, (start, _blank(like)))
     share, ties = s.share, s.count_low - s.count_high
     # All keys from `low` on, or those from `high` on, or the ties before a position.
-    key = jnp.where(share == ties, s.low - 1, jnp.where(share == 0, s.high - 1, s.low))
+    low, high = code(s, s.low), code(s, s.high)
+    at = jnp.where(share == ties, low - 1, jnp.where(share == 0, high - 1, low))
     place = jnp.where(s.count_last == share, s.last, s.first)
     place = jnp.where((share == ties) | (share == 0), 0, place)
     chosen = [
-        _chosen(x, [(_at(key, i), _at(place, i))])[0]
-        for i, x in zip(rows, keys, strict=True)
+        _chosen(x, [(_at(at, i), _at(place, i))])[0]
+        for i, x in zip(rows, codes, strict=True)
     ]
     return chosen, s.candidates
 
 
 class _Search(NamedTuple):
-    """State of the search: two flags, and vectors with a row per leaf.
+    """State of the search: scalars, and vectors with a row per leaf.
 
     count(key >= low) >= wanted >= count(key >= high); and, once low and high are one
     apart or one of them is exact (`found`), the leaf selects `share` of its keys in
     [low, high), of which at most `share` lie before `first`, and at least `share`
-    before `last`.
+    before `last`. Codes stand for 2**shift keys each, from `base` on; `settled` says
+    that the next stage can begin, and `done` that none need.
     """
 
+    shift: Array
+    base: Array
     started: Array
+    settled: Array
     done: Array
     candidates: Array
     wanted: Array
@@ -273,6 +325,24 @@ class _Search(NamedTuple):
     last: Array
     count_first: Array
     count_last: Array
+
+
+# Codes, int8: below the range of the stage (or no candidate), the first part of it, and
+# above.
+_STAGE_BITS = 7
+_BELOW, _FIRST, _ABOVE = -128, -127, 1
+
+
+def _code(key: Array, base: Array, shift: Array) -> Array:
+    """The codes of a leaf's keys, see `largest_keys`."""
+    part = _width(base, key) >> shift
+    part = jnp.minimum(part, jnp.asarray(_ABOVE - _FIRST, part.dtype))
+    code = part.astype(jnp.int32) + _FIRST
+    return jnp.where(key < base, _BELOW, code).astype(jnp.int8)
+
+
+def _blank(like: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
+    return [jnp.zeros(x.shape, jnp.int8, device=x.sharding) for x in like]
 
 
 def check_scope(scope: str) -> None:

@@ -78,19 +78,25 @@ def run_phases(
     def run(phase: Array | int, present: list[Array], handed: Array) -> Any:
         if len(phases) == 1:
             only = phases[0]
-            keys = keys_of(only.scores, only.grows)(present)
+            keys = keys_of(only.scores, only.grows)
+
+            def ranked(code: Any) -> Any:
+                return code(keys(present))
+
             number: Any = only.number
             across, grows = only.scope == "global", only.grows
         else:
             which = [ranks.index((p.scores, p.grows)) for p in phases]
-            keys = _switch(
-                jnp.asarray(which)[phase], [keys_of(*r) for r in ranks], present
-            )
+
+            def ranked(code: Any) -> Any:
+                branches = [lambda p, keys=keys_of(*r): code(keys(p)) for r in ranks]
+                return _switch(jnp.asarray(which)[phase], branches, present)
+
             number = functools.partial(lax.switch, phase, [p.number for p in phases])
             across = jnp.asarray([p.scope == "global" for p in phases])[phase]
             grows = jnp.asarray([p.grows for p in phases])[phase]
         chosen, candidates = selection.largest_keys(
-            keys, lambda c: number(c, handed)[0], across=across, counter=counter
+            ranked, lambda c: number(c, handed)[0], across=across, counter=counter
         )
         handed = number(candidates, handed)[1]
         return [c | (m & grows) for c, m in zip(chosen, present, strict=True)], handed
