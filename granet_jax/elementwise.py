@@ -4,8 +4,12 @@ For such an optimizer (sgd, adam, lion, ...) a weight whose gradient, moments an
 are zero stays so, and no other weight notices: masking its inputs is then as good as
 masking its outputs, and costs no memory. `transform` takes that way where this
 analysis proves it right, and the general way elsewhere (muon, lamb, adafactor, ...).
+
+And whether a function is nothing but arithmetic by position, so that it may as well be
+computed several times as once and kept.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -97,6 +101,15 @@ _NEVER_ZERO = frozenset(
         "clamp",
     ]
 )
+_BY_POSITION = (
+    _ZERO_IF_ALL
+    | _ZERO_IF_ANY
+    | _ZERO_IF_FIRST
+    | _NEVER_ZERO
+    | frozenset(["integer_pow", "select_n", "broadcast_in_dim", "reshape", "squeeze"])
+    | frozenset(["bitcast_convert_type", "shift_left", "iota"])
+    | frozenset(["shift_right_logical", "shift_right_arithmetic"])
+)
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
@@ -132,6 +145,36 @@ def is_elementwise(
         )
         for fact, var, masked in zip(results, jaxpr.outvars, masked_out, strict=True)
     )
+
+
+def is_light(traced: core.ClosedJaxpr) -> bool:
+    """Whether a function does no more than arithmetic by position, cheap to do again.
+
+    Args:
+      traced: the function.
+
+    Returns:
+      False if there is anything else that arrays go through or come from: a sum, a
+      sort, a product of matrices, random bits, a loop. (Scalars may go through all.)
+    """
+    return _is_light(traced.jaxpr)
+
+
+def _is_light(jaxpr: Any) -> bool:
+    for equation in jaxpr.eqns:
+        atoms = [*equation.invars, *equation.outvars]
+        if all(math.prod(getattr(a.aval, "shape", ())) <= 1 for a in atoms):
+            continue
+        name = equation.primitive.name
+        calls = [equation.params[p] for p in _CALLS if p in equation.params]
+        if name == "cond":
+            calls = equation.params["branches"]
+        if not calls or name in ("while", "scan"):
+            if name not in _BY_POSITION:
+                return False
+        elif not all(_is_light(getattr(call, "jaxpr", call)) for call in calls):
+            return False
+    return True
 
 
 def _follow(jaxpr: Any, arguments: Sequence[_Fact]) -> list[_Fact]:

@@ -63,13 +63,21 @@ def top_k(
         return []
     counter = counter_dtype([jnp.size(x) for x in scores], scope)
     wanted = jnp.broadcast_to(jnp.asarray(k).astype(counter), (len(scores),))
-    selected, _ = largest_keys(
-        lambda code: code(sort_keys(scores, among)),
-        lambda _: wanted,
+    like = jax.eval_shape(sort_keys, scores, among)
+    only = PhaseOfSearch(
+        maker=0,
         across=scope == "global",
+        number=lambda _: wanted,
+        finish=lambda _, chosen, *rest: chosen,
+    )
+    return search(
+        [jnp.zeros(x.shape, bool, device=x.sharding) for x in like],
+        [lambda _: sort_keys(scores, among)],
+        lambda *_: only,
+        phases=(0, 1),
+        like=like,
         counter=counter,
     )
-    return selected
 
 
 def sort_keys(
@@ -112,83 +120,93 @@ def sort_keys(
     ]
 
 
-def largest_keys(
-    ranked: Callable[[Callable[[Sequence[Array]], Any]], Any],
-    number: Callable[[Array], Array],
+def search(
+    value: Any,
+    makers: Sequence[Callable[[Any], Sequence[Array]]],
+    phase: Callable[[Array, Any], "PhaseOfSearch"],
     *,
-    across: Array | bool,
+    phases: tuple[Array | int, int],
+    like: Sequence[jax.ShapeDtypeStruct],
     counter: jnp.dtype,
-) -> tuple[list[Array], Array]:
-    """`top_k` on keys: the lockstep search, first over keys, then over positions.
+) -> Any:
+    """Selections one after the other, each as `top_k` on keys, in one loop.
 
-    A row is a leaf; where `across` holds, all rows share one threshold. Keys are never
-    kept. The search goes from stage to stage, over seven bits of them in each, and a
-    stage makes them anew, where they fuse with what reduces them to codes of one byte:
-    which of 128 equal parts of what is left of the row's range a key lies in, or below
-    or above it. The passes of a stage read the codes. (One function makes the keys of
-    all stages, in one loop: two kernels might round the same score differently, one
-    with a fused multiply-add, and what one counts the other would not select.)
+    The lockstep search: a row is a leaf, or, across leaves, all rows share one
+    threshold. Keys are never kept. A search goes from stage to stage, over seven bits
+    of the keys in each; a stage makes them anew, where they fuse with what reduces them
+    to codes of one byte: which of 128 equal parts of what is left of the row's range a
+    key lies in, or below or above it. The passes of a stage read the codes. (One
+    function makes the keys in all stages, in one loop: two kernels might round the same
+    score differently, one with a fused multiply-add, and what one counts the other
+    would not select.)
 
-    The count of candidates, the search over codes and the one over positions are one
-    loop with one counting expression: entries above `code`, and of those equal to it
-    the ones before `position`. (One expression, because compiling the count of every
-    leaf is what the compile time of an update is made of.)
+    The count of candidates, the search over codes and the one over positions of ties
+    are one loop with one counting expression: entries above a code, and of those equal
+    to it the ones before a position. (One expression, and one loop for all selections,
+    because compiling them for every leaf is what the compile time of an update is.)
 
     Args:
-      ranked: makes the keys of all leaves, by `sort_keys`, and returns what its argument
-        makes of them (so that they need not leave the branch they are made in).
-      number: from the number of candidates per leaf to how many to select per leaf
-        (where `across`, of all leaves, the same in every row). May be called more
-        than once.
-      across: whether to rank across leaves; may be traced.
+      value: pytree, what selections read and change.
+      makers: from the value to the keys of all leaves, by `sort_keys`.
+      phase: from the number of a phase (int32 scalar) and the value to the selection.
+      phases: the first, which may be traced, and the one to stop before.
+      like: shapes, dtypes and shardings of the keys.
       counter: from `counter_dtype`.
 
     Returns:
-      Boolean arrays, True where selected, and the number of candidates per leaf.
+      The value after the last phase.
     """
-    like = jax.eval_shape(lambda: ranked(list))
     leaves = len(like)
     key_type = like[0].dtype
     unsigned = jnp.dtype(f"uint{8 * key_type.itemsize}")
     lowest = jnp.asarray(jnp.iinfo(key_type).min, key_type)
     sizes = jnp.asarray([x.size for x in like], counter)
     rows = _unknown_range(leaves)
-    first_shift = (8 * key_type.itemsize - 1) // _STAGE_BITS * _STAGE_BITS
+    bits = 8 * key_type.itemsize
 
-    def of_group(per_leaf: Array) -> Array:
-        return jnp.where(across, jnp.sum(per_leaf, dtype=counter), per_leaf)
+    def stage(carry: tuple[Array, Array, Any, _Search]) -> Any:
+        more, index, value, s = carry
+        now = phase(index, value)
 
-    def parts(s: _Search, low: Array, high: Array) -> Array:
-        """How many parts, of the size that a code stands for, a range reaches into."""
-        width = _width(low, high)
-        whole = width >> s.shift
-        return whole + (whole << s.shift != width)
+        def codes(maker: Callable[[Any], Sequence[Array]]) -> list[Array]:
+            return [
+                _code(x, _at(s.base, i), s.shift)
+                for i, x in zip(rows, maker(value), strict=True)
+            ]
 
-    def code(s: _Search, key: Array) -> Array:
-        """The lowest code of which all keys are at or above a bound of the stage."""
-        return parts(s, s.base, key).astype(jnp.int8) + jnp.int8(_FIRST)
+        s = _next_stage(_restarted(s, start), now.across)
+        branches = [functools.partial(codes, maker) for maker in makers]
+        which = now.maker
+        if len(branches) == 1:
+            # Without a branch XLA would make the keys before the loop, to keep them.
+            which = 1 - more.astype(jnp.int32)
+            branches.append(lambda: _blank(like))
+        made = lax.switch(which, branches)
+        s = lax.while_loop(
+            lambda s: ~s.settled & ~s.done,
+            lambda s: _advance(s, made, rows, now, counter),
+            _probed(s._replace(settled=jnp.zeros((), bool))),
+        )
 
-    def judged(s: _Search) -> _Search:
-        """With what follows from the bounds and their counts."""
-        found = of_group(s.count_low) == s.wanted
-        found |= of_group(s.count_high) == s.wanted
-        found |= _width(s.low, s.high) <= 1
-        ties = s.count_low - s.count_high
-        remaining = s.wanted - of_group(s.count_high)
-        before = jnp.where(across, sum_before(ties), 0)
-        share = jnp.where(remaining > before, remaining - before, 0)
-        share = jnp.minimum(share, ties)
-        # All or none of the ties: no position to be found.
-        placed = (share == 0) | (share == ties)
-        placed |= (s.count_first == share) | (s.count_last == share)
-        done = jnp.all(found & placed)
-        settled = (s.shift > 0) & jnp.all(found | (parts(s, s.low, s.high) <= 1))
-        return s._replace(found=found, share=share, done=done, settled=done | settled)
+        def finish(value: Any) -> Any:
+            pairs = zip(rows, made, strict=True)
+            chosen = [_chosen(x, [s.result.of(i)])[0] for i, x in pairs]
+            return now.finish(value, chosen, s.candidates)
 
+        # (In a loop of one trip or none, which passes its value through in place.)
+        _, value = lax.while_loop(
+            lambda carry: carry[0],
+            lambda carry: (jnp.zeros((), bool), finish(carry[1])),
+            (s.done, value),
+        )
+        index += s.done
+        return index < phases[1], index, value, s
+
+    nowhere = _Probe(jnp.zeros((leaves,), jnp.int8), jnp.zeros_like(sizes))
     # Entries that are no candidates have the lowest key, and are never selected. The
     # first pass counts the others; only then is known how many are wanted.
     start = _Search(
-        shift=jnp.asarray(first_shift + _STAGE_BITS, unsigned),
+        shift=jnp.asarray(-(-bits // _STAGE_BITS) * _STAGE_BITS, unsigned),
         base=jnp.full((leaves,), lowest + 1),
         started=jnp.zeros((), bool),
         settled=jnp.zeros((), bool),
@@ -205,97 +223,43 @@ def largest_keys(
         last=sizes,
         count_first=jnp.zeros_like(sizes),
         count_last=sizes,
+        middles=[nowhere.code] * 3,
+        result=nowhere,
     )
+    first = jnp.asarray(phases[0], jnp.int32)
+    # (Loops that look at one value to end make XLA search all that it comes from for a
+    # number of trips. So they look at two.)
+    carry = (first < phases[1], first, value, start)
+    end = phases[1]
+    return lax.while_loop(lambda c: c[0] & (c[1] < end), stage, carry)[2]
 
-    def count_candidates(s: _Search, counts: list[Array]) -> _Search:
-        count = counts[0]
-        wanted = jnp.minimum(number(count), of_group(count))
-        return s._replace(
-            started=jnp.ones((), bool), candidates=count, wanted=wanted, count_low=count
-        )
 
-    def advance(s: _Search, codes: Sequence[Array]) -> _Search:
-        # With the key of a group found, search the positions of its ties.
-        in_keys = ~s.found
-        middles = [
-            s.low + (part << s.shift).astype(key_type)
-            for part in _parts(parts(s, s.low, s.high))
-        ]
-        places = [s.first + part for part in _parts(s.last - s.first)]
-        below = jnp.int8(_BELOW)
-        above = [
-            jnp.where(
-                in_keys, jnp.where(s.started, code(s, m) - 1, below), code(s, s.low)
-            )
-            for m in middles
-        ]
-        before = [jnp.where(in_keys, 0, place) for place in places]
-        probes = list(zip(above, before, strict=True))
-        counts = _count_leaves(
-            [
-                _chosen(x, [(_at(a, i), _at(b, i)) for a, b in probes])
-                for i, x in zip(rows, codes, strict=True)
-            ],
-            counter,
-        )
+class PhaseOfSearch(NamedTuple):
+    """One of the selections of `search`.
 
-        def narrow(s: _Search, counts: list[Array]) -> _Search:
-            new = s
-            ties = [count - s.count_high for count in counts]
-            probes = list(zip(middles, places, counts, ties, strict=True))
-            for middle, place, count, tied in probes:
-                up = in_keys & (of_group(count) >= s.wanted)
-                within = ~in_keys & (tied <= s.share)
-                new = new._replace(
-                    low=jnp.where(up, middle, new.low),
-                    count_low=jnp.where(up, count, new.count_low),
-                    first=jnp.where(within, place, new.first),
-                    count_first=jnp.where(within, tied, new.count_first),
-                )
-            for middle, place, count, tied in probes[::-1]:
-                down = in_keys & (of_group(count) < s.wanted)
-                beyond = ~in_keys & (tied > s.share)
-                new = new._replace(
-                    high=jnp.where(down, middle, new.high),
-                    count_high=jnp.where(down, count, new.count_high),
-                    last=jnp.where(beyond, place, new.last),
-                    count_last=jnp.where(beyond, tied, new.count_last),
-                )
-            return new
+    Attributes:
+      maker: which of the makers makes the keys; may be traced.
+      across: whether to rank across leaves; may be traced.
+      number: from the number of candidates per leaf to how many to select per leaf
+        (where `across`, of all leaves, the same in every row).
+      finish: from the value, the selected entries of every leaf and the number of
+        candidates per leaf to the new value.
+    """
 
-        return judged(lax.cond(s.started, narrow, count_candidates, s, counts))
+    maker: Array | int
+    across: Array | bool
+    number: Callable[[Array], Array]
+    finish: Callable[[Any, list[Array], Array], Any]
 
-    def stage(carry: tuple[_Search, list[Array]]) -> tuple[_Search, list[Array]]:
-        s, _ = carry
-        # Where the upper bound is exact the range is empty, and lies above it.
-        above = s.started & (of_group(s.count_high) == s.wanted)
-        low = jnp.where(above, s.high, s.low)
-        count_low = jnp.where(above, s.count_high, s.count_low)
-        shift = s.shift - jnp.asarray(_STAGE_BITS, unsigned)
-        s = s._replace(base=low, low=low, count_low=count_low, shift=shift)
 
-        def codes(keys: Sequence[Array]) -> list[Array]:
-            made = zip(rows, keys, strict=True)
-            return [_code(x, _at(s.base, i), s.shift) for i, x in made]
+class _Probe(NamedTuple):
+    """What entries are compared with: a code and a position for every row."""
 
-        # In a branch, or XLA would make the keys before the loop, to keep them.
-        made = lax.cond(s.done, lambda: _blank(like), lambda: ranked(codes))
-        s = s._replace(settled=jnp.zeros((), bool))
-        s = lax.while_loop(lambda s: ~s.settled, lambda s: advance(s, made), s)
-        return s, made
+    code: Array
+    position: Array
 
-    s, codes = lax.while_loop(lambda c: ~c[0].done, stage, (start, _blank(like)))
-    share, ties = s.share, s.count_low - s.count_high
-    # All keys from `low` on, or those from `high` on, or the ties before a position.
-    low, high = code(s, s.low), code(s, s.high)
-    at = jnp.where(share == ties, low - 1, jnp.where(share == 0, high - 1, low))
-    place = jnp.where(s.count_last == share, s.last, s.first)
-    place = jnp.where((share == ties) | (share == 0), 0, place)
-    chosen = [
-        _chosen(x, [(_at(at, i), _at(place, i))])[0]
-        for i, x in zip(rows, codes, strict=True)
-    ]
-    return chosen, s.candidates
+    def of(self, row: Array) -> tuple[Array, Array]:
+        return _at(self.code, row), _at(self.position, row)
 
 
 class _Search(NamedTuple):
@@ -305,7 +269,9 @@ class _Search(NamedTuple):
     apart or one of them is exact (`found`), the leaf selects `share` of its keys in
     [low, high), of which at most `share` lie before `first`, and at least `share`
     before `last`. Codes stand for 2**shift keys each, from `base` on; `settled` says
-    that the next stage can begin, and `done` that none need.
+    that the next stage can begin, and `done` that none need. `middles` are the codes
+    that the next pass compares with, and `result` what selects once all is done: they
+    are of the state since XLA would compute them in the kernel of every leaf again.
     """
 
     shift: Array
@@ -325,6 +291,8 @@ class _Search(NamedTuple):
     last: Array
     count_first: Array
     count_last: Array
+    middles: list[Array]
+    result: _Probe
 
 
 # Codes, int8: below the range of the stage (or no candidate), the first part of it, and
@@ -334,11 +302,147 @@ _BELOW, _FIRST, _ABOVE = -128, -127, 1
 
 
 def _code(key: Array, base: Array, shift: Array) -> Array:
-    """The codes of a leaf's keys, see `largest_keys`."""
+    """The codes of a leaf's keys, see `search`."""
     part = _width(base, key) >> shift
     part = jnp.minimum(part, jnp.asarray(_ABOVE - _FIRST, part.dtype))
     code = part.astype(jnp.int32) + _FIRST
     return jnp.where(key < base, _BELOW, code).astype(jnp.int8)
+
+
+def _restarted(s: _Search, start: _Search) -> _Search:
+    """The start of another search where the last one is done."""
+    return jax.tree.map(lambda new, old: jnp.where(s.done, new, old), start, s)
+
+
+def _next_stage(s: _Search, across: Array | bool) -> _Search:
+    # Where the upper bound is exact the range is empty, and lies above it.
+    above = s.started & (_of_group(s.count_high, across) == s.wanted)
+    low = jnp.where(above, s.high, s.low)
+    return s._replace(
+        base=low,
+        low=low,
+        count_low=jnp.where(above, s.count_high, s.count_low),
+        shift=s.shift - jnp.asarray(_STAGE_BITS, s.shift.dtype),
+    )
+
+
+def _advance(
+    s: _Search,
+    codes: Sequence[Array],
+    rows: Sequence[Array],
+    phase: PhaseOfSearch,
+    counter: jnp.dtype,
+) -> _Search:
+    """One pass over memory, and what the next one compares with."""
+    # (Positions, other than codes, make faster kernels if they are computed there.)
+    starts = [jnp.where(s.found, place, 0) for place in _places(s)]
+    probes = list(map(_Probe, s.middles, starts))
+    counts = _count_leaves(
+        [
+            _chosen(x, [probe.of(i) for probe in probes])
+            for i, x in zip(rows, codes, strict=True)
+        ],
+        counter,
+    )
+
+    def count_candidates(s: _Search, counts: list[Array]) -> _Search:
+        count = counts[0]
+        wanted = jnp.minimum(phase.number(count), _of_group(count, phase.across))
+        return s._replace(
+            started=jnp.ones((), bool), candidates=count, wanted=wanted, count_low=count
+        )
+
+    def narrow(s: _Search, counts: list[Array]) -> _Search:
+        new, in_keys = s, ~s.found
+        ties = [count - s.count_high for count in counts]
+        probes = list(zip(_middles(s), _places(s), counts, ties, strict=True))
+        for middle, place, count, tied in probes:
+            up = in_keys & (_of_group(count, phase.across) >= s.wanted)
+            within = ~in_keys & (tied <= s.share)
+            new = new._replace(
+                low=jnp.where(up, middle, new.low),
+                count_low=jnp.where(up, count, new.count_low),
+                first=jnp.where(within, place, new.first),
+                count_first=jnp.where(within, tied, new.count_first),
+            )
+        for middle, place, count, tied in probes[::-1]:
+            down = in_keys & (_of_group(count, phase.across) < s.wanted)
+            beyond = ~in_keys & (tied > s.share)
+            new = new._replace(
+                high=jnp.where(down, middle, new.high),
+                count_high=jnp.where(down, count, new.count_high),
+                last=jnp.where(beyond, place, new.last),
+                count_last=jnp.where(beyond, tied, new.count_last),
+            )
+        return new
+
+    s = lax.cond(s.started, narrow, count_candidates, s, counts)
+    return _probed(_judged(s, phase.across))
+
+
+def _judged(s: _Search, across: Array | bool) -> _Search:
+    """With what follows from the bounds and their counts."""
+    found = _of_group(s.count_low, across) == s.wanted
+    found |= _of_group(s.count_high, across) == s.wanted
+    found |= _width(s.low, s.high) <= 1
+    ties = s.count_low - s.count_high
+    remaining = s.wanted - _of_group(s.count_high, across)
+    before = jnp.where(across, sum_before(ties), 0)
+    share = jnp.where(remaining > before, remaining - before, 0)
+    share = jnp.minimum(share, ties)
+    # All or none of the ties: no position to be found.
+    all_or_none = (share == 0) | (share == ties)
+    placed = all_or_none | (s.count_first == share) | (s.count_last == share)
+    done = jnp.all(found & placed)
+    settled = (s.shift > 0) & jnp.all(found | (_parts_of(s, s.low, s.high) <= 1))
+    # All keys from `low` on, or those from `high` on, or the ties before a position.
+    low, high = _code_of(s, s.low), _code_of(s, s.high)
+    key = jnp.where(share == ties, low - 1, jnp.where(share == 0, high - 1, low))
+    place = jnp.where(s.count_last == share, s.last, s.first)
+    return s._replace(
+        found=found,
+        share=share,
+        done=done,
+        settled=settled,
+        result=_Probe(key, jnp.where(all_or_none, 0, place)),
+    )
+
+
+def _probed(s: _Search) -> _Search:
+    """With the codes that the next pass compares with."""
+    # With the key of a group found, it searches the positions of its ties.
+    low = _code_of(s, s.low)
+    middles = [
+        jnp.where(s.found, low, jnp.where(s.started, _code_of(s, key) - 1, _BELOW))
+        for key in _middles(s)
+    ]
+    return s._replace(middles=middles)
+
+
+def _middles(s: _Search) -> list[Array]:
+    between = _quarters(_parts_of(s, s.low, s.high))
+    return [s.low + (part << s.shift).astype(s.low.dtype) for part in between]
+
+
+def _places(s: _Search) -> list[Array]:
+    return [s.first + part for part in _quarters(s.last - s.first)]
+
+
+def _parts_of(s: _Search, low: Array, high: Array) -> Array:
+    """How many parts, of the size that a code stands for, a range reaches into."""
+    width = _width(low, high)
+    whole = width >> s.shift
+    return whole + (whole << s.shift != width)
+
+
+def _code_of(s: _Search, key: Array) -> Array:
+    """The lowest code of which all keys are at or above a bound of the stage."""
+    return _parts_of(s, s.base, key).astype(jnp.int8) + jnp.int8(_FIRST)
+
+
+def _of_group(per_leaf: Array, across: Array | bool) -> Array:
+    """The count of what is ranked together, in every row."""
+    return jnp.where(across, jnp.sum(per_leaf, dtype=per_leaf.dtype), per_leaf)
 
 
 def _blank(like: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
@@ -470,7 +574,7 @@ def _mesh_axes(spec: jax.sharding.PartitionSpec) -> list[str]:
     return [name for group in names for name in group if name is not None]
 
 
-def _parts(width: Array) -> list[Array]:
+def _quarters(width: Array) -> list[Array]:
     """A quarter, a half and three quarters of unsigned integers, rounded down."""
     quarter, rest = width >> 2, width & 3
     return [quarter * m + ((rest * m) >> 2) for m in (1, 2, 3)]

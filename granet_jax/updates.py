@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.extend.core import jaxpr_as_fun
 
-from granet_jax import schedules, selection
+from granet_jax import elementwise, schedules, selection
 from granet_jax.selection import Scope
 
 PyTree = Any
@@ -66,72 +67,89 @@ def run_phases(
     counter = selection.counter_dtype(sizes, wide)
     # Phases that rank the same weights by the same scores share their code.
     ranks = list(dict.fromkeys((p.scores, p.grows) for p in phases))
-    width = max(
-        x.dtype.itemsize for scores, _ in ranks for x in jax.eval_shape(scores, masks)
-    )
+    traced = [jax.make_jaxpr(scores)(masks) for scores, _ in ranks]
+    width = max(x.dtype.itemsize for scores in traced for x in scores.out_avals)
 
-    def keys_of(scores: Any, grows: bool) -> Callable[[list[Array]], list[Array]]:
-        return lambda present: selection.sort_keys(
-            scores(present), [~m for m in present] if grows else present, width=width
-        )
+    def maker(scores: Any, grows: bool) -> Callable[[_Update], list[Array]]:
+        def keys(value: _Update) -> list[Array]:
+            among = [~m for m in value.present] if grows else value.present
+            found = jaxpr_as_fun(scores)(*value.present)
+            return selection.sort_keys(found, among, width=width)
 
-    def run(phase: Array | int, present: list[Array], handed: Array) -> Any:
-        if len(phases) == 1:
-            only = phases[0]
-            keys = keys_of(only.scores, only.grows)
+        return keys
 
-            def ranked(code: Any) -> Any:
-                return code(keys(present))
-
-            number: Any = only.number
-            across, grows = only.scope == "global", only.grows
-        else:
-            which = [ranks.index((p.scores, p.grows)) for p in phases]
-
-            def ranked(code: Any) -> Any:
-                branches = [lambda p, keys=keys_of(*r): code(keys(p)) for r in ranks]
-                return _switch(jnp.asarray(which)[phase], branches, present)
-
-            number = functools.partial(lax.switch, phase, [p.number for p in phases])
-            across = jnp.asarray([p.scope == "global" for p in phases])[phase]
-            grows = jnp.asarray([p.grows for p in phases])[phase]
-        chosen, candidates = selection.largest_keys(
-            ranked, lambda c: number(c, handed)[0], across=across, counter=counter
-        )
-        handed = number(candidates, handed)[1]
-        return [c | (m & grows) for c, m in zip(chosen, present, strict=True)], handed
-
-    handed = jnp.zeros((len(masks),), counter)
+    makers = [maker(s, grows) for s, (_, grows) in zip(traced, ranks, strict=True)]
     remembers = not any(p.forgets for p in phases)
+    value = _Update(
+        masks, [] if remembers else masks, jnp.zeros((len(masks),), counter)
+    )
+    like = jax.eval_shape(makers[0], value)
+    which = [ranks.index((p.scores, p.grows)) for p in phases]
 
-    def step(carry: tuple[Array, list[Array], list[Array], Array]) -> Any:
-        phase, present, kept, handed = carry
-        present, handed = run(phase, present, handed)
-        if not remembers:
-            forgets = jnp.asarray([p.forgets for p in phases])[phase]
-            kept = [
-                jnp.where(forgets, k & x, k) for k, x in zip(kept, present, strict=True)
-            ]
-        return phase + 1, present, kept, handed
+    def phase(index: Array, value: _Update) -> selection.PhaseOfSearch:
+        def of_phase(flags: Sequence[Any]) -> Any:
+            # Of one phase, or where all are the same, known without looking.
+            same = len(set(flags)) == 1
+            return flags[0] if same else jnp.asarray(flags)[index]
 
-    if len(phases) == 1:
-        present = run(0, masks, handed)[0]
-        kept = masks
-    else:
-        start = (jnp.asarray(first, jnp.int32), masks, [] if remembers else masks)
-        _, present, kept, _ = lax.while_loop(
-            lambda carry: carry[0] < len(phases), step, (*start, handed)
+        grows = of_phase([p.grows for p in phases])
+        forgets = of_phase([p.forgets for p in phases])
+
+        def number(candidates: Array) -> tuple[Array, Array]:
+            return lax.switch(index, [p.number for p in phases], candidates, value.handed)
+
+        def finish(
+            value: _Update, chosen: list[Array], candidates: Array
+        ) -> _Update:
+            pairs = zip(chosen, value.present, strict=True)
+            present = [c | (m & grows) for c, m in pairs]
+            kept = value.kept
+            if kept:
+                pairs = zip(kept, present, strict=True)
+                kept = [jnp.where(forgets, k & m, k) for k, m in pairs]
+            return _Update(present, kept, number(candidates)[1])
+
+        return selection.PhaseOfSearch(
+            of_phase(which),
+            of_phase([p.scope == "global" for p in phases]),
+            lambda candidates: number(candidates)[0],
+            finish,
         )
-        kept = masks if remembers else kept
+
+    search = functools.partial(selection.search, like=like, counter=counter)
+    # What is cheap is made in every stage of a selection, and never kept.
+    if all(elementwise.is_light(scores) for scores in traced):
+        value = search(value, makers, phase, phases=(first, len(phases)))
+    else:
+
+        def run(carry: tuple[Array, _Update]) -> tuple[Array, _Update]:
+            index, value = carry
+            keys = lax.switch(jnp.asarray(which)[index], makers, value)
+            now = phase(index, value)._replace(maker=0)
+            value = search(value, [lambda _: keys], lambda *_: now, phases=(0, 1))
+            return index + 1, value
+
+        start = (jnp.asarray(first, jnp.int32), value)
+        end = len(phases)
+        value = lax.while_loop(lambda carry: carry[0] < end, run, start)[1]
+    kept = masks if remembers else value.kept
+    present = value.present
     return present, [k & x for k, x in zip(kept, present, strict=True)]
 
 
-def _switch(
-    index: Array, branches: Sequence[Callable[[Any], Any]], operand: Any
-) -> Any:
-    if len(branches) == 1:
-        return branches[0](operand)
-    return lax.switch(index, branches, operand)
+class _Update(NamedTuple):
+    """What the phases of an update change.
+
+    Attributes:
+      present: the masks.
+      kept: the weights active since the start, and not forgotten in between; empty if
+        no phase forgets.
+      handed: what one phase hands on to the next.
+    """
+
+    present: list[Array]
+    kept: list[Array]
+    handed: Array
 
 
 def _unchanged(number: Array | int | Sequence[int] | np.ndarray) -> Any:
