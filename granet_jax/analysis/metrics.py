@@ -7,7 +7,7 @@ equinox's, first.)
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -202,23 +202,32 @@ def exploration(history: Iterable[PyTree]) -> PerLeaf[float]:
       Liu et al., Do We Actually Need Dense Over-Parameterization? In-Time
       Over-Parameterization in Sparse Training, ICML 2021.
     """
-    union: dict[str, np.ndarray] | None = None
-    for masks in history:
-        found = named_masks(masks)
-        if union is None:
-            union = {name: mask.copy() for name, mask in found.items()}
-            continue
-        check_same("the first masks of history", union, "others", found)
-        for name, mask in found.items():
-            union[name] |= mask
+    union = None
+    for _, union in _unions(enumerate(history)):
+        pass
     if union is None:
         raise ValueError("history must hold masks, got none.")
-    active = {name: _count(mask) for name, mask in union.items()}
-    size = sum(mask.size for mask in union.values())
-    return PerLeaf(
-        sum(active.values()) / size if size else 0.0,
-        {name: n / max(union[name].size, 1) for name, n in active.items()},
-    )
+    return _rates(union)
+
+
+def exploration_over_time(history: Mapping[int, PyTree]) -> dict[int, PerLeaf[float]]:
+    """Exploration rate R_s up to every step: what `exploration` gives, as it rises.
+
+    Args:
+      history: trees of masks by step, of the same leaves.
+
+    Returns:
+      Shares in [0, 1] by step, in the order of steps; those of a step count its masks.
+
+    Raises:
+      ValueError: no masks, or other leaves or shapes.
+
+    References:
+      See `exploration`.
+    """
+    if not history:
+        raise ValueError("history must hold masks, got none.")
+    return {step: _rates(union) for step, union in _unions(sorted(history.items()))}
 
 
 def channel_density(mask: Any) -> np.ndarray:
@@ -329,6 +338,30 @@ def gradient_flow(grads: PyTree, masks: PyTree) -> PerLeaf[Array]:
         )
     }
     return PerLeaf(sum(leaves.values(), start=jnp.float32(0)), leaves)
+
+
+def _unions(
+    history: Iterable[tuple[int, PyTree]],
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """After each tree of masks, which weights were active so far; overwritten later."""
+    union: dict[str, np.ndarray] = {}
+    for step, masks in history:
+        found = named_masks(masks)
+        if not union:
+            union = {name: mask.copy() for name, mask in found.items()}
+        check_same("the first masks of history", union, "others", found)
+        for name, mask in found.items():
+            union[name] |= mask
+        yield step, union
+
+
+def _rates(union: Mapping[str, np.ndarray]) -> PerLeaf[float]:
+    active = {name: _count(mask) for name, mask in union.items()}
+    size = sum(mask.size for mask in union.values())
+    return PerLeaf(
+        sum(active.values()) / size if size else 0.0,
+        {name: n / max(union[name].size, 1) for name, n in active.items()},
+    )
 
 
 def _count(mask: np.ndarray) -> int:

@@ -3,7 +3,9 @@
     figure = plots.densities({"GraNet": granet_jax.sparsity(masks)})
     figure.savefig("densities.png", dpi=150)
 
-No state of pyplot is touched; a notebook shows a figure that a cell ends with.
+No state of pyplot is touched: nothing is shown by itself, and no window opens. A
+notebook draws the figure that a cell ends with once `%matplotlib inline` was run, which
+tells it how; `IPython.display.display(figure)` does so in the middle of a cell.
 Matplotlib comes with `pip install 'granet_jax[analysis]'`.
 """
 
@@ -17,6 +19,7 @@ import numpy as np
 
 from granet_jax.analysis._leaves import named_masks
 from granet_jax.analysis.metrics import churn as changes
+from granet_jax.analysis.metrics import exploration_over_time
 from granet_jax.masking import PyTree, Sparsity
 from granet_jax.methods import Method
 
@@ -275,6 +278,46 @@ def churn(
     dropped.set(title=title, ylabel="dropped / % of those\nactive before")
     grown.set(xlabel="optimizer steps", ylabel="grown / % of those\nactive after")
     _finish(figure, dropped, grown)
+    return figure
+
+
+def exploration(
+    histories: Mapping[str, Mapping[int, PyTree]],
+    title: str = "Weights that were active at least once",
+) -> "Figure":
+    """Exploration rate R_s over the steps, a line for every network.
+
+    Args:
+      histories: trees of masks by step, by the name of the network: after every update,
+        say, and those of step 0.
+      title: of the figure.
+
+    Raises:
+      ValueError: no networks, no masks, or other leaves in one history.
+    """
+    if not histories:
+        raise ValueError("histories must hold masks by network, got none.")
+    figure = _figure(8.5, 4.6)
+    axes = figure.subplots()
+    colours = [colour for colour, _ in _by_number(len(histories))]
+    for i, (name, history) in enumerate(histories.items()):
+        found = exploration_over_time(history)
+        axes.step(
+            [*found],
+            [100 * rate.total for rate in found.values()],
+            where="post",
+            color=colours[i],
+            linestyle=_STYLES[i % len(_STYLES)],
+            linewidth=1.8,
+            label=name,
+        )
+    axes.set(
+        title=title,
+        xlabel="optimizer steps",
+        ylabel="exploration rate R_s / %",
+        ylim=(-3, 103),
+    )
+    _finish(figure, axes)
     return figure
 
 
