@@ -202,12 +202,12 @@ def exploration(history: Iterable[PyTree]) -> PerLeaf[float]:
       Liu et al., Do We Actually Need Dense Over-Parameterization? In-Time
       Over-Parameterization in Sparse Training, ICML 2021.
     """
-    union = None
+    seen = None
     for _, union in _unions(enumerate(history)):
-        pass
-    if union is None:
+        seen = union
+    if seen is None:
         raise ValueError("history must hold masks, got none.")
-    return _rates(union)
+    return _rates(seen)
 
 
 def exploration_over_time(history: Mapping[int, PyTree]) -> dict[int, PerLeaf[float]]:

@@ -314,7 +314,7 @@ def exploration(
     axes.set(
         title=title,
         xlabel="optimizer steps",
-        ylabel="exploration rate R_s / %",
+        ylabel="exploration rate $R_s$ / %",
         ylim=(-3, 103),
     )
     _finish(figure, axes)
