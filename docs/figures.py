@@ -132,7 +132,7 @@ def cycles() -> Figure:
 
 def growing() -> Figure:
     """Growing regularisation: the penalty first, then the pruning."""
-    options = {"growth": 2e-3, "settle_steps": 2_000}
+    options: dict[str, Any] = {"growth": 2e-3, "settle_steps": 2_000}
     methods = {
         "greg1": granet_jax.greg1(0.9, **options),
         "greg2": granet_jax.greg2(0.9, **options, pick_growth=5e-5),

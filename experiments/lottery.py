@@ -141,7 +141,7 @@ def _tickets(
     each: trainer.Trainer,
     seed: int,
     stopped: Callable[[int], int | None],
-    bar: tqdm.tqdm,
+    bar: "tqdm.tqdm[Any]",
 ) -> Iterator[tuple[mask_sources.Ticket, float]]:
     """The tickets of a seed, each with the test accuracy of its training."""
     program = each.program

@@ -103,7 +103,7 @@ def train_seeds(
     each: trainer.Trainer,
     seeds: Sequence[int],
     folder: pathlib.Path,
-    bar: tqdm.tqdm,
+    bar: "tqdm.tqdm[Any]",
     stopped: Callable[[int], int | None],
 ) -> list[tuple[Record, ...]]:
     """Trains with as many seeds as the program has lanes, in one folder in `folder`."""
@@ -241,7 +241,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def advance(bar: tqdm.tqdm, steps: int) -> None:
+def advance(bar: "tqdm.tqdm[Any]", steps: int) -> None:
     bar.update(steps)
 
 

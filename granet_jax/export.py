@@ -34,7 +34,7 @@ import json
 import math
 import os
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -460,7 +460,7 @@ _MALFORMED = (
 
 
 @contextlib.contextmanager
-def _understood(path: str | os.PathLike[str]) -> Iterator[None]:
+def _understood(path: str | os.PathLike[str]) -> Generator[None]:
     """Has any error of a file's content say which file it is, and what to do."""
     try:
         yield

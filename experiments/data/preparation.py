@@ -11,7 +11,7 @@ import pathlib
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -215,7 +215,7 @@ def _manual_dir(
 
 
 @contextlib.contextmanager
-def _lock(builder: Any) -> Iterator[None]:
+def _lock(builder: Any) -> Generator[None]:
     """Lets one process at a time prepare a data set; ends with the process."""
     root = pathlib.Path(builder.data_dir_root)
     root.mkdir(parents=True, exist_ok=True)

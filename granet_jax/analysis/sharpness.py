@@ -78,10 +78,10 @@ def sharpness(
 
 
 def _inner(a: PyTree, b: PyTree) -> Array:
-    terms = jax.tree.map(
-        lambda x, y: jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32)), a, b
-    )
-    return sum(jax.tree.leaves(terms), start=jnp.float32(0.0))
+    total = jnp.float32(0.0)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        total += jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32))
+    return total
 
 
 def _normalised(direction: PyTree) -> PyTree:
