@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 from collections.abc import Generator, Mapping
 from typing import Any
@@ -22,7 +21,7 @@ def complete(path: pathlib.Path) -> Generator[pathlib.Path]:
     partial = path.with_name(path.name + ".partial")
     with writing(path):
         yield partial
-        os.replace(partial, path)
+        partial.replace(path)
 
 
 @contextlib.contextmanager

@@ -151,7 +151,7 @@ def _tickets(
     def trained(params: PyTree, masks: PyTree, key: jax.Array) -> PyTree:
         del key  # All random numbers follow from the seed and the step.
 
-        def begin(program: Program, seeds: Sequence[int]) -> PyTree:
+        def begin(program: Program, _: Sequence[int]) -> PyTree:
             shardings = jax.tree.map(lambda x: x.sharding, program.abstract())
             state = program.restore(jax.device_put(origin, shardings))
             host = jax.device_get((params, masks))

@@ -465,7 +465,7 @@ def _understood(path: str | os.PathLike[str]) -> Generator[None]:
     try:
         yield
     except _MALFORMED as error:
-        if isinstance(error, _Unlike):
+        if isinstance(error, _UnlikeError):
             raise
         raise ValueError(
             f"{path} is no file of granet_jax.export, or it is damaged "
@@ -473,7 +473,7 @@ def _understood(path: str | os.PathLike[str]) -> Generator[None]:
         ) from error
 
 
-class _Unlike(ValueError):
+class _UnlikeError(ValueError):
     """The file is in order, and `like` is another tree."""
 
 
@@ -519,7 +519,7 @@ def _check_like(
     names = {*shapes, *(tensors.keys() - parts)}
     missing, left = sorted(wanted.keys() - names), sorted(names - wanted.keys())
     if missing or left:
-        raise _Unlike(
+        raise _UnlikeError(
             f"like has leaves that {path} has not: {missing[:4]}; and {path} has "
             f"others that like has not: {left[:4]}. Pass the structure that was saved."
         )
@@ -528,7 +528,7 @@ def _check_like(
         array = tensors[_values(name) if name in shapes else name]
         form = (tuple(shapes.get(name, array.shape)), array.dtype)
         if form != (tuple(leaf.shape), leaf.dtype):
-            raise _Unlike(
+            raise _UnlikeError(
                 f"like has shape {tuple(leaf.shape)} and dtype {leaf.dtype} at "
                 f"{name!r}, where {path} has {form[0]} and {form[1]}. Pass what was "
                 "saved."
@@ -560,6 +560,6 @@ def _import(name: str) -> types.ModuleType:
         return import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"granet_jax.export needs {name.split('.')[0]}: pip install "
+            f"granet_jax.export needs {name.partition('.')[0]}: pip install "
             "'granet_jax[export]'."
         ) from error

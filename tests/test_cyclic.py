@@ -395,7 +395,7 @@ def test_listed_steps_agree_with_the_list(gaps: list[int]) -> None:
     steps = schedules.listed(at)
     assert (steps.first, steps.last, steps.steps()) == (at[0], at[-1], at)
     assert steps.interval == min(gaps[1:], default=at[0])
-    for t in range(0, at[-1] + 3):
+    for t in range(at[-1] + 3):
         assert bool(steps.contains(jnp.int32(t))) == (t in at)
         assert int(steps.done(jnp.int32(t))) == sum(s <= t for s in at)
         index = int(steps.update_index(jnp.int32(t)))
@@ -404,7 +404,7 @@ def test_listed_steps_agree_with_the_list(gaps: list[int]) -> None:
 
 @pytest.mark.parametrize("updates", [schedules.UpdateSteps(4, 20, 4), schedules.NEVER])
 def test_updates_done_so_far(updates: schedules.UpdateSteps) -> None:
-    for t in range(0, 30):
+    for t in range(30):
         expected = sum(s <= t for s in updates.steps())
         assert int(updates.done(jnp.int32(t))) == expected
 
