@@ -36,7 +36,7 @@ class FanIn:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the matrix: inputs and outputs."""
+        """Of the matrix, inputs and outputs."""
         return self.n_in, self.values.shape[1]
 
     def __rmatmul__(self, x: Any) -> Array:

@@ -84,17 +84,17 @@ class Recovery(NamedTuple):
 
     @property
     def plasticity(self) -> Any:
-        """`after` - `before`: the paper's pruning plasticity; larger is better."""
+        """The paper's pruning plasticity, `after` - `before`; larger is better."""
         return self.after - self.before
 
     @property
     def regained(self) -> Any:
-        """`after` - `pruned`: of what pruning took, or never was there, what came."""
+        """What came of what pruning took or never was there, `after` - `pruned`."""
         return self.after - self.pruned
 
     @property
     def relative(self) -> Any:
-        """`after` - `unpruned`: what pruning costs in the end.
+        """What pruning costs in the end, `after` - `unpruned`.
 
         Plasticity counts what the network would have learned in that time anyway, much
         early in training and little late in it; this does not.
