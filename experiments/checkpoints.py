@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
@@ -45,7 +45,7 @@ class Checkpoints:
     position in the data follows from the step, so it needs no place of its own.
     """
 
-    def __init__(self, folder: pathlib.Path, keep: int):
+    def __init__(self, folder: pathlib.Path, keep: int) -> None:
         """Opens the folder, without making it; all processes of a run together."""
         self.folder = folder
         self._manager = _Manager(
@@ -100,7 +100,7 @@ class Checkpoints:
             self._manager.close()
 
     @contextlib.contextmanager
-    def _clear(self, done: str, step: int | None) -> Iterator[None]:
+    def _clear(self, done: str, step: int | None) -> Generator[None]:
         try:
             yield
         # Orbax raises what it meets, and a bare Exception for an array it cannot read.
