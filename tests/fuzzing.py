@@ -22,14 +22,9 @@ from jax.sharding import PartitionSpec as P
 import granet_jax
 from granet_jax import choices, scores
 from tests import oracle, trees
+from tests.test_contract import STRICT
 
 PyTree = Any
-# One rounding an operation, see `test_contract.py`.
-STRICT: dict[str, Any] = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_enable_platform_dependent_math": False,
-    "xla_allow_excess_precision": False,
-}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -93,10 +88,9 @@ def placed(tree: PyTree, mesh: jax.sharding.Mesh | None) -> PyTree:
     def place(x: Any) -> jax.Array:
         if mesh is None:
             return jnp.asarray(np.asarray(x))
-        axes: list[str | None] = [None] * np.ndim(x)
         divides = [i for i, n in enumerate(np.shape(x)) if n and n % mesh.size == 0]
-        if divides:
-            axes[divides[-1]] = "x"
+        # As jit names them, without axes at the end that are not divided.
+        axes = [None] * divides[-1] + ["x"] if divides else []
         return jax.device_put(np.asarray(x), NamedSharding(mesh, P(*axes)))
 
     return jax.tree.map(place, tree)
@@ -513,8 +507,13 @@ def recorded(function: str, *args: Any, **kwargs: Any) -> Recorded:
     return Recorded(function, args, kwargs)
 
 
-def drawn_method(rng: random.Random, *, steers: bool) -> Recorded:
-    """A method with random arguments."""
+def drawn_method(
+    rng: random.Random, *, steers: bool = True, updates: int = 1
+) -> Recorded:
+    """A method with random arguments, of about so many updates or a few more.
+
+    steers: whether it is to steer the optimizer, or be the last link after it.
+    """
 
     def number(*special: float) -> float:
         return rng.choice([*special, round(rng.uniform(0, 0.99), 3)])
@@ -522,7 +521,7 @@ def drawn_method(rng: random.Random, *, steers: bool) -> Recorded:
     sparsity = number(0.9, 0.5, 0.0)
     start = sparsity * rng.choice([0.0, 0.5, 1.0])
     interval, begin = rng.randint(1, 4), rng.randint(0, 4)
-    end = begin + interval + rng.randint(0, 12)
+    end = begin + interval * updates + rng.randint(0, 12)
     both = {
         "scope": rng.choice(["global", "layer"]),
         "distribution": rng.choice(["erk", "er", "uniform"]),
@@ -538,8 +537,8 @@ def drawn_method(rng: random.Random, *, steers: bool) -> Recorded:
         "fraction": number(0.5, 0.0, 1.0),
         "distribution": both["distribution"],
     }
-    total = interval * 3 + rng.randint(0, 12)
-    period = 2 * interval + rng.randint(0, 6)
+    total = interval * (updates + 2) + rng.randint(0, 12)
+    period = interval * (updates + 1) + rng.randint(0, 6)
     drawn = [
         recorded(
             "granet",
@@ -570,7 +569,7 @@ def drawn_method(rng: random.Random, *, steers: bool) -> Recorded:
         recorded("straight_through", sparsity, end, **rise),
     ]
     if steers:
-        switches = sorted(rng.sample(range(1, 20), 5))
+        switches = sorted(rng.sample(range(1, 20 * updates), updates // 2 * 2 + 5))
         drawn += [
             recorded("acdc", sparsity, tuple(switches), **both),
             recorded(

@@ -188,7 +188,8 @@ def check(name: str, lab: Lab, examples: int, moving: tuple[int, ...] = ()) -> N
         max_examples=examples,
         stateful_step_count=20 if NIGHTLY else 10,
         suppress_health_check=list(hypothesis.HealthCheck),
-        phases=[hypothesis.Phase.generate],
+        # To shrink a failure takes long; without it the run is printed as it was.
+        phases=default.phases if NIGHTLY else [hypothesis.Phase.generate],
     )
     if default.derandomize:
         # Each lab sees other runs.

@@ -7,6 +7,7 @@ gradients tie often.
 
 import functools
 import math
+import random
 from typing import NamedTuple
 
 import hypothesis
@@ -20,7 +21,8 @@ import pytest
 import granet_jax
 from granet_jax import _transform, choices, scores, updates
 from granet_jax.scores import ScoreInputs
-from tests import oracle
+from tests import fuzzing, oracle
+from tests.nightly import NIGHTLY
 from tests.test_contract import STRICT
 
 # In tree order; only those with two or more dimensions carry a mask.
@@ -364,6 +366,22 @@ def test_every_method_follows_the_oracle(name, monkeypatch):
         assert max(len(recipe.update_steps), chosen) >= 200
         # Masks move all along; by gradual pruning as often as there are weights.
         assert changed >= 100
+
+
+@pytest.mark.parametrize("seed", range(200 if NIGHTLY else 3))
+def test_any_configuration_follows_the_oracle(seed):
+    # With schedules of two hundred updates, drawn with all else.
+    rng = random.Random(seed)
+    method = fuzzing.drawn_method(rng, updates=200)
+    run_both(
+        method,
+        seed=seed,
+        steps=rng.choice([250, 450]),
+        momentum=rng.choice([0.0, 0.5]),
+        mixing=rng.random() < 0.3,
+        grid=rng.choice([0.25, 2.0**-6]),
+        options=STRICT,
+    )
 
 
 @pytest.mark.parametrize("name", ["granet", "granet_layer", "rigl", "snfs_full"])
