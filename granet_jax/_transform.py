@@ -101,6 +101,20 @@ def transform(
 
     Under `vmap`, an update runs in all lanes whenever one of them updates.
 
+    A gradient that is not finite goes the way of any other, and the numbers of active
+    weights stay exact. As a score NaN ranks below every number: the NaN that a step has
+    made of a weight is pruned first, and an inactive weight with a NaN gradient enters
+    last; an infinite one ranks highest. What is pruned in that step is zero. But a
+    weight that was NaN or infinite before a step cannot be made zero by adding to it
+    (`apply_masks` can), and a moving average of the gradient keeps its NaN. To skip
+    such steps put `optax.apply_if_finite` around: neither masks nor the step count then
+    move. As `inner` it keeps the weights and the moments from them, while the step
+    counts, and its gradient may still decide what grows.
+
+    The step count stays at 2**31 - 1 once there, as optax's do: the optimizer goes on,
+    schedules keep their last value, and no step beyond updates the masks, but for those
+    that are chosen anew in every step.
+
     Args:
       method: a record from `granet`, `gmp`, `rigl`, `set_`, `snfs`, `static`, or one's
         own `Method`.
@@ -289,6 +303,8 @@ def transform(
                 "tx.update(grads, state, params, grads=grads)."
             )
         count = jnp.asarray(optax.safe_increment(state.count))
+        # Not past the last number that the counter has.
+        advances = count > state.count
         accumulator = state.accumulator
         if method.accumulator_decay is not None:
             accumulator = _accumulate(method.accumulator_decay, accumulator, grads, old)
@@ -347,12 +363,12 @@ def transform(
                     chosen = choose_marked(_names(masks_), leaves, stepped, count)
                     return pack(treedef.unflatten(chosen))
 
-                marked = _if(method.marks.contains(count), mark, marked)
+                marked = _if(method.marks.contains(count) & advances, mark, marked)
             if wrapped is not None and method.resets.steps():
                 stepped = optax.apply_updates(params, emitted)
                 fresh = wrapped.init(stepped)
                 fresh = zero_moments(fresh, unpack(new))
-                restart = method.resets.contains(count)
+                restart = method.resets.contains(count) & advances
                 inner_state = restart_moments(inner_state, fresh, params, restart)
             return emitted, SparseState(
                 count, new, inner_state, accumulator, continuing, marked
@@ -397,7 +413,7 @@ def transform(
                 inner_state = zero_moments(inner_state, unpack(marked))
             return finish(inner_updates, new, inner_state, (), marked)
 
-        updating = method.updates.contains(count)
+        updating = method.updates.contains(count) & advances
         # In the step after an update too: what has entered continues now.
         again = updating | method.updates.contains(state.count)
         if wrapped is not None and _can_mask_inputs(

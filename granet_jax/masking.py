@@ -230,14 +230,15 @@ def check_masks(masks: PyTree, params: PyTree) -> PyTree:
         _check_mask(leaf_name(path), mask, leaf)
         for (path, mask), leaf in zip(given, leaves, strict=True)
     ]
-    if all(is_masked_node(mask) for mask in checked):
+    if all(map(_is_absent, checked)):
         raise ValueError(f"masks holds no mask, got {masks!r}.")
     return treedef.unflatten(checked)
 
 
 def _check_mask(name: str, mask: Any, leaf: Any) -> Any:
     if _is_absent(mask):
-        return optax.MaskedNode()
+        # A None of the parameters' own is no leaf, and stays.
+        return None if leaf is None else optax.MaskedNode()
     if is_masked_node(leaf):
         raise ValueError(
             "masks must have masks at the same leaves as the state, which has none at "
