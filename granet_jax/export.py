@@ -45,7 +45,15 @@ import optax
 from jax.experimental import sparse
 from jax.typing import ArrayLike
 
-from granet_jax.masking import PyTree, check_masks, flags, leaf_name
+from granet_jax.masking import (
+    PyTree,
+    check_concrete,
+    check_masks,
+    flags,
+    given_masks,
+    is_packed,
+    leaf_name,
+)
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -122,6 +130,13 @@ def save(
       OSError: the file cannot be written.
     """
     safetensors = _import("safetensors.numpy")
+    path = _path(path)
+    check_concrete("params", params)
+    check_concrete("masks", masks)
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(
+            f"metadata must be a dict of what JSON holds, got {metadata!r}."
+        )
     masks = jax.device_get(check_masks(masks, params))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     mask_leaves = iter(jax.tree.leaves(masks))
@@ -149,11 +164,10 @@ def save(
         paths=paths if _are_nested_dicts(paths, treedef) else None,
     )
     try:
-        text = json.dumps({"version": VERSION, **header._asdict()})
+        text = json.dumps({"version": VERSION, **header._asdict()}, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise TypeError(f"metadata must be what JSON holds: {error}.") from error
     content = safetensors.save(tensors, metadata={_KEY: text})
-    path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -232,8 +246,13 @@ def mask_entropy(masks: PyTree) -> float:
     N:M have less.
 
     Args:
-      masks: pytree of masks. Must be concrete.
+      masks: pytree of masks, packed or not. Must be concrete.
+
+    Raises:
+      TypeError, ValueError: what is no mask; traced masks.
     """
+    masks = given_masks(masks)
+    check_concrete("masks", masks)
     bits = 0.0
     for mask in jax.tree.leaves(masks):
         size = math.prod(mask.shape)
@@ -319,8 +338,18 @@ def _rows(
 
 
 def _checked(param: ArrayLike, mask: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    chosen = jax.device_get(check_masks({"param": mask}, {"param": param}))["param"]
+    check_concrete("mask", mask)
+    check_concrete("param", param)
     x = np.asarray(param)
+    if not jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
+        raise TypeError(f"param must be a floating array, got {param!r}.")
+    if not (is_packed(mask) or hasattr(mask, "dtype")):
+        mask = np.asarray(mask)
+    chosen = jax.device_get(given_masks({"mask": mask}))["mask"]
+    if chosen.shape != x.shape:
+        raise ValueError(
+            f"mask must have the shape of param, {x.shape}, got {chosen.shape}."
+        )
     _active_values("param", x, chosen)
     return x, chosen
 
@@ -414,13 +443,19 @@ def _decode(code: np.ndarray, size: int, active: int) -> np.ndarray:
     return mask
 
 
+def _path(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be that of a file, got {path!r}.")
+    return Path(path)
+
+
 # Reading a file, which may be anything.
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, np.ndarray]]:
     """Header and arrays of a file."""
     safetensors = _import("safetensors")
-    content = Path(path).read_bytes()
+    content = _path(path).read_bytes()
     with _understood(path):
         try:
             stored = safetensors.deserialize(content)
