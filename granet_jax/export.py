@@ -30,6 +30,7 @@ References:
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -51,6 +52,7 @@ from granet_jax.masking import (
     check_masks,
     flags,
     given_masks,
+    is_masked_node,
     is_packed,
     leaf_name,
 )
@@ -58,8 +60,8 @@ from granet_jax.masking import (
 if TYPE_CHECKING:
     import scipy.sparse
 
-VERSION = 1
-"""Of the format, which a file states; `load` reads no other."""
+VERSION = 2
+"""Of the format, which a file states; `load` reads 1, without a checksum, as well."""
 
 # The types of safetensors, under their names there.
 _DTYPES: dict[str, np.dtype] = {
@@ -164,7 +166,9 @@ def save(
         paths=paths if _are_nested_dicts(paths, treedef) else None,
     )
     try:
-        text = json.dumps({"version": VERSION, **header._asdict()}, allow_nan=False)
+        about = {"version": VERSION, **header._asdict()}
+        about = json.loads(json.dumps(about, allow_nan=False))
+        text = json.dumps({**about, "sha256": _digest(about, tensors)})
     except (TypeError, ValueError) as error:
         raise TypeError(f"metadata must be what JSON holds: {error}.") from error
     content = safetensors.save(tensors, metadata={_KEY: text})
@@ -343,6 +347,8 @@ def _checked(param: ArrayLike, mask: ArrayLike) -> tuple[np.ndarray, np.ndarray]
     x = np.asarray(param)
     if not jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
         raise TypeError(f"param must be a floating array, got {param!r}.")
+    if mask is None or is_masked_node(mask):
+        raise ValueError(f"mask must be one, and this leaf has no mask, got {mask!r}.")
     if not (is_packed(mask) or hasattr(mask, "dtype")):
         mask = np.asarray(mask)
     chosen = jax.device_get(given_masks({"mask": mask}))["mask"]
@@ -466,12 +472,13 @@ def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, np.ndarray]]
         about = json.loads(content[8 : 8 + length]).get("__metadata__", {})
         content = json.loads(about[_KEY])
         version = content.pop("version")
-    if version != VERSION:
+    if version not in (1, VERSION):
         raise ValueError(
             f"{path} has version {version!r} of the format, and this version of "
-            f"granet_jax reads version {VERSION}: use the one that wrote the file."
+            f"granet_jax reads versions 1 and {VERSION}: use the one that wrote it."
         )
     with _understood(path):
+        expected = None if version == 1 else content.pop("sha256")
         header = _Header(**content)
         tensors = {
             name: np.frombuffer(x["data"], _DTYPES[x["dtype"]]).reshape(x["shape"])
@@ -480,7 +487,24 @@ def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, np.ndarray]]
         for name, shape in header.shapes.items():
             if not all(type(n) is int and n >= 0 for n in shape):
                 raise ValueError(f"{name!r} has shape {shape}")
+        if expected is not None:
+            found = _digest({"version": version, **content}, tensors)
+            if found != expected:
+                raise ValueError("its contents have another SHA-256 than it states")
     return header, tensors
+
+
+def _digest(about: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of all that a file says, however it is laid out.
+
+    Safetensors checks lengths alone: a flipped bit would be another weight.
+    """
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        x = tensors[name]
+        digest.update(json.dumps([name, x.dtype.name, x.shape]).encode())
+        digest.update(np.ascontiguousarray(x).view(np.uint8).reshape(-1).data)
+    return digest.hexdigest()
 
 
 # What taking apart JSON and arrays of any other form than ours can raise.

@@ -140,7 +140,7 @@ def chance_iou(size: int, first: int, second: int) -> float:
       ValueError: more active weights than there are, or fewer than none.
     """
     for name, value in (("size", size), ("first", first), ("second", second)):
-        check_integer(name, value, least=0)
+        check_integer(name, value)
     if not 0 <= first <= size or not 0 <= second <= size:
         raise ValueError(
             f"first and second must be from 0 to size, got {first} and {second} of "
