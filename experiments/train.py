@@ -280,8 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _silence_libraries() -> None:
     """Keeps off standard error the tracebacks of errors that are raised here anyway."""
-    # Orbax logs them.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax logs them; of several writes that fail it leaves all but one to asyncio.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
     # Where one array of a checkpoint cannot be written or read, orbax stops at once;
     # what becomes of the others is printed through this hook.

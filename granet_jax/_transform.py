@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.core import Tracer
 
 from granet_jax import choices, masking, plans, structures
+from granet_jax.checks import check_flag, check_seed
 from granet_jax.choices import step_key, where_active
 from granet_jax.elementwise import is_elementwise
 from granet_jax.masking import PyTree, Where
@@ -148,6 +149,7 @@ def transform(
       Neuroregeneration, NeurIPS 2021 (order within a step: their code's).
     """
     _check_arguments(method, inner, where, masks, seed)
+    check_flag("packed", packed)
     wrapped = None if inner is None else optax.with_extra_args_support(inner)
 
     if wrapped is None and (method.resets.steps() or method.penalty is not None):
@@ -505,6 +507,7 @@ def init_masks(
       ValueError, TypeError: as `masking.maskable`; shapes that the method's structure
         does not divide.
     """
+    _check_method_and_seed(method, seed)
     selected = masking.maskable(params, where)
     named = [
         (masking.leaf_name(path), p)
@@ -616,11 +619,7 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
 def _check_arguments(
     method: Any, inner: Any, where: Where, masks: PyTree | None, seed: Any
 ) -> None:
-    if not isinstance(method, Method):
-        raise TypeError(
-            "method must be a record such as granet_jax.granet(sparsity, total_steps), "
-            f"got {method!r}."
-        )
+    _check_method_and_seed(method, seed)
     if inner is not None and not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(f"inner must be an optax optimizer or None, got {inner!r}.")
     if where is not None and masks is not None:
@@ -628,11 +627,15 @@ def _check_arguments(
             "where and masks cannot both be given: masks already say which leaves "
             "carry one (None at the others)."
         )
-    scalar = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jnp.integer)
-    if isinstance(seed, bool) or not (
-        isinstance(seed, int) or (scalar and seed.ndim == 0)
-    ):
-        raise TypeError(f"seed must be an integer, got {seed!r}.")
+
+
+def _check_method_and_seed(method: Any, seed: Any) -> None:
+    if not isinstance(method, Method):
+        raise TypeError(
+            "method must be a record such as granet_jax.granet(sparsity, total_steps), "
+            f"got {method!r}."
+        )
+    check_seed(seed)
 
 
 def _if(predicate: Array, change: Callable[[PyTree], PyTree], value: PyTree) -> PyTree:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from granet_jax import masking
-from granet_jax.checks import check_steps
+from granet_jax.checks import check_function, check_seed, check_steps
 from granet_jax.masking import PyTree
 
 LossFn = Callable[[PyTree, Any], Array]
@@ -53,7 +53,12 @@ def sharpness(
       Cohen et al., Gradient Descent on Neural Networks Typically Occurs at the Edge of
       Stability, ICLR 2021.
     """
+    check_function("loss_fn", loss_fn, "the loss, of parameters and a batch")
     check_steps("iterations", iterations)
+    check_seed(seed)
+    masking.check_arrays("params", params)
+    if not jax.tree.leaves(params):
+        raise ValueError(f"params has no leaves, got {params!r}: nothing is trained.")
     masks = masking.check_masks(masking.unpack_masks(masks), params)
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
