@@ -103,7 +103,7 @@ class Run:
         tx: optax.GradientTransformation,
         shapes: resnet50.Shapes,
         gradients: str,
-    ):
+    ) -> None:
         """Initialises from fixed seeds and compiles the step, timing it.
 
         Args:

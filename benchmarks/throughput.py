@@ -15,6 +15,7 @@ turns, round by round. Timings are printed and never asserted; that "minimal" an
 """
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -171,12 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data=DataConfig(batch_size=options.batch_size, shift=2, flip=False),
         seeds=1,
     )
-    sparse = Config(
-        **{
-            **vars(dense),
-            "method": "granet-st",
-            "masks": MaskConfig(interval=options.interval),
-        }
+    sparse = dataclasses.replace(
+        dense, method="granet-st", masks=MaskConfig(interval=options.interval)
     )
     contenders = {
         "minimal": minimal(dense, dataset),

@@ -36,7 +36,7 @@ SPARSITY = 0.5
 class Run:
     """The state of a configuration under the trainer's step."""
 
-    def __init__(self, config: Config, dataset: Dataset):
+    def __init__(self, config: Config, dataset: Dataset) -> None:
         """Initialises; compiles with the first step."""
         self._trainer = trainer.create(config, dataset, jax.devices()[:1])
         self._state: Any = self._trainer.program.create([0])

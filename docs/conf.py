@@ -20,6 +20,7 @@ author = "The granet_jax developers"
 release = granet_jax.__version__
 html_title = f"granet_jax {release}"
 html_theme = "furo"
+html_show_copyright = False
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "_generated"]
 myst_enable_extensions = ["dollarmath"]

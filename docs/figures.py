@@ -12,14 +12,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import granet_jax
 from granet_jax import distributions
+from granet_jax.analysis import plots
 from granet_jax.methods import Method
 from granet_jax.penalties import PenaltyInputs
 
@@ -129,7 +132,7 @@ def cycles() -> Figure:
 
 def growing() -> Figure:
     """Growing regularisation: the penalty first, then the pruning."""
-    options = {"growth": 2e-3, "settle_steps": 2_000}
+    options: dict[str, Any] = {"growth": 2e-3, "settle_steps": 2_000}
     methods = {
         "greg1": granet_jax.greg1(0.9, **options),
         "greg2": granet_jax.greg2(0.9, **options, pick_growth=5e-5),
@@ -176,12 +179,24 @@ def layers() -> Figure:
     return figure
 
 
+def exploration() -> Figure:
+    """Which weights methods of constant sparsity have seen, in a small regression."""
+    methods = {
+        "SET": granet_jax.set_(0.9, 200, interval=10),
+        "RigL": granet_jax.rigl(0.9, 200, interval=10),
+        "static": granet_jax.static(0.9),
+    }
+    histories = {name: _masks_of_training(method) for name, method in methods.items()}
+    return plots.exploration(histories)
+
+
 FIGURES: Mapping[str, Callable[[], Figure]] = {
     "gradual": gradual,
     "constant": constant,
     "cycles": cycles,
     "growing": growing,
     "layers": layers,
+    "exploration": exploration,
 }
 
 
@@ -192,6 +207,27 @@ def draw_all(folder: Path) -> None:
         with matplotlib.rc_context(STYLE):
             figure = draw()
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+
+
+def _masks_of_training(method: Method) -> dict[int, Any]:
+    """Masks after every tenth of 200 steps, of a matrix that is fitted to another."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    goal, start, x = (jax.random.normal(key, (64, 64)) for key in keys)
+    tx = granet_jax.transform(method, optax.sgd(0.05, momentum=0.9))
+
+    @jax.jit
+    def step(params: Any, state: Any) -> tuple[Any, Any]:
+        grads = x.T @ (x @ (params - goal)) / len(x)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = start, tx.init(start)
+    history = {0: granet_jax.get_masks(state)}
+    for t in range(1, 201):
+        params, state = step(params, state)
+        if t % 10 == 0:
+            history[t] = granet_jax.get_masks(state)
+    return history
 
 
 def _panels(rows: int) -> tuple[Figure, list[Axes]]:

@@ -2,14 +2,13 @@
 
 import contextlib
 import json
-import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 
 @contextlib.contextmanager
-def complete(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def complete(path: pathlib.Path) -> Generator[pathlib.Path]:
     """Gives a file its name only when it is complete.
 
     Yields:
@@ -22,11 +21,11 @@ def complete(path: pathlib.Path) -> Iterator[pathlib.Path]:
     partial = path.with_name(path.name + ".partial")
     with writing(path):
         yield partial
-        os.replace(partial, path)
+        partial.replace(path)
 
 
 @contextlib.contextmanager
-def writing(path: pathlib.Path) -> Iterator[None]:
+def writing(path: pathlib.Path) -> Generator[None]:
     """Has an error of writing `path` say what to do.
 
     Raises:

@@ -141,7 +141,7 @@ def _tickets(
     each: trainer.Trainer,
     seed: int,
     stopped: Callable[[int], int | None],
-    bar: tqdm.tqdm,
+    bar: "tqdm.tqdm[Any]",
 ) -> Iterator[tuple[mask_sources.Ticket, float]]:
     """The tickets of a seed, each with the test accuracy of its training."""
     program = each.program
@@ -151,7 +151,7 @@ def _tickets(
     def trained(params: PyTree, masks: PyTree, key: jax.Array) -> PyTree:
         del key  # All random numbers follow from the seed and the step.
 
-        def begin(program: Program, seeds: Sequence[int]) -> PyTree:
+        def begin(program: Program, _: Sequence[int]) -> PyTree:
             shardings = jax.tree.map(lambda x: x.sharding, program.abstract())
             state = program.restore(jax.device_put(origin, shardings))
             host = jax.device_get((params, masks))

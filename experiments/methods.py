@@ -283,17 +283,6 @@ def _growing(
     )
 
 
-def _last(name: str, share: float, steps: int, options: dict[str, Any]) -> int:
-    """The step at a share of the training, by which there must be an update."""
-    last = math.floor(share * steps)
-    if last < options["interval"]:
-        raise ValueError(
-            f"steps must leave time for a mask update: {name} needs one in the first "
-            f"{last} of {steps} steps, and masks.interval is {options['interval']}."
-        )
-    return last
-
-
 def _check_source(masks: MaskConfig, method: granet_jax.Method) -> None:
     for name in ("rounds", "images", "tickets"):
         if getattr(masks, name) is not None and name not in _SOURCES[masks.source]:

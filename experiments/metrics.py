@@ -47,7 +47,7 @@ class Log:
 
     def __init__(
         self, folder: pathlib.Path, method: str, seeds: Sequence[int], *, writes: bool
-    ):
+    ) -> None:
         """An empty log; nothing is read or written yet."""
         self.records: list[list[Record]] = [[] for _ in seeds]
         self._path = folder / FILE

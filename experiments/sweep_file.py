@@ -16,8 +16,10 @@ from experiments.methods import OPTIONS, MethodName
 METHODS: tuple[str, ...] = typing.get_args(MethodName)
 
 # What the sweep itself decides.
-_DECIDED = ("method", "sparsity", "seeds", "seed", "vmap_seeds", "baseline")
-_DECIDED += ("out", "progress", "distributed")
+_DECIDED = (
+    *("method", "sparsity", "seeds", "seed", "vmap_seeds", "baseline"),
+    *("out", "progress", "distributed"),
+)
 # What a single method may have of its own: the budget is the same for all.
 _OWN = ("masks", "optimizer", "tost")
 # Names of rows are names of folders.

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import jax
 import rich.console
@@ -103,7 +103,7 @@ def train_seeds(
     each: trainer.Trainer,
     seeds: Sequence[int],
     folder: pathlib.Path,
-    bar: tqdm.tqdm,
+    bar: "tqdm.tqdm[Any]",
     stopped: Callable[[int], int | None],
 ) -> list[tuple[Record, ...]]:
     """Trains with as many seeds as the program has lanes, in one folder in `folder`."""
@@ -141,7 +141,7 @@ class StopSignal:
         self._asked = 0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "StopSignal":
+    def __enter__(self) -> Self:
         if jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
@@ -241,7 +241,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def advance(bar: tqdm.tqdm, steps: int) -> None:
+def advance(bar: "tqdm.tqdm[Any]", steps: int) -> None:
     bar.update(steps)
 
 
@@ -280,8 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _silence_libraries() -> None:
     """Keeps off standard error the tracebacks of errors that are raised here anyway."""
-    # Orbax logs them.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax logs them; of several writes that fail it leaves all but one to asyncio.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
     # Where one array of a checkpoint cannot be written or read, orbax stops at once;
     # what becomes of the others is printed through this hook.

@@ -5,7 +5,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,8 +18,10 @@ from experiments.config import Config
 from experiments.data import Dataset, Split, Stream
 from experiments.metrics import Log, Record
 from experiments.parallel import Program, compiled
-from experiments.step import Score
 from granet_jax import distributions, masking, tost
+
+if TYPE_CHECKING:
+    from experiments.step import Score
 
 PyTree = Any
 EVALUATION_BATCH = 1024
@@ -38,7 +40,7 @@ class StoppedError(RuntimeError):
       signal: number of the signal that said so.
     """
 
-    def __init__(self, step: int, signal: int):
+    def __init__(self, step: int, signal: int) -> None:
         """Stopped after `step` steps."""
         super().__init__(f"stopped after step {step}, with a checkpoint.")
         self.signal = signal
@@ -252,7 +254,7 @@ def _fit(
 class Losses:
     """The losses since the last evaluation, some of them still being computed."""
 
-    def __init__(self, lanes: int):
+    def __init__(self, lanes: int) -> None:
         """No losses, of so many lanes."""
         self.values: list[list[float]] = [[] for _ in range(lanes)]
         self.diverged = False

@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.core import Tracer
 
 from granet_jax import choices, masking, plans, structures
+from granet_jax.checks import check_flag, check_seed
 from granet_jax.choices import step_key, where_active
 from granet_jax.elementwise import is_elementwise
 from granet_jax.masking import PyTree, Where
@@ -101,6 +102,20 @@ def transform(
 
     Under `vmap`, an update runs in all lanes whenever one of them updates.
 
+    A gradient that is not finite goes the way of any other, and the numbers of active
+    weights stay exact. As a score NaN ranks below every number: the NaN that a step has
+    made of a weight is pruned first, and an inactive weight with a NaN gradient enters
+    last; an infinite one ranks highest. What is pruned in that step is zero. But a
+    weight that was NaN or infinite before a step cannot be made zero by adding to it
+    (`apply_masks` can), and a moving average of the gradient keeps its NaN. To skip
+    such steps put `optax.apply_if_finite` around: neither masks nor the step count then
+    move. As `inner` it keeps the weights and the moments from them, while the step
+    counts, and its gradient may still decide what grows.
+
+    The step count stays at 2**31 - 1 once there, as optax's do: the optimizer goes on,
+    schedules keep their last value, and no step beyond updates the masks, but for those
+    that are chosen anew in every step.
+
     Args:
       method: a record from `granet`, `gmp`, `rigl`, `set_`, `snfs`, `static`, or one's
         own `Method`.
@@ -134,6 +149,7 @@ def transform(
       Neuroregeneration, NeurIPS 2021 (order within a step: their code's).
     """
     _check_arguments(method, inner, where, masks, seed)
+    check_flag("packed", packed)
     wrapped = None if inner is None else optax.with_extra_args_support(inner)
 
     if wrapped is None and (method.resets.steps() or method.penalty is not None):
@@ -289,6 +305,8 @@ def transform(
                 "tx.update(grads, state, params, grads=grads)."
             )
         count = jnp.asarray(optax.safe_increment(state.count))
+        # Not past the last number that the counter has.
+        advances = count > state.count
         accumulator = state.accumulator
         if method.accumulator_decay is not None:
             accumulator = _accumulate(method.accumulator_decay, accumulator, grads, old)
@@ -347,12 +365,12 @@ def transform(
                     chosen = choose_marked(_names(masks_), leaves, stepped, count)
                     return pack(treedef.unflatten(chosen))
 
-                marked = _if(method.marks.contains(count), mark, marked)
+                marked = _if(method.marks.contains(count) & advances, mark, marked)
             if wrapped is not None and method.resets.steps():
                 stepped = optax.apply_updates(params, emitted)
                 fresh = wrapped.init(stepped)
                 fresh = zero_moments(fresh, unpack(new))
-                restart = method.resets.contains(count)
+                restart = method.resets.contains(count) & advances
                 inner_state = restart_moments(inner_state, fresh, params, restart)
             return emitted, SparseState(
                 count, new, inner_state, accumulator, continuing, marked
@@ -397,7 +415,7 @@ def transform(
                 inner_state = zero_moments(inner_state, unpack(marked))
             return finish(inner_updates, new, inner_state, (), marked)
 
-        updating = method.updates.contains(count)
+        updating = method.updates.contains(count) & advances
         # In the step after an update too: what has entered continues now.
         again = updating | method.updates.contains(state.count)
         if wrapped is not None and _can_mask_inputs(
@@ -489,6 +507,7 @@ def init_masks(
       ValueError, TypeError: as `masking.maskable`; shapes that the method's structure
         does not divide.
     """
+    _check_method_and_seed(method, seed)
     selected = masking.maskable(params, where)
     named = [
         (masking.leaf_name(path), p)
@@ -600,11 +619,7 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
 def _check_arguments(
     method: Any, inner: Any, where: Where, masks: PyTree | None, seed: Any
 ) -> None:
-    if not isinstance(method, Method):
-        raise TypeError(
-            "method must be a record such as granet_jax.granet(sparsity, total_steps), "
-            f"got {method!r}."
-        )
+    _check_method_and_seed(method, seed)
     if inner is not None and not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(f"inner must be an optax optimizer or None, got {inner!r}.")
     if where is not None and masks is not None:
@@ -612,11 +627,15 @@ def _check_arguments(
             "where and masks cannot both be given: masks already say which leaves "
             "carry one (None at the others)."
         )
-    scalar = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jnp.integer)
-    if isinstance(seed, bool) or not (
-        isinstance(seed, int) or (scalar and seed.ndim == 0)
-    ):
-        raise TypeError(f"seed must be an integer, got {seed!r}.")
+
+
+def _check_method_and_seed(method: Any, seed: Any) -> None:
+    if not isinstance(method, Method):
+        raise TypeError(
+            "method must be a record such as granet_jax.granet(sparsity, total_steps), "
+            f"got {method!r}."
+        )
+    check_seed(seed)
 
 
 def _if(predicate: Array, change: Callable[[PyTree], PyTree], value: PyTree) -> PyTree:

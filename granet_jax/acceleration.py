@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from granet_jax.masking import PyTree, check_masks, is_masked_node
+from granet_jax.masking import PyTree, check_concrete, check_masks, is_masked_node
 
 MOST = 0.05
 """Largest share of active inputs, of the output that has most, at which `accelerate`
@@ -36,7 +36,7 @@ class FanIn:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the matrix: inputs and outputs."""
+        """Of the matrix, inputs and outputs."""
         return self.n_in, self.values.shape[1]
 
     def __rmatmul__(self, x: Any) -> Array:
@@ -113,8 +113,11 @@ def accelerate(params: PyTree, masks: PyTree) -> PyTree:
       product is faster.
 
     Raises:
+      TypeError: traced masks or parameters.
       ValueError: masks of another structure or shape; or no matrix is sparse enough.
     """
+    check_concrete("masks", masks)
+    check_concrete("params", params)
     found = 0
 
     def convert(mask: Any, param: Any) -> Any:

@@ -5,7 +5,18 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+
+
+def got(value: Any) -> str:
+    """What a message says of a value: what it is, or that it is traced."""
+    if isinstance(value, Tracer):
+        kind = value.aval.str_short()
+        return f"a traced {kind}: hand over a value known before jit"
+    return repr(value)
 
 
 def is_number(x: Any) -> bool:
@@ -17,7 +28,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}."
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {got(value)}."
         )
 
 
@@ -41,7 +52,7 @@ def check_number(
       finite: whether infinity is refused.
     """
     if not is_number(value):
-        raise TypeError(f"{name} must be a number, got {value!r}.")
+        raise TypeError(f"{name} must be a number, got {got(value)}.")
     number = float(value)
     low = (
         (above is None or number > above)
@@ -51,7 +62,7 @@ def check_number(
     if not low or number > most or (finite and math.isinf(number)):
         bounds = [
             "" if above is None else f"above {above:g}",
-            "" if least is None else f"at least {least:g}",
+            "" if least in (None, -math.inf) else f"at least {least:g}",
             "" if math.isinf(most) else f"at most {most:g}",
             "finite" if finite and math.isinf(most) else "",
         ]
@@ -62,7 +73,7 @@ def check_number(
 def check_sparsity(name: str, value: Any) -> None:
     """Raises TypeError or ValueError unless `value` is a number in [0, 1)."""
     if not is_number(value):
-        raise TypeError(f"{name} must be a number in [0, 1), got {value!r}.")
+        raise TypeError(f"{name} must be a number in [0, 1), got {got(value)}.")
     if not 0.0 <= value < 1.0:
         raise ValueError(
             f"{name} must be in [0, 1), got {value}: it is the share of pruned weights "
@@ -73,7 +84,7 @@ def check_sparsity(name: str, value: Any) -> None:
 def check_fraction(name: str, value: Any) -> None:
     """Raises TypeError or ValueError unless `value` is a number in [0, 1]."""
     if not is_number(value):
-        raise TypeError(f"{name} must be a number in [0, 1], got {value!r}.")
+        raise TypeError(f"{name} must be a number in [0, 1], got {got(value)}.")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {value}.")
 
@@ -81,7 +92,7 @@ def check_fraction(name: str, value: Any) -> None:
 def check_decay(name: str, value: Any) -> None:
     """Raises TypeError or ValueError unless `value` is a number in [0, 1)."""
     if not is_number(value):
-        raise TypeError(f"{name} must be a number in [0, 1), got {value!r}.")
+        raise TypeError(f"{name} must be a number in [0, 1), got {got(value)}.")
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {value}.")
 
@@ -89,8 +100,54 @@ def check_decay(name: str, value: Any) -> None:
 def check_steps(name: str, value: Any, *, least: int = 1) -> None:
     """Raises TypeError or ValueError unless `value` is an integer from `least` on."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer number of steps, got {value!r}.")
+        raise TypeError(f"{name} must be an integer number of steps, got {got(value)}.")
     if not least <= value < 2**31:
         raise ValueError(
             f"{name} must be at least {least} and below 2**31, got {value}."
         )
+
+
+def check_integer(
+    name: str, value: Any, *, least: int | None = None, most: float = math.inf
+) -> None:
+    """Raises TypeError or ValueError unless `value` is an integer in the range."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {got(value)}.")
+    if (least is not None and value < least) or value > most:
+        upper = "" if math.isinf(most) else f" and at most {most}"
+        raise ValueError(f"{name} must be at least {least}{upper}, got {value}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {got(value)}.")
+
+
+def check_function(name: str, value: Any, what: str = "a function") -> None:
+    """Raises TypeError unless `value` can be called; `what` says with what."""
+    if not callable(value):
+        raise TypeError(f"{name} must be {what}, got {value!r}.")
+
+
+def check_type(name: str, value: Any, kind: Any, what: str) -> None:
+    """Raises TypeError unless `value` is of a type; `what` says where to have one."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {what}, got {got(value)}.")
+
+
+def check_key(key: Any) -> None:
+    """Raises TypeError unless `key` is one random key."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and shape == ()) and not (dtype == jnp.uint32 and shape == (2,)):
+        raise TypeError(f"key must be one jax.random.key(seed), got {got(key)}.")
+
+
+def check_seed(seed: Any) -> None:
+    """Raises TypeError unless `seed` is an integer, or an integer scalar array."""
+    scalar = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jnp.integer)
+    if isinstance(seed, bool) or not (
+        isinstance(seed, int | np.integer) or (scalar and seed.ndim == 0)
+    ):
+        raise TypeError(f"seed must be an integer, got {seed!r}.")

@@ -277,9 +277,9 @@ def _draw(
     scores = [
         random_score(
             ScoreInputs(
-                param=jax.ShapeDtypeStruct(shape, jnp.float32),  # pyright: ignore
+                param=jax.ShapeDtypeStruct(shape, jnp.float32),  # pyright: ignore[reportArgumentType]
                 grad=None,
-                mask=None,  # pyright: ignore
+                mask=None,  # pyright: ignore[reportArgumentType]
                 accumulator=None,
                 key=jax.random.fold_in(key, i),
             )

@@ -10,7 +10,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 from granet_jax import schedules, scores
-from granet_jax.checks import check_choice, check_sparsity, check_steps, is_number
+from granet_jax.checks import (
+    check_choice,
+    check_sparsity,
+    check_steps,
+    got,
+    is_number,
+)
 from granet_jax.distributions import Distribution
 from granet_jax.methods import Method, Weights, gradual
 from granet_jax.schedules import UpdateSteps
@@ -91,7 +97,7 @@ def cyclical(
     period = _period(total_steps, "cycles", cycles, cycles)
     check_choice("recovery", recovery, tuple(_WEIGHTS))
     if not is_number(ramp) or not 0.0 < ramp <= 1.0:
-        raise ValueError(f"ramp must be a number in (0, 1], got {ramp!r}.")
+        raise ValueError(f"ramp must be a number in (0, 1], got {got(ramp)}.")
     check_steps("interval", interval)
     # Above the rounding of a product such as 0.29 * 100.
     end = math.floor(ramp * period + 1e-6)
@@ -171,7 +177,7 @@ def acdc(
       Networks, NeurIPS 2021; code: IST-DASLab/ACDC.
     """
     check_sparsity("sparsity", sparsity)
-    updates = schedules.listed(switches)
+    updates = schedules.increasing("switches", switches)
     if len(updates.at) % 2 == 0:
         raise ValueError(
             "switches must be odd in number, to compress first and last, got "

@@ -6,6 +6,8 @@ Plain Python on shapes, in float64: nothing here is traced.
 import math
 from collections.abc import Callable, Sequence
 
+from granet_jax.checks import check_fraction, check_integer, got
+
 Shape = tuple[int, ...]
 # Densities per leaf from shapes and an overall sparsity.
 Distribution = str | Callable[[Sequence[Shape], float], Sequence[float]]
@@ -13,7 +15,13 @@ DISTRIBUTIONS: tuple[str, ...] = ("uniform", "er", "erk")
 
 
 def total_count(size: int, sparsity: float) -> int:
-    """Number of active weights among `size` at `sparsity`, rounded half up."""
+    """Number of active weights among `size` at `sparsity`, rounded half up.
+
+    Raises:
+      TypeError, ValueError: no number of weights; a sparsity that is none in [0, 1].
+    """
+    check_integer("size", size, least=0)
+    check_fraction("sparsity", sparsity)
     return math.floor((1.0 - sparsity) * size + 0.5)
 
 
@@ -43,8 +51,11 @@ def densities(
 
     Raises:
       ValueError: unknown distribution, or a function that returned densities that are
-        not one number in [0, 1] per leaf.
+        not one number in [0, 1] per leaf; a sparsity out of range.
+      TypeError: what is no shape, or no number.
     """
+    _check_shapes(shapes)
+    check_fraction("sparsity", sparsity)
     check_distribution(distribution)
     if callable(distribution):
         given = [float(d) for d in distribution(shapes, sparsity)]
@@ -89,21 +100,29 @@ def counts(
       ValueError: as `densities`; or the caps leave less room than the total, or the
         floors ask for more.
     """
+    _check_shapes(shapes)
     sizes = [math.prod(s) for s in shapes]
+    for name, given in (("caps", caps), ("floors", floors)):
+        if given is not None and len(given) != len(sizes):
+            raise ValueError(
+                f"{name} must be one for each of the {len(sizes)} leaves, got {given}."
+            )
+        for number in () if given is None else given:
+            check_integer(name, number, least=0)
     limits = (
         sizes if caps is None else [min(c, n) for c, n in zip(caps, sizes, strict=True)]
     )
     total = total_count(sum(sizes), sparsity)
     if sum(limits) < total:
         raise ValueError(
-            f"sparsity {sparsity} asks for {total} active weights, but the leaves may "
-            f"hold {sum(limits)} at most."
+            f"sparsity {sparsity} asks for {total} active weights, but caps let the "
+            f"leaves hold {sum(limits)} at most: raise one of them."
         )
     least = [0] * len(sizes) if floors is None else list(floors)
     if sum(least) > total:
         raise ValueError(
-            f"sparsity {sparsity} asks for {total} active weights, but the leaves must "
-            f"keep {sum(least)} at least."
+            f"sparsity {sparsity} asks for {total} active weights, but floors make the "
+            f"leaves keep {sum(least)} at least: lower one of them."
         )
     shares = densities(shapes, sparsity, distribution)
     ideal = [d * n for d, n in zip(shares, sizes, strict=True)]
@@ -126,6 +145,16 @@ def counts(
                 kept[i] -= 1
                 missing += 1
     return kept
+
+
+def _check_shapes(shapes: Sequence[Shape]) -> None:
+    if not isinstance(shapes, Sequence) or isinstance(shapes, str):
+        raise TypeError(f"shapes must be a sequence of shapes, got {got(shapes)}.")
+    for shape in shapes:
+        if not isinstance(shape, Sequence) or isinstance(shape, str):
+            raise TypeError(f"shapes must hold tuples of integers, got {got(shape)}.")
+        for side in shape:
+            check_integer("shapes", side, least=0)
 
 
 def check_distribution(distribution: Distribution) -> None:

@@ -30,11 +30,12 @@ References:
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -45,13 +46,22 @@ import optax
 from jax.experimental import sparse
 from jax.typing import ArrayLike
 
-from granet_jax.masking import PyTree, check_masks, flags, leaf_name
+from granet_jax.masking import (
+    PyTree,
+    check_concrete,
+    check_masks,
+    flags,
+    given_masks,
+    is_masked_node,
+    is_packed,
+    leaf_name,
+)
 
 if TYPE_CHECKING:
     import scipy.sparse
 
-VERSION = 1
-"""Of the format, which a file states; `load` reads no other."""
+VERSION = 2
+"""Of the format, which a file states; `load` reads 1, without a checksum, as well."""
 
 # The types of safetensors, under their names there.
 _DTYPES: dict[str, np.dtype] = {
@@ -122,6 +132,13 @@ def save(
       OSError: the file cannot be written.
     """
     safetensors = _import("safetensors.numpy")
+    path = _path(path)
+    check_concrete("params", params)
+    check_concrete("masks", masks)
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(
+            f"metadata must be a dict of what JSON holds, got {metadata!r}."
+        )
     masks = jax.device_get(check_masks(masks, params))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     mask_leaves = iter(jax.tree.leaves(masks))
@@ -149,11 +166,12 @@ def save(
         paths=paths if _are_nested_dicts(paths, treedef) else None,
     )
     try:
-        text = json.dumps({"version": VERSION, **header._asdict()})
+        about = {"version": VERSION, **header._asdict()}
+        about = json.loads(json.dumps(about, allow_nan=False))
+        text = json.dumps({**about, "sha256": _digest(about, tensors)})
     except (TypeError, ValueError) as error:
         raise TypeError(f"metadata must be what JSON holds: {error}.") from error
     content = safetensors.save(tensors, metadata={_KEY: text})
-    path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -232,8 +250,13 @@ def mask_entropy(masks: PyTree) -> float:
     N:M have less.
 
     Args:
-      masks: pytree of masks. Must be concrete.
+      masks: pytree of masks, packed or not. Must be concrete.
+
+    Raises:
+      TypeError, ValueError: what is no mask; traced masks.
     """
+    masks = given_masks(masks)
+    check_concrete("masks", masks)
     bits = 0.0
     for mask in jax.tree.leaves(masks):
         size = math.prod(mask.shape)
@@ -318,9 +341,21 @@ def _rows(
     return x[chosen], columns, starts, x.shape
 
 
-def _checked(param: ArrayLike, mask: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    chosen = jax.device_get(check_masks({"param": mask}, {"param": param}))["param"]
+def _checked(param: ArrayLike, mask: Any) -> tuple[np.ndarray, np.ndarray]:
+    check_concrete("mask", mask)
+    check_concrete("param", param)
     x = np.asarray(param)
+    if not jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
+        raise TypeError(f"param must be a floating array, got {param!r}.")
+    if mask is None or is_masked_node(mask):
+        raise ValueError(f"mask must be one, and this leaf has no mask, got {mask!r}.")
+    if not (is_packed(mask) or hasattr(mask, "dtype")):
+        mask = np.asarray(mask)
+    chosen = jax.device_get(given_masks({"mask": mask}))["mask"]
+    if chosen.shape != x.shape:
+        raise ValueError(
+            f"mask must have the shape of param, {x.shape}, got {chosen.shape}."
+        )
     _active_values("param", x, chosen)
     return x, chosen
 
@@ -414,13 +449,19 @@ def _decode(code: np.ndarray, size: int, active: int) -> np.ndarray:
     return mask
 
 
+def _path(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be that of a file, got {path!r}.")
+    return Path(path)
+
+
 # Reading a file, which may be anything.
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, np.ndarray]]:
     """Header and arrays of a file."""
     safetensors = _import("safetensors")
-    content = Path(path).read_bytes()
+    content = _path(path).read_bytes()
     with _understood(path):
         try:
             stored = safetensors.deserialize(content)
@@ -431,12 +472,13 @@ def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, np.ndarray]]
         about = json.loads(content[8 : 8 + length]).get("__metadata__", {})
         content = json.loads(about[_KEY])
         version = content.pop("version")
-    if version != VERSION:
+    if version not in (1, VERSION):
         raise ValueError(
             f"{path} has version {version!r} of the format, and this version of "
-            f"granet_jax reads version {VERSION}: use the one that wrote the file."
+            f"granet_jax reads versions 1 and {VERSION}: use the one that wrote it."
         )
     with _understood(path):
+        expected = None if version == 1 else content.pop("sha256")
         header = _Header(**content)
         tensors = {
             name: np.frombuffer(x["data"], _DTYPES[x["dtype"]]).reshape(x["shape"])
@@ -445,7 +487,24 @@ def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, np.ndarray]]
         for name, shape in header.shapes.items():
             if not all(type(n) is int and n >= 0 for n in shape):
                 raise ValueError(f"{name!r} has shape {shape}")
+        if expected is not None:
+            found = _digest({"version": version, **content}, tensors)
+            if found != expected:
+                raise ValueError("its contents have another SHA-256 than it states")
     return header, tensors
+
+
+def _digest(about: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of all that a file says, however it is laid out.
+
+    Safetensors checks lengths alone: a flipped bit would be another weight.
+    """
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        x = tensors[name]
+        digest.update(json.dumps([name, x.dtype.name, x.shape]).encode())
+        digest.update(np.ascontiguousarray(x).view(np.uint8).reshape(-1).data)
+    return digest.hexdigest()
 
 
 # What taking apart JSON and arrays of any other form than ours can raise.
@@ -460,12 +519,12 @@ _MALFORMED = (
 
 
 @contextlib.contextmanager
-def _understood(path: str | os.PathLike[str]) -> Iterator[None]:
+def _understood(path: str | os.PathLike[str]) -> Generator[None]:
     """Has any error of a file's content say which file it is, and what to do."""
     try:
         yield
     except _MALFORMED as error:
-        if isinstance(error, _Unlike):
+        if isinstance(error, _UnlikeError):
             raise
         raise ValueError(
             f"{path} is no file of granet_jax.export, or it is damaged "
@@ -473,7 +532,7 @@ def _understood(path: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-class _Unlike(ValueError):
+class _UnlikeError(ValueError):
     """The file is in order, and `like` is another tree."""
 
 
@@ -519,7 +578,7 @@ def _check_like(
     names = {*shapes, *(tensors.keys() - parts)}
     missing, left = sorted(wanted.keys() - names), sorted(names - wanted.keys())
     if missing or left:
-        raise _Unlike(
+        raise _UnlikeError(
             f"like has leaves that {path} has not: {missing[:4]}; and {path} has "
             f"others that like has not: {left[:4]}. Pass the structure that was saved."
         )
@@ -528,7 +587,7 @@ def _check_like(
         array = tensors[_values(name) if name in shapes else name]
         form = (tuple(shapes.get(name, array.shape)), array.dtype)
         if form != (tuple(leaf.shape), leaf.dtype):
-            raise _Unlike(
+            raise _UnlikeError(
                 f"like has shape {tuple(leaf.shape)} and dtype {leaf.dtype} at "
                 f"{name!r}, where {path} has {form[0]} and {form[1]}. Pass what was "
                 "saved."
@@ -560,6 +619,6 @@ def _import(name: str) -> types.ModuleType:
         return import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"granet_jax.export needs {name.split('.')[0]}: pip install "
+            f"granet_jax.export needs {name.partition('.')[0]}: pip install "
             "'granet_jax[export]'."
         ) from error

@@ -104,6 +104,7 @@ def maskable(params: PyTree, where: Where = None) -> PyTree:
         raise ValueError(
             f"params has no leaves, got {params!r}: nothing to make sparse."
         )
+    check_arrays("params", params)
     if where is None or callable(where):
         rule = default_where if where is None else where
         chosen = [bool(rule(leaf_name(path), leaf)) for path, leaf in leaves]
@@ -202,13 +203,14 @@ def placed_like(mask: Array, leaf: Any) -> Array:
     return mask | jnp.zeros_like(leaf, bool)
 
 
-def check_masks(masks: PyTree, params: PyTree) -> PyTree:
+def check_masks(masks: PyTree, params: PyTree, argument: str = "params") -> PyTree:
     """Given masks as boolean arrays with `MaskedNode` at dense leaves, checked.
 
     Args:
-      masks: pytree of boolean (or 0/1) arrays; None or `optax.MaskedNode()` at dense
-        leaves.
+      masks: pytree of boolean (or 0/1) arrays, packed or not; None or
+        `optax.MaskedNode()` at dense leaves.
       params: pytree of arrays or `jax.ShapeDtypeStruct`.
+      argument: name of the latter, for messages.
 
     Returns:
       Pytree of boolean arrays and `optax.MaskedNode()`.
@@ -218,26 +220,29 @@ def check_masks(masks: PyTree, params: PyTree) -> PyTree:
       TypeError: a mask that is neither boolean nor numeric, or at a leaf that is not
         floating.
     """
-    given, treedef = jax.tree_util.tree_flatten_with_path(masks, is_leaf=_is_absent)
+    given, treedef = jax.tree_util.tree_flatten_with_path(
+        _unpack(masks), is_leaf=_is_absent
+    )
     try:
         leaves = treedef.flatten_up_to(params)
     except ValueError as error:
         raise ValueError(
-            "masks must have the structure of params (None or optax.MaskedNode() at "
-            f"leaves without a mask): {error}"
+            f"masks must have the structure of {argument} (None or optax.MaskedNode() "
+            f"at leaves without a mask): {error}"
         ) from error
     checked = [
-        _check_mask(leaf_name(path), mask, leaf)
+        _check_mask(leaf_name(path), mask, leaf, argument)
         for (path, mask), leaf in zip(given, leaves, strict=True)
     ]
-    if all(is_masked_node(mask) for mask in checked):
+    if all(map(_is_absent, checked)):
         raise ValueError(f"masks holds no mask, got {masks!r}.")
     return treedef.unflatten(checked)
 
 
-def _check_mask(name: str, mask: Any, leaf: Any) -> Any:
+def _check_mask(name: str, mask: Any, leaf: Any, argument: str) -> Any:
     if _is_absent(mask):
-        return optax.MaskedNode()
+        # A None of the parameters' own is no leaf, and stays.
+        return None if leaf is None else optax.MaskedNode()
     if is_masked_node(leaf):
         raise ValueError(
             "masks must have masks at the same leaves as the state, which has none at "
@@ -246,13 +251,18 @@ def _check_mask(name: str, mask: Any, leaf: Any) -> Any:
     shape = getattr(leaf, "shape", None)
     if jnp.shape(mask) != shape:
         raise ValueError(
-            f"masks has shape {jnp.shape(mask)} at {name!r}, where params has {shape}."
+            f"masks has shape {jnp.shape(mask)} at {name!r}, where {argument} has "
+            f"{shape}."
         )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(
             f"masks has a mask at {name!r} of dtype {leaf.dtype}: only floating leaves "
             "can carry one; put None there."
         )
+    return _as_bool(name, mask)
+
+
+def _as_bool(name: str, mask: Any) -> Array:
     mask = mask if hasattr(mask, "dtype") else np.asarray(mask)
     if mask.dtype == jnp.bool_:
         return jnp.asarray(mask)
@@ -270,8 +280,48 @@ def _check_mask(name: str, mask: Any, leaf: Any) -> Any:
     return jnp.asarray(mask) != 0
 
 
+def given_masks(masks: PyTree, argument: str = "masks") -> PyTree:
+    """Given masks, packed or not, as boolean arrays: `check_masks` without params.
+
+    Args:
+      masks: pytree of boolean (or 0/1) arrays, or of `PackedMask`s.
+      argument: its name, for messages.
+
+    Raises:
+      ValueError: values other than 0 and 1.
+      TypeError: what is no array, or neither boolean nor numeric.
+    """
+    unpacked = _unpack(masks)
+    check_arrays(argument, unpacked)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, mask: _as_bool(leaf_name(path), mask), unpacked
+    )
+
+
+def check_arrays(argument: str, tree: PyTree) -> None:
+    """Raises TypeError unless every leaf is an array, or the shape of one."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise TypeError(f"{argument} must hold arrays, got {leaf!r}{_at(path)}.")
+
+
+def check_concrete(argument: str, tree: PyTree) -> None:
+    """Raises TypeError for values that are traced, and so not known."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, Tracer):
+            raise TypeError(
+                f"{argument} must be concrete, and is traced{_at(path)}: call this "
+                "outside of jit."
+            )
+
+
+def _at(path: tuple[Any, ...]) -> str:
+    return f" at {leaf_name(path)!r}" if path else ""
+
+
 def active_counts(masks: PyTree) -> list[Array]:
     """Number of active weights of every maskable leaf: uint32 (uint64 if larger)."""
+    check_arrays("masks", masks)
     return [
         jnp.sum(m, dtype=jnp.uint32 if m.size < 2**32 else jnp.uint64)
         for m in jax.tree.leaves(masks)
@@ -282,9 +332,14 @@ def sparsity(masks: PyTree) -> Sparsity:
     """How sparse masks are, overall and per leaf (see `Sparsity`).
 
     Args:
-      masks: pytree of masks, from `get_masks` or `init_masks`. Must be concrete: the
-        numbers are exact Python ones.
+      masks: pytree of masks, packed or not. Must be concrete: the numbers are exact
+        Python ones.
+
+    Raises:
+      TypeError, ValueError: what is no mask; traced masks.
     """
+    masks = given_masks(masks)
+    check_concrete("masks", masks)
     leaves = [
         (leaf_name(path), mask)
         for path, mask in jax.tree_util.tree_leaves_with_path(masks)
@@ -328,12 +383,20 @@ def pack_masks(masks: PyTree) -> PyTree:
                 )
         return PackedMask(jnp.packbits(jnp.atleast_1d(mask), axis=-1), mask.shape)
 
-    return jax.tree.map(pack, masks)
+    return jax.tree.map(pack, given_masks(masks))
 
 
 def unpack_masks(packed: PyTree) -> PyTree:
-    """The masks that `pack_masks` packed; others as they are."""
+    """The masks that `pack_masks` packed; others as they are.
 
+    Raises:
+      TypeError: what is no array.
+    """
+    check_arrays("packed", packed)
+    return _unpack(packed)
+
+
+def _unpack(packed: PyTree) -> PyTree:
     def unpack(x: Any) -> Any:
         if not is_packed(x):
             return x

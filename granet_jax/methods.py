@@ -15,14 +15,17 @@ from granet_jax import schedules, scores, structures
 from granet_jax.checks import (
     check_choice,
     check_decay,
+    check_flag,
     check_fraction,
     check_sparsity,
     check_steps,
+    check_type,
+    got,
     is_number,
 )
 from granet_jax.distributions import Distribution, check_distribution
 from granet_jax.penalties import Penalty
-from granet_jax.schedules import Schedule, Steps, UpdateSteps
+from granet_jax.schedules import ListedSteps, Schedule, Steps, UpdateSteps
 from granet_jax.scores import Score
 from granet_jax.selection import Scope, check_scope
 from granet_jax.structures import Structure
@@ -113,8 +116,14 @@ class Method:
 
     def __post_init__(self) -> None:
         """Raises ValueError or TypeError for a part that cannot be used."""
+        check_type("name", self.name, str, "a string")
         check_scope(self.scope)
         check_distribution(self.distribution)
+        when = "steps from schedules.every(...) or schedules.listed(...)"
+        for field in ("updates", "resets", "marks"):
+            check_type(field, getattr(self, field), (UpdateSteps, ListedSteps), when)
+        for field in ("redistribute", "needs_gradient"):
+            check_flag(field, getattr(self, field))
         if self.accumulator_decay is not None:
             check_decay("accumulator_decay", self.accumulator_decay)
         for field in ("sparsity", "prune", "drop", "fraction"):
@@ -338,7 +347,7 @@ def rigl(
     """
     check_steps("total_steps", total_steps, least=1)
     if not is_number(stop) or not 0.0 < stop <= 1.0:
-        raise ValueError(f"stop must be a number in (0, 1], got {stop!r}.")
+        raise ValueError(f"stop must be a number in (0, 1], got {got(stop)}.")
     return Method(
         name="rigl",
         **_exchange(

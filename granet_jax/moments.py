@@ -93,7 +93,9 @@ def _map_matched(
     return jax.tree_util.tree_map_with_path(at, inner_state)
 
 
-def refuse_flattened(inner_state: PyTree, params: PyTree) -> None:
+def refuse_flattened(
+    inner_state: PyTree, params: PyTree, argument: str = "inner"
+) -> None:
     """Raises ValueError for `optax.flatten`, whose moments cannot be told apart.
 
     Its moments are one vector over all parameters, and no parameter's path is part of
@@ -113,7 +115,7 @@ def refuse_flattened(inner_state: PyTree, params: PyTree) -> None:
     for path, x in jax.tree_util.tree_leaves_with_path(inner_state):
         if jnp.shape(x) == (size,) and not names_a_parameter(_names(path)):
             raise ValueError(
-                "inner keeps its state as one flat vector over all parameters "
+                f"{argument} keeps its state as one flat vector over all parameters "
                 f"(shape ({size},)), as optax.flatten does: the moments of pruned "
                 "weights cannot be addressed. Use the optimizer without optax.flatten."
             )

@@ -5,12 +5,15 @@ before the optimizer sees it, on top of any weight decay of the optimizer's own.
 user's own penalty is any function of `PenaltyInputs`.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+
+from granet_jax.checks import check_number, check_steps
 
 
 class PenaltyInputs(NamedTuple):
@@ -33,7 +36,8 @@ Penalty = Callable[[PenaltyInputs], ArrayLike]
 
 
 def outside(size: float) -> Penalty:
-    """`size` at weights outside the mask (SR-STE, Zhou et al. 2021)."""
+    """`size`, from 0 on, at weights outside the mask (SR-STE, Zhou et al. 2021)."""
+    check_number("size", size, least=0.0)
     return lambda inputs: jnp.where(inputs.mask, 0.0, size)
 
 
@@ -42,7 +46,12 @@ def exploration(size: float, density: float) -> Penalty:
 
     The further down a weight that the gradient reaches has been left out, the harder it
     is held back (Top-KAST, Jayakumar et al. 2020). Elsewhere none.
+
+    Raises:
+      TypeError, ValueError: `size` below 0, or `density` not in (0, 1].
     """
+    check_number("size", size, least=0.0)
+    check_number("density", density, above=0.0, most=1.0)
 
     def penalty(inputs: PenaltyInputs) -> Array:
         marked = _marked(inputs)
@@ -68,9 +77,18 @@ def growing(
     floats, the end would shift.) The marked weights have `kept` from then on. Before
     `first` it is none.
 
+    Raises:
+      TypeError, ValueError: an argument of the wrong type or out of range.
+
     References:
       Wang et al., Neural Pruning via Growing Regularization, ICLR 2021.
     """
+    check_steps("interval", interval)
+    check_number("step", step, above=0.0)
+    check_steps("first", first, least=0)
+    check_steps("last", last, least=first + 1)
+    check_number("start", start, least=0.0)
+    check_number("kept", kept, least=-math.inf)
     most = -(-(last - first) // interval)
 
     def penalty(inputs: PenaltyInputs) -> Array:
@@ -83,7 +101,14 @@ def growing(
 
 
 def picking(*, interval: int, step: float, last: int) -> Penalty:
-    """Grows at all weights alike: step * j in the j-th interval, until step `last`."""
+    """Grows at all weights alike: step * j in the j-th interval, until step `last`.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong type or out of range.
+    """
+    check_steps("interval", interval)
+    check_number("step", step, above=0.0)
+    check_steps("last", last)
 
     def penalty(inputs: PenaltyInputs) -> Array:
         size = step * (inputs.count // interval + 1).astype(jnp.float32)

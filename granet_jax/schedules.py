@@ -7,14 +7,20 @@ of optimizer steps done, 1 after the first.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from granet_jax.checks import check_steps
+from granet_jax.checks import (
+    check_function,
+    check_number,
+    check_sparsity,
+    check_steps,
+    got,
+)
 
 Schedule = Callable[[int], float]
 
@@ -102,13 +108,20 @@ def listed(steps: Sequence[int]) -> ListedSteps:
     Raises:
       TypeError, ValueError: no steps; no integers; not increasing.
     """
+    return increasing("steps", steps)
+
+
+def increasing(name: str, steps: Sequence[int]) -> ListedSteps:
+    """As `listed`, of an argument of this name."""
+    if not isinstance(steps, Iterable):
+        raise TypeError(f"{name} must be a sequence of steps, got {got(steps)}.")
     at = tuple(steps)
     if not at:
-        raise ValueError("steps must hold one or more steps, got none.")
+        raise ValueError(f"{name} must hold one or more steps, got none.")
     for step in at:
-        check_steps("steps", step)
+        check_steps(name, step)
     if any(b <= a for a, b in itertools.pairwise(at)):
-        raise ValueError(f"steps must increase from one to the next, got {at}.")
+        raise ValueError(f"{name} must increase from one to the next, got {at}.")
     return ListedSteps(tuple(int(step) for step in at))
 
 
@@ -116,12 +129,20 @@ NEVER = UpdateSteps(first=1, last=0, interval=1)
 
 
 def every(interval: int, *, begin: int = 0, last: int) -> UpdateSteps:
-    """The steps from 1 to `last` that lie a multiple of `interval` from `begin`."""
+    """The steps from 1 to `last` that lie a multiple of `interval` from `begin`.
+
+    Raises:
+      TypeError, ValueError: an argument that is no number of steps.
+    """
+    check_steps("interval", interval)
+    check_steps("begin", begin, least=0)
+    check_steps("last", last, least=0)
     return UpdateSteps(begin % interval or interval, last, interval)
 
 
 def constant(value: float) -> Schedule:
-    """The same value at every step."""
+    """The same value at every step; a finite number."""
+    check_number("value", value, least=-math.inf)
     return lambda step: value
 
 
@@ -134,7 +155,21 @@ def cubic(
     n = (end - begin) // interval, and j held within [0, n]. At j = n the value is
     `final` to the bit. The GraNet code stops at j = n - 1 and so never quite reaches
     the final sparsity; we do, on purpose.
+
+    Raises:
+      TypeError, ValueError: sparsities that are no numbers in [0, 1), steps that are
+        none, or an interval that does not fit between them.
     """
+    check_sparsity("initial", initial)
+    check_sparsity("final", final)
+    check_steps("begin", begin, least=0)
+    check_steps("end", end)
+    check_steps("interval", interval)
+    if interval > end - begin:
+        raise ValueError(
+            f"interval must fit between begin and end, got interval={interval} with "
+            f"begin={begin} and end={end}."
+        )
     updates = (end - begin) // interval
 
     def sparsity(step: int) -> float:
@@ -150,7 +185,13 @@ def cosine(initial: float, final: float, *, steps: float) -> Schedule:
     """Cosine from `initial` at step 0 to `final` at `steps`, and `final` after.
 
     f(t) = final + (initial - final) (1 + cos(pi t / steps)) / 2.
+
+    Raises:
+      TypeError, ValueError: an argument that is no finite number; `steps` not above 0.
     """
+    check_number("initial", initial, least=-math.inf)
+    check_number("final", final, least=-math.inf)
+    check_number("steps", steps, above=0.0)
 
     def value(step: int) -> float:
         angle = math.pi * min(step / steps, 1.0)
@@ -170,9 +211,16 @@ def repeated(schedule: Schedule, *, period: int, cycles: int) -> Schedule:
       period: steps of a cycle.
       cycles: how often the schedule runs.
 
+    Raises:
+      TypeError, ValueError: `schedule` is no function; a period or a number of cycles
+        that is no integer from 1 on.
+
     References:
       Srinivas et al., Cyclical Pruning for Sparse Neural Networks, 2022.
     """
+    check_function("schedule", schedule, "a function of the step")
+    check_steps("period", period)
+    check_steps("cycles", cycles)
 
     def value(step: int) -> float:
         return schedule(step - min(step // period, cycles - 1) * period)

@@ -4,7 +4,7 @@ A larger score is kept (when dropping) or activated (when growing). Any real num
 allowed; NaN ranks below all. A user's own score is any function of `ScoreInputs`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -97,7 +97,8 @@ def lookahead(order: Sequence[str]) -> Score:
       Park et al., Lookahead: A Far-Sighted Alternative of Magnitude-based Pruning, ICLR
       2020.
     """
-    if isinstance(order, str) or not all(isinstance(name, str) for name in order):
+    several = isinstance(order, Iterable) and not isinstance(order, str)
+    if not several or not all(isinstance(name, str) for name in order):
         raise TypeError(f"order must be a sequence of leaf names, got {order!r}.")
     chain = tuple(order)
     if len(chain) < 2 or len(set(chain)) < len(chain):

@@ -30,7 +30,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from granet_jax import distributions, masking, selection
-from granet_jax.checks import check_choice
+from granet_jax.checks import check_choice, check_integer
 from granet_jax.distributions import Distribution, Shape
 from granet_jax.selection import Scope
 
@@ -79,7 +79,7 @@ def block(*shape: int, norm: Norm = "l1") -> Structure:
       Gray et al., GPU Kernels for Block-Sparse Weights, 2017.
     """
     for side in shape:
-        _check_integer("shape", side)
+        check_integer("shape", side)
     if not shape or min(shape) < 1:
         raise ValueError(f"shape must be of positive sides, got {shape}.")
     check_choice("norm", norm, NORMS)
@@ -150,7 +150,7 @@ def n_of_m(n: int, m: int, *, axis: int = -2) -> Structure:
       Recipe for N:M Structured Sparsity with Decaying Pruning Mask, 2022 (by stages).
     """
     for name, value in (("n", n), ("m", m), ("axis", axis)):
-        _check_integer(name, value)
+        check_integer(name, value)
     if not 1 <= n < m:
         raise ValueError(
             f"n must be at least 1 and below m, got n={n} with m={m}: that is no "
@@ -476,8 +476,3 @@ def _split(structure: Structure, shape: Shape) -> tuple[Shape, tuple[int, ...]]:
 def _reshaped(x: Array, shape: Shape) -> Array:
     # A reshape is nothing to be had on Explicit mesh axes, not even to the same shape.
     return x if x.shape == shape else x.reshape(shape)
-
-
-def _check_integer(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}.")

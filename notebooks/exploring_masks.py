@@ -192,12 +192,12 @@ def show(step):
     return plots.inputs(mask, (8, 8), title=f"GraNet, step {step}")
 
 
-ipywidgets.interactive(
-    show, step=ipywidgets.SelectionSlider(options=[*history], description="step")
-)
+slider = ipywidgets.SelectionSlider(options=[*history], description="step")
+explorer = ipywidgets.interactive(show, step=slider)
+explorer
 
 # %%
-figure = Figure(figsize=(9, 2.6), layout="constrained")
+figure = Figure(figsize=(9, 2.0), layout="constrained")
 shown = [[*history][i] for i in (0, 2, 4, 7, 10)]
 panels = figure.subplots(1, 5)
 for axes, step in zip(panels, shown, strict=True):
@@ -205,7 +205,7 @@ for axes, step in zip(panels, shown, strict=True):
     image = axes.imshow(kept, cmap="cividis", vmin=0, vmax=300)
     axes.set_title(f"step {step}", fontsize=11)
     axes.set_axis_off()
-figure.colorbar(image, ax=panels, label="active weights\nof a pixel, of 300")
+figure.colorbar(image, ax=panels, label="active weights\nof a pixel, of 300", aspect=12)
 figure
 
 # %% [markdown]
@@ -218,14 +218,16 @@ plots.churn(history, title="GraNet: what each update changed")
 
 # %% [markdown]
 # The exploration rate is the share of all weights that were active at least once.
-# GraNet starts dense and so has seen them all; a static mask has seen its tenth.
+# GraNet starts dense and so has seen them all; a static mask has seen its tenth. SET,
+# which grows at random, sees ever more; RigL, which grows where gradients are large,
+# soon finds few that are new.
 
 # %%
-for name in ("GraNet", "RigL", "SET", "static"):
-    seen = analysis.exploration(histories[name].values()).total
-    print(f"{name:8} {seen:6.1%}")
-assert analysis.exploration(histories["GraNet"].values()).total == 1.0
-assert analysis.exploration(histories["static"].values()).total == 0.1
+explored = {name: histories[name] for name in ("GraNet", "RigL", "SET", "static")}
+seen = {name: analysis.exploration(h.values()).total for name, h in explored.items()}
+print({name: f"{share:.1%}" for name, share in seen.items()})
+assert (seen["GraNet"], seen["static"]) == (1.0, 0.1)
+plots.exploration(explored)
 
 # %% [markdown]
 # ## How alike are two masks?

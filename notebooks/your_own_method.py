@@ -195,7 +195,9 @@ for name, accuracies in found.items():
 figure = Figure(figsize=(7, 2.8), layout="constrained")
 axes = figure.subplots()
 for row, accuracies in enumerate(found.values()):
-    axes.plot([100 * a for a in accuracies], [row] * SEEDS, "o", color="#0072B2")
+    # One below the other, so that equal ones are seen.
+    rows = jnp.linspace(row - 0.15, row + 0.15, SEEDS)
+    axes.plot([100 * a for a in accuracies], rows, "o", color="#0072B2")
     mean = 100 * sum(accuracies) / SEEDS
     axes.plot(mean, row, "|", color="#D55E00", markersize=20, markeredgewidth=2)
 axes.set_yticks(range(len(found)), list(found))

@@ -20,7 +20,9 @@ class Command(NamedTuple):
 
 def python_blocks(page: Path) -> list[str]:
     """The Python blocks of a page, in order."""
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+    return re.findall(
+        r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL
+    )
 
 
 def run(block: str, scope: dict[str, Any], name: str) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def run(block: str, scope: dict[str, Any], name: str) -> dict[str, Any]:
 def commands(page: Path) -> list[Command]:
     """Every `python -m` command of a page, in blocks and in lines of text."""
     text = page.read_text()
-    fenced = re.compile(r"^```.*?^```", re.M | re.S)
+    fenced = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
     spans = re.findall(r"`([^`]+)`", fenced.sub("", text))
     lines = [re.sub(r"\s+", " ", span) for span in spans]
     # Indented lines and fenced blocks, with those that a backslash continues.

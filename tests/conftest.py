@@ -43,7 +43,7 @@ hypothesis.settings.load_profile(PROFILE)
 # in the nightly run.
 OPTIMIZED = (
     "experiments",
-    "invariants",
+    "fuzz",
     "mask_sources_flow",
     "oracle",
     "processes",

@@ -1,5 +1,6 @@
 """Metrics of masks and tables of networks, against counts by hand and simulations."""
 
+import functools
 import io
 import itertools
 import math
@@ -202,9 +203,31 @@ def test_exploration_by_hand() -> None:
         np.testing.assert_array_equal(after, before)
 
 
+def test_exploration_over_time_is_that_of_every_beginning() -> None:
+    rng = np.random.default_rng(0)
+    # Out of order: steps are, whatever the order they were kept in.
+    history = {
+        step: {"x": rng.random((5, 6)) < 0.2, "y": rng.random((3, 2)) < 0.3}
+        for step in (40, 0, 10, 20)
+    }
+    found = analysis.exploration_over_time(history)
+    assert [*found] == [0, 10, 20, 40]
+    for step, rate in found.items():
+        before = [masks for t, masks in history.items() if t <= step]
+        assert rate == analysis.exploration(before)
+    shares = [rate.total for rate in found.values()]
+    assert shares == sorted(shares)
+    assert shares[0] < shares[-1] < 1
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda a, b: analysis.exploration_over_time({}), "got none"),
+        (
+            lambda a, b: analysis.exploration_over_time({0: a, 5: b}),
+            "the first masks of history",
+        ),
         (lambda a, b: analysis.overlap(a, b), "a and b must be masks of the same"),
         (lambda a, b: analysis.churn(a, b), "before and after must be"),
         (lambda a, b: analysis.exploration([a, b]), "the first masks of history"),
@@ -358,6 +381,52 @@ def test_gradient_flow_is_what_a_step_gains() -> None:
     )
     flow = analysis.gradient_flow(g, masks).leaves["dense/kernel"]
     assert float(flow) == pytest.approx(float(slope), rel=1e-5)
+
+
+# --- sharpness
+
+
+@pytest.mark.parametrize("top", [9.0, -9.0])
+def test_sharpness_is_the_eigenvalue_of_what_is_trained(top: float) -> None:
+    rng = np.random.default_rng(0)
+    mask = rng.random((4, 5)) < 0.5
+    free = np.concatenate([np.ones(3, bool), mask.reshape(-1)])
+    # A quadratic. Its largest curvature of all is along pruned weights; among the
+    # others it is `top`, along a direction of both leaves.
+    rotation = np.linalg.qr(rng.normal(size=(free.sum(), free.sum())))[0]
+    values = np.linspace(-5, 5, free.sum())
+    values[0] = top
+    hessian = 50 * np.eye(23)
+    hessian[np.ix_(free, free)] = rotation * values @ rotation.T
+    mixed = rng.normal(size=(23, 23)) * np.logical_xor.outer(free, free)
+    hessian += mixed + mixed.T
+
+    def loss(params: Any, matrix: Any) -> Any:
+        flat = jnp.concatenate([params["b"], params["w"].reshape(-1)])
+        return 0.5 * flat @ matrix @ flat
+
+    params = {"b": jnp.ones(3), "w": jnp.ones((4, 5))}
+    masks = granet_jax.pack_masks({"b": None, "w": jnp.asarray(mask)})
+
+    @jax.jit
+    def found(masks: Any, matrix: Any) -> Any:
+        return analysis.sharpness(loss, params, masks, matrix, iterations=40)
+
+    matrix = jnp.asarray(hessian, jnp.float32)
+    assert float(found(masks, matrix)) == pytest.approx(top, rel=1e-4)
+    none = granet_jax.pack_masks({"b": None, "w": jnp.zeros((4, 5), bool)})
+    among = np.linalg.eigvalsh(hessian[:3, :3])
+    assert float(found(none, matrix)) == pytest.approx(max(among, key=abs), rel=1e-3)
+    assert float(found(masks, jnp.zeros((23, 23)))) == 0
+
+
+def test_sharpness_of_nonsense() -> None:
+    call = functools.partial(analysis.sharpness, lambda p, _: jnp.sum(p["w"]))
+    w = {"w": jnp.ones((2, 2))}
+    with pytest.raises(ValueError, match="iterations must be at least 1"):
+        call(w, w, None, iterations=0)
+    with pytest.raises(ValueError, match="structure"):
+        call(w, {"v": jnp.ones((2, 2))}, None)
 
 
 # --- summary

@@ -54,6 +54,9 @@ FIGURES: dict[str, Any] = {
     "of many layers": lambda: plots.densities_over_time(history(40)),
     "churn": lambda: plots.churn({t: masks(t) for t in (0, 5, 10)}),
     "churn of many": lambda: plots.churn({t: masks(t, 30) for t in range(0, 90, 3)}),
+    "exploration": lambda: plots.exploration(
+        {m: {t: masks(t + i) for t in (0, 5, 10)} for i, m in enumerate(METHODS)}
+    ),
     "accuracies": lambda: plots.accuracies(
         {m: {s: [0.9 - s / 9, 0.91 - s / 9] for s in (0.9, 0.98)} for m in METHODS},
         [0.93, 0.92],
@@ -171,6 +174,17 @@ def test_lines_over_time() -> None:
     assert [*dropped.lines[0].get_xdata()] == [7, 9]
 
 
+def test_exploration_is_over_all_leaves() -> None:
+    start = {"a": np.asarray([[1, 1, 0, 0]], bool), "b": np.zeros((2, 2), bool)}
+    end = {"a": np.asarray([[0, 1, 1, 0]], bool), "b": np.eye(2, dtype=bool)}
+    moving = {0: start, 7: end, 9: start}
+    axes = first(plots.exploration({"moving": moving, "still": {0: start, 9: start}}))
+    drawn = lines(axes)
+    assert drawn["moving"] == [25, 62.5, 62.5]
+    assert drawn["still"] == [25, 25]
+    assert [*axes.lines[0].get_xdata()] == [0, 7, 9]
+
+
 def test_schedules_are_those_of_methods() -> None:
     drawn = lines(first(plots.sparsities(METHODS, STEPS)))
     assert drawn["rigl"] == [90.0] * len(drawn["rigl"])
@@ -202,6 +216,8 @@ def test_accuracies_are_means_over_seeds() -> None:
         ),
         (lambda: plots.densities_over_time({}), "history must hold"),
         (lambda: plots.churn({0: masks(0)}), "two masks or more, got 1"),
+        (lambda: plots.exploration({}), "histories must hold masks"),
+        (lambda: plots.exploration({"a": {}}), "history must hold masks"),
         (lambda: plots.mask(np.ones(3, bool)), r"got shape \(3,\)"),
         (lambda: plots.inputs(np.ones((9, 2), bool), (2, 5)), "the 10 pixels"),
         (lambda: plots.accuracies({}), "must hold accuracies"),

@@ -395,7 +395,7 @@ def test_listed_steps_agree_with_the_list(gaps: list[int]) -> None:
     steps = schedules.listed(at)
     assert (steps.first, steps.last, steps.steps()) == (at[0], at[-1], at)
     assert steps.interval == min(gaps[1:], default=at[0])
-    for t in range(0, at[-1] + 3):
+    for t in range(at[-1] + 3):
         assert bool(steps.contains(jnp.int32(t))) == (t in at)
         assert int(steps.done(jnp.int32(t))) == sum(s <= t for s in at)
         index = int(steps.update_index(jnp.int32(t)))
@@ -404,7 +404,7 @@ def test_listed_steps_agree_with_the_list(gaps: list[int]) -> None:
 
 @pytest.mark.parametrize("updates", [schedules.UpdateSteps(4, 20, 4), schedules.NEVER])
 def test_updates_done_so_far(updates: schedules.UpdateSteps) -> None:
-    for t in range(0, 30):
+    for t in range(30):
         expected = sum(s <= t for s in updates.steps())
         assert int(updates.done(jnp.int32(t))) == expected
 
@@ -417,7 +417,7 @@ def test_counts_above_floors(sizes, sparsity, data) -> None:
     shapes = [(n, 1) for n in sizes]
     total = distributions.total_count(sum(sizes), sparsity)
     if sum(floors) > total:
-        with pytest.raises(ValueError, match="must keep"):
+        with pytest.raises(ValueError, match=r"keep .* at least"):
             distributions.counts(shapes, sparsity, floors=floors)
         return
     counts = distributions.counts(shapes, sparsity, floors=floors)
@@ -468,11 +468,11 @@ def test_bad_arguments_of_cyclical(changes, error, message) -> None:
 @pytest.mark.parametrize(
     ("switches", "error", "message"),
     [
-        ((), ValueError, "steps must hold one or more"),
+        ((), ValueError, "switches must hold one or more"),
         ((10, 20), ValueError, "switches must be odd in number"),
-        ((10, 30, 20), ValueError, "steps must increase"),
-        ((0, 10, 20), ValueError, "steps must be at least 1"),
-        ((1.5,), TypeError, "steps must be an integer"),
+        ((10, 30, 20), ValueError, "switches must increase"),
+        ((0, 10, 20), ValueError, "switches must be at least 1"),
+        ((1.5,), TypeError, "switches must be an integer"),
     ],
 )
 def test_bad_arguments_of_acdc(switches, error, message) -> None:

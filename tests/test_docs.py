@@ -161,4 +161,4 @@ def test_every_method_has_its_place() -> None:
     assert {"granet", "acdc", "greg2"} <= constructors
     for name in constructors:
         assert f"`granet_jax.{name}(" in page
-        assert re.search(rf"^\|.*`{name}[`(]", choosing, re.M)
+        assert re.search(rf"^\|.*`{name}[`(]", choosing, re.MULTILINE)

@@ -278,7 +278,8 @@ def test_distribution_that_returns_no_densities() -> None:
 
 def test_caps_without_room() -> None:
     message = (
-        "sparsity 0.5 asks for 60 active weights, but the leaves may hold 30 at most."
+        "sparsity 0.5 asks for 60 active weights, but caps let the leaves hold 30 at "
+        "most: raise one of them."
     )
     with pytest.raises(ValueError, match=exactly(message)):
         distributions.counts([(6, 8), (3, 3, 2, 4)], 0.5, "uniform", caps=[10, 20])

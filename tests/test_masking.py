@@ -444,3 +444,16 @@ def test_set_masks_under_jit() -> None:
         lambda s: granet_jax.set_masks(s, jax.tree.map(jnp.logical_not, s.masks))
     )(state)
     assert_same(flipped.masks, jax.tree.map(lambda m: ~np.asarray(m), state.masks))
+
+
+def test_a_none_among_the_parameters_is_kept() -> None:
+    params = {"w": jnp.ones((2, 3)), "none": None, "bias": jnp.ones(3)}
+    given = {"w": np.eye(2, 3), "none": None, "bias": None}
+    tx = granet_jax.transform(granet_jax.static(0.5), optax.sgd(0.5), masks=given)
+    state = tx.init(params)
+    expected = {"w": jnp.eye(2, 3, dtype=bool), "none": None, "bias": DENSE}
+    assert_same(granet_jax.get_masks(state), expected)
+    assert_same(granet_jax.set_masks(state, granet_jax.get_masks(state)), state)
+    updates, state = tx.update(params, state, params)
+    new = optax.apply_updates(params, updates)
+    assert new["w"].tolist() == [[0.5, 0.0, 0.0], [0.0, 0.5, 0.0]]

@@ -76,10 +76,11 @@ def test_first_cells_are_for_readers(name: str):
     assert "google.colab" in setup.source
 
 
-@pytest.mark.parametrize("name", build.NAMES)
-def test_runs_from_a_new_kernel(name: str):
-    # The assertions are the notebook's own. In a process of its own, as the client's
-    # warnings and event loop are not ours.
+def run(*arguments: str) -> str:
+    """Runs Python with little training, in a process of its own.
+
+    The warnings and the event loop of the notebooks' client are not ours.
+    """
     settings = {
         "NOTEBOOK_STEPS": STEPS,
         "JAX_PLATFORMS": "cpu",
@@ -87,7 +88,7 @@ def test_runs_from_a_new_kernel(name: str):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "notebooks.build", "--check", name],
+        [sys.executable, *arguments],
         cwd=build.FOLDER.parent,
         env=os.environ | settings,
         capture_output=True,
@@ -95,4 +96,33 @@ def test_runs_from_a_new_kernel(name: str):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{name}: ")
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", [n for n in build.NAMES if n != "exploring_masks"])
+def test_runs_from_a_new_kernel(name: str):
+    # The assertions are the notebook's own.
+    assert run("-m", "notebooks.build", "--check", name).startswith(f"{name}: ")
+
+
+def test_exploring_masks_runs_and_its_slider_shows_another_figure():
+    code = """
+from nbformat.v4 import new_code_cell
+from notebooks import build
+
+notebook = build.source("exploring_masks")
+notebook.cells.append(new_code_cell('''
+def shown():
+    (axes, _) = explorer.result.axes
+    return axes.images[0].get_array(), axes.get_title()
+
+start, title = shown()
+assert title.startswith("GraNet, step 0") and start.min() == start.max() == 300
+slider.value = STEPS
+end, title = shown()
+assert title.startswith(f"GraNet, step {STEPS}") and end.sum() < start.sum() / 5
+print("moved")
+'''))
+print(build.run(notebook).cells[-1].outputs[0].text)
+"""
+    assert run("-c", code).split() == ["moved"]

@@ -5,7 +5,10 @@ that parameters and moments can be compared with `==`, and so that magnitudes an
 gradients tie often.
 """
 
+import functools
 import math
+import random
+from typing import NamedTuple
 
 import hypothesis
 import hypothesis.strategies as st
@@ -18,7 +21,9 @@ import pytest
 import granet_jax
 from granet_jax import _transform, choices, scores, updates
 from granet_jax.scores import ScoreInputs
-from tests import oracle
+from tests import fuzzing, oracle
+from tests.nightly import NIGHTLY
+from tests.test_contract import STRICT
 
 # In tree order; only those with two or more dimensions carry a mask.
 SHAPES = {
@@ -30,10 +35,11 @@ SHAPES = {
     "scale": (),
 }
 MASKED = ("conv.kernel", "dense.kernel", "empty", "head.kernel", "one")
-T = 66  # Optimizer steps of a run.
+T = 630  # Optimizer steps of a run.
+S = 66  # Of a short one.
 
 METHODS = {
-    "granet": ("granet", (0.9, T), {"interval": 3, "end_step": 40}),
+    "granet": ("granet", (0.9, T), {"interval": 3, "end_step": 400}),
     "granet_st": ("granet", (0.9, T), {"interval": 3, "initial_sparsity": 0.5}),
     "granet_layer": (
         "granet",
@@ -57,7 +63,7 @@ METHODS = {
         },
     ),
     "granet_random": ("granet", (0.9, T), {"interval": 2, "grow": "random"}),
-    "granet_every_step": ("granet", (0.9, 25), {"interval": 1, "end_step": 18}),
+    "granet_every_step": ("granet", (0.9, 240), {"interval": 1, "end_step": 180}),
     "gmp": ("gmp", (0.95, T), {"interval": 3}),
     "gmp_st": (
         "gmp",
@@ -71,7 +77,69 @@ METHODS = {
     "snfs": ("snfs", (0.8, T), {"interval": 3, "decay": 0.5}),
     "snfs_full": ("snfs", (0.15, T), {"interval": 3, "decay": 0.5, "fraction": 0.9}),
     "static": ("static", (0.8,), {}),
+    "cyclical": ("cyclical", (0.9, T), {"cycles": 15, "interval": 2}),
+    "cyclical_partial": (
+        "cyclical",
+        (0.8, T),
+        {"cycles": 15, "interval": 2, "initial_sparsity": 0.3, "scope": "layer"},
+    ),
+    "cyclical_projected": (
+        "cyclical",
+        (0.9, T),
+        {"cycles": 15, "interval": 2, "recovery": "projected", "scope": "layer"},
+    ),
+    "cyclical_dense": (
+        "cyclical",
+        (0.9, T),
+        {
+            "cycles": 15,
+            "interval": 2,
+            "initial_sparsity": 0.2,
+            "recovery": "straight_through",
+        },
+    ),
+    "acdc": ("acdc", (0.8, tuple(range(3, T, 3))), {}),
+    "sculpt": ("sculpt", (0.9, T), {"cycles": 209, "initial_sparsity": 0.5}),
+    "straight_through": (
+        "straight_through",
+        (0.9, T),
+        {"interval": 3, "penalty": 2.0**-6},
+    ),
+    # The density divides the penalty: a quarter, so that products are exact.
+    "top_kast": (
+        "top_kast",
+        (0.75,),
+        {"backward_sparsity": 0.5, "interval": 3, "penalty": 2.0**-6},
+    ),
+    "top_kast_global": (
+        "top_kast",
+        (0.75,),
+        {"backward_sparsity": 0.2, "interval": 1, "penalty": 0.0, "scope": "global"},
+    ),
+    "greg1": (
+        "greg1",
+        (0.8,),
+        {"interval": 3, "growth": 2.0**-9, "ceiling": 0.25, "settle_steps": 20},
+    ),
+    "greg2": (
+        "greg2",
+        (0.8,),
+        {
+            "interval": 3,
+            "growth": 2.0**-9,
+            "ceiling": 0.25,
+            "settle_steps": 20,
+            "pick_growth": 2.0**-10,
+            "pick_ceiling": 2.0**-6,
+            "weight_decay": 2.0**-10,
+            "scope": "global",
+        },
+    ),
 }
+# With few updates: one pruning, and the choice of what it is to remove.
+RARE = ("sculpt", "greg1", "greg2")
+# A coefficient of several bits times a weight is rounded, before it is added.
+ROUNDED = ("greg1", "greg2")
 
 
 def leaves_of(tree):
@@ -83,37 +151,28 @@ def leaves_of(tree):
     return [flat[name] for name in MASKED]
 
 
-def with_leaves(tree, arrays):
-    """The tree with other maskable leaves."""
-    arrays = dict(zip(MASKED, arrays, strict=True))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: jnp.asarray(
-            arrays.get(jax.tree_util.keystr(path, simple=True, separator="."), x)
-        ),
-        tree,
-    )
-
-
-def random_tree(rng, *, grid, dtypes=None):
-    """Random multiples of `grid` in every leaf."""
+def random_tree(rng, *, grid, dtypes=None, lead=()):
+    """Random multiples of `grid` in every leaf, after the axes of `lead`."""
     dtypes = dtypes or {}
 
     def draw(path, shape):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        x = grid * np.round(rng.normal(size=shape) / grid)
-        return jnp.asarray(x, dtypes.get(name, jnp.float32))
+        x = grid * np.round(rng.normal(size=(*lead, *shape)) / grid)
+        return x.astype(dtypes.get(name, jnp.float32))
 
     return jax.tree_util.tree_map_with_path(
         draw, SHAPES, is_leaf=lambda x: isinstance(x, tuple)
     )
 
 
-def random_scores(seed, count):
-    """The library's random scores of one step, for the maskable leaves."""
+@jax.jit
+def random_scores(seed, counts):
+    """The library's random scores of every step, for the maskable leaves."""
     shapes = [leaf.shape for leaf in leaves_of(random_tree(np.random, grid=1.0))]
-    key = choices.step_key(seed, count)
-    return [
-        np.asarray(
+
+    def of(count):
+        key = choices.step_key(seed, count)
+        return [
             scores.random(
                 ScoreInputs(
                     param=jnp.zeros(shape),
@@ -123,15 +182,34 @@ def random_scores(seed, count):
                     key=jax.random.fold_in(key, i),
                 )
             )
-        )
-        for i, shape in enumerate(shapes)
-    ]
+            for i, shape in enumerate(shapes)
+        ]
+
+    return jax.vmap(of)(counts)
 
 
-def assert_same(ours, expected, what):
-    for name, x, y in zip(MASKED, ours, expected, strict=True):
-        assert x.dtype == y.dtype, (what, name)
-        np.testing.assert_array_equal(x, y, err_msg=f"{what} of {name}")
+class Snapshot(NamedTuple):
+    """What a step leaves behind: lists with an array per maskable leaf."""
+
+    masks: list
+    params: list
+    moments: list
+    marked: list
+    accumulators: list
+
+
+def assert_same(ours, expected):
+    """Two snapshots of all steps are equal to the bit, types included."""
+    for what, found, wanted in zip(Snapshot._fields, ours, expected, strict=True):
+        assert len(found) == len(wanted) in (0, len(MASKED)), what
+        for name, x, y in zip(MASKED, found, wanted, strict=False):
+            assert x.dtype == y.dtype, (what, name)
+            if not np.array_equal(x, y):
+                first = next(t for t in range(len(x)) if not np.array_equal(x[t], y[t]))
+                raise AssertionError(f"{what} of {name} differ from step {first + 1}")
+
+
+QUICK = {"xla_llvm_disable_expensive_passes": True}
 
 
 def run_both(
@@ -145,22 +223,23 @@ def run_both(
     nesterov=False,
     weight_decay=0.0,
     grid=2.0**-6,
-    steps=T,
+    steps=S,
     jit=True,
-    quick=True,
+    options=QUICK,
     dtypes=None,
     corrupt=None,
     apply_first=True,
 ):
-    """Trains with the library and with the oracle, comparing after every step.
+    """Trains with the oracle and with the library, and compares every step.
 
+    name: of one of `METHODS`, or a method as they are.
     mixing: the optimizer contains a link that looks at all weights at once.
-    quick: compile with few of LLVM's optimizations, in half the time.
+    options: of the compiler; `QUICK` for few of LLVM's optimizations, in half the time.
     corrupt: changes the dense gradients, given (rng, gradients, masks) as lists.
 
     Returns how many masks changed, counted over leaves and steps, and the oracle.
     """
-    function, args, kwargs = METHODS[name]
+    function, args, kwargs = METHODS[name] if isinstance(name, str) else name
     method = getattr(granet_jax, function)(*args, **kwargs)
     recipe = getattr(oracle, function)(*args, **kwargs)
     rng = np.random.default_rng(seed)
@@ -175,63 +254,87 @@ def run_both(
     else:
         tx = optax.chain(inner, granet_jax.transform(method, seed=seed))
     params = random_tree(rng, grid=grid, dtypes=dtypes)
+    grads = random_tree(rng, grid=grid, dtypes=dtypes, lead=(steps,))
     state = tx.init(params)
 
     # Drawn and selected by the oracle, from the library's random numbers.
-    masks = oracle.initial_masks(recipe, random_scores(seed, 0))
-    assert_same(leaves_of(granet_jax.get_masks(state)), masks, "initial mask")
-    if apply_first:
+    drawn = leaves_of(params)
+    luck = jax.device_get(random_scores(seed, jnp.arange(steps + 1)))
+    masks = oracle.initial_masks(recipe, [x[0] for x in luck], drawn)
+    for x, y in zip(leaves_of(granet_jax.get_masks(state)), masks, strict=True):
+        np.testing.assert_array_equal(x, y)
+    if apply_first and recipe.weights != "dense":
         params = granet_jax.apply_masks(params, granet_jax.get_masks(state))
-    theirs = oracle.Trainer(
-        recipe,
+    optimizer = oracle.Sgd(
         leaves_of(params),
-        masks,
         rate=rate,
         momentum=momentum,
         nesterov=nesterov,
         weight_decay=weight_decay,
-        steers=steers,
     )
-
-    def step(params, state, grads):
-        extra = {} if steers else {"grads": grads}
-        changes, state = tx.update(grads, state, params, **extra)
-        return optax.apply_updates(params, changes), state
-
-    if jit:
-        options = {"xla_llvm_disable_expensive_passes": True} if quick else None
-        step = jax.jit(step, compiler_options=options)
+    theirs = oracle.Trainer(
+        recipe, leaves_of(params), masks, optimizer, steers=steers, drawn=drawn
+    )
+    expected = []
     changed = 0
-    for t in range(1, steps + 1):
-        grads = random_tree(rng, grid=grid, dtypes=dtypes)
+    for t in range(steps):
+        dense = [g[t] for g in leaves_of(grads)]
         if corrupt is not None:
-            grads = with_leaves(grads, corrupt(rng, leaves_of(grads), theirs.masks))
+            dense = corrupt(rng, dense, theirs.masks)
+            for g, x in zip(leaves_of(grads), dense, strict=True):
+                g[t] = x
         before = theirs.masks
-        theirs.step(leaves_of(grads), lambda count: random_scores(seed, count))
-        params, state = step(params, state, grads)
-        sparse = granet_jax.get_state(state)
-        assert int(sparse.count) == t
-        assert_same(leaves_of(sparse.masks), theirs.masks, f"mask at step {t}")
-        assert_same(leaves_of(params), theirs.params, f"parameters at step {t}")
-        if momentum:
-            trace = optax.tree_utils.tree_get(state, "trace")
-            assert_same(leaves_of(trace), theirs.moments, f"momentum at step {t}")
-        if recipe.decay is not None:
-            assert_same(
-                leaves_of(sparse.accumulator),
-                theirs.accumulators,
-                f"moving average at step {t}",
-            )
+        theirs.step(dense, lambda count: [x[count] for x in luck])
         changed += sum(
             not np.array_equal(x, y) for x, y in zip(before, theirs.masks, strict=True)
         )
+        expected.append(
+            Snapshot(
+                theirs.masks,
+                theirs.params,
+                list(optimizer.moments) if momentum else [],
+                theirs.marked if recipe.marked is not None else [],
+                theirs.accumulators if recipe.decay is not None else [],
+            )
+        )
+
+    def step(carry, grad):
+        params, state = carry
+        extra = {} if steers else {"grads": grad}
+        changes, state = tx.update(grad, state, params, **extra)
+        params = optax.apply_updates(params, changes)
+        return (params, state), (params, state)
+
+    start = (jax.tree.map(jnp.asarray, params), state)
+    if jit:
+        run = jax.jit(functools.partial(jax.lax.scan, step), compiler_options=options)
+        _, rows = run(start, grads)
+    else:
+        found = []
+        for t in range(steps):
+            start, row = step(
+                start, jax.tree.map(lambda g, t=t: jnp.asarray(g[t]), grads)
+            )
+            found.append(row)
+        rows = jax.tree.map(lambda *x: np.stack(x), *found)
+    params, state = jax.device_get(rows)
+    sparse = granet_jax.get_state(state)
+    np.testing.assert_array_equal(sparse.count, np.arange(1, steps + 1))
+    moments = optax.tree_utils.tree_get(state, "trace") if momentum else ()
+    ours = Snapshot(
+        *(
+            leaves_of(tree) if jax.tree.leaves(tree) else []
+            for tree in (
+                sparse.masks,
+                params,
+                moments,
+                sparse.marked,
+                sparse.accumulator,
+            )
+        )
+    )
+    assert_same(ours, jax.tree.map(lambda *x: np.stack(x), *expected))
     return changed, theirs
-
-
-def length(name):
-    """Steps of a run: past the last update, to see that it was the last."""
-    args = METHODS[name][1]
-    return args[1] + 3 if len(args) > 1 else 5
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -244,21 +347,41 @@ def test_every_method_follows_the_oracle(name, monkeypatch):
         "_can_mask_inputs",
         lambda *args: lean.append(decide(*args)) or lean[-1],
     )
+    # Past the last update, to see that it was the last.
     changed, theirs = run_both(
         name,
-        steps=length(name),
+        steps=5 if name == "static" else T + 3,
         nesterov=True,
         weight_decay=2.0**-10,
-        quick=False,
+        options=STRICT if name in ROUNDED else None,
     )
-    assert lean == [True]
-    number = len(theirs.recipe.update_steps)
+    recipe = theirs.recipe
+    assert lean == ([True] if recipe.weights == "sparse" else [])
     if name == "static":
-        assert number == changed == 0
+        assert len(recipe.update_steps) == changed == 0
+    elif name in RARE:
+        assert changed >= 1
     else:
-        assert number >= 20
-        # Every update moved some mask, several leaves at times.
-        assert changed > number
+        chosen = T // recipe.refresh if recipe.weights != "sparse" else 0
+        assert max(len(recipe.update_steps), chosen) >= 200
+        # Masks move all along; by gradual pruning as often as there are weights.
+        assert changed >= 100
+
+
+@pytest.mark.parametrize("seed", range(200 if NIGHTLY else 3))
+def test_any_configuration_follows_the_oracle(seed):
+    # With schedules of two hundred updates, drawn with all else.
+    rng = random.Random(seed)
+    method = fuzzing.drawn_method(rng, updates=200)
+    run_both(
+        method,
+        seed=seed,
+        steps=rng.choice([250, 450]),
+        momentum=rng.choice([0.0, 0.5]),
+        mixing=rng.random() < 0.3,
+        grid=rng.choice([0.25, 2.0**-6]),
+        options=STRICT,
+    )
 
 
 @pytest.mark.parametrize("name", ["granet", "granet_layer", "rigl", "snfs_full"])
@@ -285,10 +408,9 @@ def test_outside_jit():
 
 
 def test_random_growth_depends_on_seed_and_step():
-    drawn = {
-        tuple(x[1].ravel().tolist())
-        for x in (random_scores(0, 1), random_scores(0, 2), random_scores(1, 1))
-    }
+    counts = jnp.arange(3)
+    first, other = random_scores(0, counts)[1], random_scores(1, counts)[1]
+    drawn = {tuple(x.ravel().tolist()) for x in (first[1], first[2], other[1])}
     assert len(drawn) == 3
 
 
@@ -328,6 +450,10 @@ def test_parameters_that_nobody_masked(name, mixing):
 
 # --- The parts of SNFS's redistribution ---------------------------------------------
 
+# Op by op, its loops would be compiled anew at every call.
+redistribute = jax.jit(updates.redistribute)
+mean_score = jax.jit(updates.mean_score)
+
 
 @st.composite
 def pouring(draw):
@@ -347,7 +473,7 @@ def pouring(draw):
 def test_redistribution_fills_exactly_and_within_room(case):
     number, weights, room = case
     given = np.asarray(
-        updates.redistribute(
+        redistribute(
             jnp.uint32(number),
             jnp.asarray(weights, jnp.float32),
             jnp.asarray(room, jnp.uint32),
@@ -363,7 +489,7 @@ def test_redistribution_fills_exactly_and_within_room(case):
 )
 def test_redistribution_is_proportional_where_there_is_room(weights, number):
     given = np.asarray(
-        updates.redistribute(
+        redistribute(
             jnp.uint32(number),
             jnp.asarray(weights, jnp.float32),
             jnp.full(4, 2**20, jnp.uint32),
@@ -377,7 +503,7 @@ def test_redistribution_is_proportional_where_there_is_room(weights, number):
 
 def test_redistribution_by_hand():
     def pour(number, weights, room):
-        given = updates.redistribute(
+        given = redistribute(
             jnp.uint32(number),
             jnp.asarray(weights, jnp.float32),
             jnp.asarray(room, jnp.uint32),
@@ -401,7 +527,7 @@ def test_mean_score_is_the_mean_up_to_a_common_factor():
         for i, m in enumerate(masks)
     ]
     masks[2][:] = True
-    means = np.asarray(updates.mean_score(masks, values), np.float64)
+    means = np.asarray(mean_score(masks, values), np.float64)
     expected = np.asarray(
         [v[m].mean() if m.any() else 0.0 for v, m in zip(values, masks, strict=False)]
     )
@@ -413,10 +539,8 @@ def test_mean_score_is_the_mean_up_to_a_common_factor():
 
 def test_mean_score_ignores_what_is_not_finite():
     mask = np.ones(4, bool)
-    clean = updates.mean_score([mask, mask], [np.float32([1, 0, 2, 0]), np.ones(4)])
-    dirty = updates.mean_score(
-        [mask, mask], [np.float32([1, np.inf, 2, np.nan]), np.ones(4)]
-    )
+    clean = mean_score([mask, mask], [np.float32([1, 0, 2, 0]), np.ones(4)])
+    dirty = mean_score([mask, mask], [np.float32([1, np.inf, 2, np.nan]), np.ones(4)])
     np.testing.assert_array_equal(clean, dirty)
     assert clean[0] / clean[1] == 0.75
 
@@ -456,18 +580,16 @@ def test_oracle_numbers_by_hand():
 def test_oracle_trains_by_hand():
     # One leaf of four, RigL with one exchange of half the weights at step 1.
     recipe = oracle.Recipe(start=0.5, fractions={1: 0.5})
+    params = [np.float32([[4, 1, 0, 0]])]
+    optimizer = oracle.Sgd(params, rate=0.5, momentum=0.5)
     trainer = oracle.Trainer(
-        recipe,
-        [np.float32([[4, 1, 0, 0]])],
-        [np.array([[True, True, False, False]])],
-        rate=0.5,
-        momentum=0.5,
+        recipe, params, [np.array([[True, True, False, False]])], optimizer
     )
     trainer.step([np.float32([[2, 1, -4, 8]])])
     # Stepped to 3 and 0.5; 0.5 is dropped, and the last has the largest gradient.
     assert trainer.masks[0].tolist() == [[True, False, False, True]]
     assert trainer.params[0].tolist() == [[3, 0, 0, 0]]
-    assert trainer.moments[0].tolist() == [[2, 0, 0, 0]]
+    assert optimizer.moments[0].tolist() == [[2, 0, 0, 0]]
     trainer.step([np.float32([[0, 1, 1, 8]])])
     assert trainer.params[0].tolist() == [[2.5, 0, 0, -4]]
-    assert trainer.moments[0].tolist() == [[1, 0, 0, 8]]
+    assert optimizer.moments[0].tolist() == [[1, 0, 0, 8]]

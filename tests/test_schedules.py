@@ -37,7 +37,7 @@ def test_traced_steps_agree_with_the_list(updates: schedules.UpdateSteps) -> Non
     contains = jax.jit(updates.contains)
     index = jax.jit(updates.update_index)
     steps = list(updates.steps())
-    for t in range(0, 30):
+    for t in range(30):
         step = jnp.int32(t)
         assert bool(contains(step)) == (t in steps)
         if t in steps:
@@ -47,7 +47,7 @@ def test_traced_steps_agree_with_the_list(updates: schedules.UpdateSteps) -> Non
 
 def test_cubic_is_the_formula_in_whole_intervals() -> None:
     schedule = schedules.cubic(0.5, 0.9, begin=10, end=53, interval=10)  # n = 4
-    for t in range(0, 80):
+    for t in range(80):
         j = min(max((t - 10) // 10, 0), 4)
         exact = (
             Fraction(0.9) + (Fraction(0.5) - Fraction(0.9)) * (1 - Fraction(j, 4)) ** 3

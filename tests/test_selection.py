@@ -131,7 +131,7 @@ def test_hard_inputs_at_every_k(name: str, scope: selection.Scope) -> None:
     # Denormals are flushed to zero by some hardware, but never by this comparison.
     scores = [flat[:12].reshape(3, 4), flat[12:]]
     everything = [np.ones(x.shape, bool) for x in scores]
-    for k in range(0, 26 if scope == "global" else 14):
+    for k in range(26 if scope == "global" else 14):
         check(scores, everything, k if scope == "global" else [k, 13 - k], scope)
 
 

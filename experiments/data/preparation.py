@@ -11,7 +11,7 @@ import pathlib
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -215,11 +215,11 @@ def _manual_dir(
 
 
 @contextlib.contextmanager
-def _lock(builder: Any) -> Iterator[None]:
+def _lock(builder: Any) -> Generator[None]:
     """Lets one process at a time prepare a data set; ends with the process."""
     root = pathlib.Path(builder.data_dir_root)
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / f".{builder.name}.lock", "w") as file:
+    with (root / f".{builder.name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -252,7 +252,7 @@ def _check_imagenet(
     } | dict(checksums or {})
     for name in IMAGENET_ARCHIVES:
         print(f"checking {manual / name}", file=sys.stderr)
-        with open(manual / name, "rb") as file:
+        with (manual / name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != known[name]:
             raise OSError(

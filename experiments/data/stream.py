@@ -12,7 +12,7 @@ import io
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import grain
@@ -293,7 +293,7 @@ def _read(source: Any, indices: list[int]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _readable(source: Any) -> Iterator[None]:
+def _readable(source: Any) -> Generator[None]:
     """Turns whatever the reader of damaged data raises into an OSError."""
     try:
         yield

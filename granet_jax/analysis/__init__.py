@@ -15,6 +15,9 @@ from granet_jax.analysis.metrics import churn as churn
 from granet_jax.analysis.metrics import connectivity as connectivity
 from granet_jax.analysis.metrics import dead_units as dead_units
 from granet_jax.analysis.metrics import exploration as exploration
+from granet_jax.analysis.metrics import (
+    exploration_over_time as exploration_over_time,
+)
 from granet_jax.analysis.metrics import gradient_flow as gradient_flow
 from granet_jax.analysis.metrics import overlap as overlap
 from granet_jax.analysis.plasticity import Pruned as Pruned
@@ -23,4 +26,5 @@ from granet_jax.analysis.plasticity import apply_pruned as apply_pruned
 from granet_jax.analysis.plasticity import keep_counts as keep_counts
 from granet_jax.analysis.plasticity import prune as prune
 from granet_jax.analysis.plasticity import sparsities as sparsities
+from granet_jax.analysis.sharpness import sharpness as sharpness
 from granet_jax.analysis.training_cost import training_flops as training_flops

@@ -33,7 +33,8 @@ import numpy as np
 from jax.extend import core
 
 from granet_jax.analysis._leaves import paired
-from granet_jax.masking import PyTree
+from granet_jax.checks import check_function
+from granet_jax.masking import PyTree, check_arrays
 
 
 class LeafFlops(NamedTuple):
@@ -140,7 +141,9 @@ def flops(
       NotImplementedError: a product in a loop of unknown length, or in a primitive that
         cannot be looked into.
     """
+    check_function("apply_fn", apply_fn, "a function (params, *inputs) -> outputs")
     pairs = paired(params, masks)
+    check_arrays("inputs", inputs)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     program = jax.make_jaxpr(apply_fn)(abstract, *inputs)
     names = list(pairs)

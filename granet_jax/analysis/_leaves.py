@@ -10,24 +10,28 @@ from granet_jax import masking
 from granet_jax.masking import PyTree
 
 
-def named_masks(masks: PyTree) -> dict[str, np.ndarray]:
+def named_masks(masks: PyTree, argument: str = "masks") -> dict[str, np.ndarray]:
     """The masks by the name of their leaf, as boolean arrays.
 
     Args:
       masks: pytree of concrete masks, `PackedMask`s among them; None or
         `optax.MaskedNode()` at leaves without one.
+      argument: its name, for messages.
 
     Raises:
       ValueError: no mask, or values other than 0 and 1.
+      TypeError: what is no array, or traced.
     """
+    masking.check_arrays(argument, masks)
+    masking.check_concrete(argument, masks)
     found = {
-        masking.leaf_name(path): _as_bools(masking.leaf_name(path), mask)
+        masking.leaf_name(path): _as_bools(argument, masking.leaf_name(path), mask)
         for path, mask in jax.tree_util.tree_leaves_with_path(
             masks, is_leaf=masking.is_packed
         )
     }
     if not found:
-        raise ValueError(f"masks holds no mask, got {masks!r}.")
+        raise ValueError(f"{argument} holds no mask, got {masks!r}.")
     return found
 
 
@@ -44,6 +48,7 @@ def paired(params: PyTree, masks: PyTree | None) -> dict[str, tuple[Any, Any]]:
     Raises:
       ValueError: as `named_masks`; a mask without a leaf of its name and shape.
     """
+    masking.check_arrays("params", params)
     flat = jax.tree_util.tree_leaves_with_path(params)
     leaves = {masking.leaf_name(path): leaf for path, leaf in flat}
     if not leaves or len(leaves) != len(flat):
@@ -76,8 +81,9 @@ def check_same(first: str, a: Mapping[str, np.ndarray], second: str, b: Any) -> 
         )
 
 
-def _as_bools(name: str, mask: Any) -> np.ndarray:
+def _as_bools(argument: str, name: str, mask: Any) -> np.ndarray:
     array = np.asarray(masking.unpack_masks(mask))
     if array.dtype != np.bool_ and not np.all((array == 0) | (array == 1)):
-        raise ValueError(f"masks has values other than 0 and 1 at {name!r}.")
+        at = f" at {name!r}" if name else ""
+        raise ValueError(f"{argument} has values other than 0 and 1{at}.")
     return array.astype(bool, copy=False)

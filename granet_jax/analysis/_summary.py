@@ -8,6 +8,7 @@ import numpy as np
 
 from granet_jax.analysis._flops import Flops
 from granet_jax.analysis._leaves import paired
+from granet_jax.checks import check_type
 from granet_jax.masking import PyTree
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ def summary(params: PyTree, masks: PyTree, flops: Flops | None = None) -> Summar
       ValueError: masks that do not fit, or FLOPs of other leaves or of other masks.
     """
     pairs = paired(params, masks)
+    if flops is not None:
+        check_type("flops", flops, Flops, "from granet_jax.analysis.flops, or None")
     if flops is not None and set(flops.leaves) != set(pairs):
         raise ValueError(
             f"flops must be of the leaves of params, {sorted(pairs)}, got "

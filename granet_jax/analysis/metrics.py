@@ -7,7 +7,7 @@ equinox's, first.)
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -17,6 +17,7 @@ from jax import Array
 
 from granet_jax import masking
 from granet_jax.analysis._leaves import check_same, named_masks
+from granet_jax.checks import check_integer, check_type
 from granet_jax.masking import PyTree
 
 T = TypeVar("T")
@@ -96,7 +97,7 @@ def overlap(a: PyTree, b: PyTree) -> PerLeaf[Overlap]:
     Raises:
       ValueError: other leaves or shapes.
     """
-    first, second = named_masks(a), named_masks(b)
+    first, second = named_masks(a, "a"), named_masks(b, "b")
     check_same("a", first, "b", second)
     counts = {
         name: (m.size, _count(m), _count(second[name]), _count(m & second[name]))
@@ -138,6 +139,8 @@ def chance_iou(size: int, first: int, second: int) -> float:
     Raises:
       ValueError: more active weights than there are, or fewer than none.
     """
+    for name, value in (("size", size), ("first", first), ("second", second)):
+        check_integer(name, value)
     if not 0 <= first <= size or not 0 <= second <= size:
         raise ValueError(
             f"first and second must be from 0 to size, got {first} and {second} of "
@@ -173,7 +176,7 @@ def churn(before: PyTree, after: PyTree) -> PerLeaf[Churn]:
     Raises:
       ValueError: other leaves or shapes.
     """
-    first, second = named_masks(before), named_masks(after)
+    first, second = named_masks(before, "before"), named_masks(after, "after")
     check_same("before", first, "after", second)
     counts = {
         name: (_count(m), _count(second[name]), _count(m & second[name]))
@@ -202,23 +205,35 @@ def exploration(history: Iterable[PyTree]) -> PerLeaf[float]:
       Liu et al., Do We Actually Need Dense Over-Parameterization? In-Time
       Over-Parameterization in Sparse Training, ICML 2021.
     """
-    union: dict[str, np.ndarray] | None = None
-    for masks in history:
-        found = named_masks(masks)
-        if union is None:
-            union = {name: mask.copy() for name, mask in found.items()}
-            continue
-        check_same("the first masks of history", union, "others", found)
-        for name, mask in found.items():
-            union[name] |= mask
-    if union is None:
+    if not isinstance(history, Iterable):
+        raise TypeError(f"history must be trees of masks, got {history!r}.")
+    seen = None
+    for _, union in _unions(enumerate(history)):
+        seen = union
+    if seen is None:
         raise ValueError("history must hold masks, got none.")
-    active = {name: _count(mask) for name, mask in union.items()}
-    size = sum(mask.size for mask in union.values())
-    return PerLeaf(
-        sum(active.values()) / size if size else 0.0,
-        {name: n / max(union[name].size, 1) for name, n in active.items()},
-    )
+    return _rates(seen)
+
+
+def exploration_over_time(history: Mapping[int, PyTree]) -> dict[int, PerLeaf[float]]:
+    """Exploration rate R_s up to every step: what `exploration` gives, as it rises.
+
+    Args:
+      history: trees of masks by step, of the same leaves.
+
+    Returns:
+      Shares in [0, 1] by step, in the order of steps; those of a step count its masks.
+
+    Raises:
+      ValueError: no masks, or other leaves or shapes.
+
+    References:
+      See `exploration`.
+    """
+    check_type("history", history, Mapping, "trees of masks by step")
+    if not history:
+        raise ValueError("history must hold masks, got none.")
+    return {step: _rates(union) for step, union in _unions(sorted(history.items()))}
 
 
 def channel_density(mask: Any) -> np.ndarray:
@@ -279,6 +294,8 @@ def connectivity(chain: Sequence[Any]) -> Connectivity:
       Vysogorets & Kempe, Connectivity Matters: Neural Network Pruning Through the Lens
       of Effective Sparsity, JMLR 2023.
     """
+    if not isinstance(chain, Sequence):
+        raise TypeError(f"chain must be a sequence of masks, got {chain!r}.")
     if not chain:
         raise ValueError("chain must hold masks, got none.")
     masks = [_unpacked(f"chain[{i}]", mask) for i, mask in enumerate(chain)]
@@ -318,7 +335,7 @@ def gradient_flow(grads: PyTree, masks: PyTree) -> PerLeaf[Array]:
       Evci et al., Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win,
       AAAI 2022.
     """
-    masks = masking.check_masks(masking.unpack_masks(masks), grads)
+    masks = masking.check_masks(masks, grads, "grads")
     named = jax.tree_util.tree_leaves_with_path(masks)
     leaves = {
         masking.leaf_name(path): jnp.sum(
@@ -329,6 +346,30 @@ def gradient_flow(grads: PyTree, masks: PyTree) -> PerLeaf[Array]:
         )
     }
     return PerLeaf(sum(leaves.values(), start=jnp.float32(0)), leaves)
+
+
+def _unions(
+    history: Iterable[tuple[int, PyTree]],
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """After each tree of masks, which weights were active so far; overwritten later."""
+    union: dict[str, np.ndarray] = {}
+    for step, masks in history:
+        found = named_masks(masks, "history")
+        if not union:
+            union = {name: mask.copy() for name, mask in found.items()}
+        check_same("the first masks of history", union, "others", found)
+        for name, mask in found.items():
+            union[name] |= mask
+        yield step, union
+
+
+def _rates(union: Mapping[str, np.ndarray]) -> PerLeaf[float]:
+    active = {name: _count(mask) for name, mask in union.items()}
+    size = sum(mask.size for mask in union.values())
+    return PerLeaf(
+        sum(active.values()) / size if size else 0.0,
+        {name: n / max(union[name].size, 1) for name, n in active.items()},
+    )
 
 
 def _count(mask: np.ndarray) -> int:
@@ -356,7 +397,7 @@ def _churn(before: int, after: int, both: int) -> Churn:
 
 
 def _unpacked(name: str, mask: Any) -> np.ndarray:
-    (array,) = named_masks([mask]).values()
+    (array,) = named_masks(mask, name).values()
     if array.ndim < 2:
         raise ValueError(
             f"{name} must have an axis of inputs and one of units, got shape "

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from granet_jax import (
@@ -84,17 +85,17 @@ class Recovery(NamedTuple):
 
     @property
     def plasticity(self) -> Any:
-        """`after` - `before`: the paper's pruning plasticity; larger is better."""
+        """The paper's pruning plasticity, `after` - `before`; larger is better."""
         return self.after - self.before
 
     @property
     def regained(self) -> Any:
-        """`after` - `pruned`: of what pruning took, or never was there, what came."""
+        """What came of what pruning took or never was there, `after` - `pruned`."""
         return self.after - self.pruned
 
     @property
     def relative(self) -> Any:
-        """`after` - `unpruned`: what pruning costs in the end.
+        """What pruning costs in the end, `after` - `unpruned`.
 
         Plasticity counts what the network would have learned in that time anyway, much
         early in training and little late in it; this does not.
@@ -145,6 +146,9 @@ def keep_counts(
         unknown scope; no masks.
     """
     check_scope(scope)
+    masking.check_arrays("masks", masks)
+    if not isinstance(rising, Sequence | np.ndarray) or isinstance(rising, str):
+        raise TypeError(f"rising must be a sequence of sparsities, got {rising!r}.")
     shapes = [tuple(x.shape) for x in jax.tree.leaves(masks)]
     if not shapes:
         raise ValueError(f"masks holds no mask, got {masks!r}.")
@@ -215,15 +219,23 @@ def prune(
     if not callable(criterion):
         checks.check_choice("criterion", criterion, list(CRITERIA))
     masks = masking.check_masks(masks, params)
+    if grads is not None:
+        masking.check_masks(masks, grads, "grads")
+    if key is not None:
+        checks.check_key(key)
     leaves = len(jax.tree.leaves(masks))
     shape = (leaves,) if scope == "layer" else ()
-    number = np.asarray(keep) if isinstance(keep, Sequence) else jnp.asarray(keep)
+    number = keep if isinstance(keep, jax.Array) else np.asarray(keep)
+    if not jnp.issubdtype(number.dtype, jnp.integer):
+        raise TypeError(f"keep must be whole numbers of weights, got {keep!r}.")
     if number.shape != shape:
         raise ValueError(
             f"keep must have shape {shape} with scope {scope!r} and {leaves} masks, "
             f"got {number.shape}: take a row of keep_counts(masks, ..., "
             f"scope={scope!r})."
         )
+    if not isinstance(number, Tracer) and np.any(np.asarray(number) < 0):
+        raise ValueError(f"keep must not be negative, got {keep!r}.")
     if grads is None and (criterion == "gradient" or regrow > 0):
         why = "criterion 'gradient'" if criterion == "gradient" else f"regrow={regrow}"
         raise ValueError(f"grads must be given with {why}: the dense gradient.")
@@ -297,7 +309,8 @@ def apply_pruned(
     Raises:
       ValueError: masks of another structure or shape; `optax.flatten`.
     """
-    moments.refuse_flattened(inner_state, params)
+    checks.check_type("pruned", pruned, Pruned, "from granet_jax.analysis.prune")
+    moments.refuse_flattened(inner_state, params, "inner_state")
     return (
         masking.apply_masks(params, pruned.continuing),
         moments.zero_moments(inner_state, pruned.continuing),

@@ -3,7 +3,9 @@
     figure = plots.densities({"GraNet": granet_jax.sparsity(masks)})
     figure.savefig("densities.png", dpi=150)
 
-No state of pyplot is touched; a notebook shows a figure that a cell ends with.
+No state of pyplot is touched: nothing is shown by itself, and no window opens. A
+notebook draws the figure that a cell ends with once `%matplotlib inline` was run, which
+tells it how; `IPython.display.display(figure)` does so in the middle of a cell.
 Matplotlib comes with `pip install 'granet_jax[analysis]'`.
 """
 
@@ -17,6 +19,14 @@ import numpy as np
 
 from granet_jax.analysis._leaves import named_masks
 from granet_jax.analysis.metrics import churn as changes
+from granet_jax.analysis.metrics import exploration_over_time
+from granet_jax.checks import (
+    check_fraction,
+    check_integer,
+    check_sparsity,
+    check_steps,
+    check_type,
+)
 from granet_jax.masking import PyTree, Sparsity
 from granet_jax.methods import Method
 
@@ -58,7 +68,11 @@ _MOST_TILES = 64
 
 def looks(labels: Iterable[str]) -> dict[str, Look]:
     """Colour and marker of every label: a method's own, or those of one not there."""
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        raise TypeError(f"labels must be several strings, got {labels!r}.")
     labels = list(labels)
+    for label in labels:
+        check_type("labels", label, str, "strings")
     free = itertools.cycle([m for m in LOOKS if m not in labels] or LOOKS)
     return {name: LOOKS[name if name in LOOKS else next(free)] for name in labels}
 
@@ -190,6 +204,14 @@ def inputs(mask: Any, image_shape: Sequence[int], title: str = "") -> "Figure":
       ValueError: a mask that is not of such images.
     """
     array = _single(mask)
+    check_type("image_shape", image_shape, Sequence, "(height, width) or with channels")
+    for side in image_shape:
+        check_integer("image_shape", side, least=1)
+    if not 2 <= len(image_shape) <= 3:
+        raise ValueError(
+            "image_shape must be (height, width) or (height, width, channels), got "
+            f"{image_shape}."
+        )
     height, width, *channels = image_shape
     if array.ndim != 2 or array.shape[0] != math.prod(image_shape):
         raise ValueError(
@@ -254,9 +276,12 @@ def churn(
     Raises:
       ValueError: fewer than two, or of other leaves.
     """
+    check_type("history", history, Mapping, "trees of masks by step")
     if len(history) < 2:
         raise ValueError(f"history must hold two masks or more, got {len(history)}.")
     steps = sorted(history)
+    for step in steps:
+        named_masks(history[step], f"history[{step}]")
     found = [changes(history[a], history[b]) for a, b in itertools.pairwise(steps)]
     figure = _figure(8.5, 6.0)
     dropped, grown = figure.subplots(2, 1, sharex=True)
@@ -278,6 +303,51 @@ def churn(
     return figure
 
 
+def exploration(
+    histories: Mapping[str, Mapping[int, PyTree]],
+    title: str = "Weights that were active at least once",
+) -> "Figure":
+    """Exploration rate R_s over the steps, a line for every network.
+
+    Args:
+      histories: trees of masks by step, by the name of the network: after every update,
+        say, and those of step 0.
+      title: of the figure.
+
+    Raises:
+      ValueError: no networks, no masks, or other leaves in one history.
+    """
+    check_type("histories", histories, Mapping, "trees of masks by step, by network")
+    if not histories:
+        raise ValueError("histories must hold masks by network, got none.")
+    for name, history in histories.items():
+        check_type(f"histories[{name!r}]", history, Mapping, "trees of masks by step")
+        if not history:
+            raise ValueError(f"histories[{name!r}] must hold masks, got none.")
+    figure = _figure(8.5, 4.6)
+    axes = figure.subplots()
+    colours = [colour for colour, _ in _by_number(len(histories))]
+    for i, (name, history) in enumerate(histories.items()):
+        found = exploration_over_time(history)
+        axes.step(
+            [*found],
+            [100 * rate.total for rate in found.values()],
+            where="post",
+            color=colours[i],
+            linestyle=_STYLES[i % len(_STYLES)],
+            linewidth=1.8,
+            label=name,
+        )
+    axes.set(
+        title=title,
+        xlabel="optimizer steps",
+        ylabel="exploration rate $R_s$ / %",
+        ylim=(-3, 103),
+    )
+    _finish(figure, axes)
+    return figure
+
+
 def accuracies(
     methods: Mapping[str, Mapping[float, Sequence[float]]],
     dense: Sequence[float] = (),
@@ -294,6 +364,16 @@ def accuracies(
     Raises:
       ValueError: no accuracies.
     """
+    check_type("methods", methods, Mapping, "accuracies by sparsity, by method")
+    for name, points in methods.items():
+        for sparsity, values in points.items():
+            check_sparsity(f"methods[{name!r}]", sparsity)
+            _check_accuracies(f"methods[{name!r}][{sparsity}]", values)
+            if not values:
+                raise ValueError(
+                    f"methods[{name!r}][{sparsity}] must hold accuracies, got none."
+                )
+    _check_accuracies("dense", dense)
     sparsities = sorted({s for points in methods.values() for s in points})
     if not sparsities:
         raise ValueError(f"methods must hold accuracies, got {methods!r}.")
@@ -373,8 +453,12 @@ def sparsities(methods: Mapping[str, Method], total_steps: int) -> "Figure":
     Raises:
       ValueError: no methods.
     """
+    check_type("methods", methods, Mapping, "records such as granet_jax.rigl(...)")
     if not methods:
         raise ValueError("methods must hold records, got none.")
+    for name, method in methods.items():
+        check_type(f"methods[{name!r}]", method, Method, "a record")
+    check_steps("total_steps", total_steps)
     figure = _figure(8.5, 4.6)
     axes = figure.subplots()
     styles = itertools.cycle(_STYLES)
@@ -401,6 +485,12 @@ def sparsities(methods: Mapping[str, Method], total_steps: int) -> "Figure":
     return figure
 
 
+def _check_accuracies(name: str, values: Any) -> None:
+    check_type(name, values, Sequence | np.ndarray, "a sequence of accuracies")
+    for value in values:
+        check_fraction(name, value)
+
+
 def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
@@ -414,6 +504,9 @@ def _by_number(number: int) -> list[Look]:
 
 def _leaves(name: str, sparsities: Mapping[Any, Sparsity]) -> list[str]:
     """The leaves that all of them have."""
+    check_type(name, sparsities, Mapping, "granet_jax.sparsity(masks), by a name")
+    for key, found in sparsities.items():
+        check_type(f"{name}[{key!r}]", found, Sparsity, "a granet_jax.sparsity(masks)")
     if not sparsities:
         raise ValueError(f"{name} must hold granet_jax.sparsity(masks), got none.")
     first, *others = (list(s.leaves) for s in sparsities.values())
@@ -426,7 +519,7 @@ def _leaves(name: str, sparsities: Mapping[Any, Sparsity]) -> list[str]:
 
 
 def _single(mask: Any) -> np.ndarray:
-    (array,) = named_masks([mask]).values()
+    (array,) = named_masks(mask, "mask").values()
     if array.ndim < 2 or not array.size:
         raise ValueError(
             f"mask must have weights and two axes or more, got shape {array.shape}."

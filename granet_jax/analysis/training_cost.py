@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from granet_jax import structures
 from granet_jax.analysis._flops import Flops
-from granet_jax.checks import check_steps
+from granet_jax.checks import check_steps, check_type
 from granet_jax.distributions import Distribution
 from granet_jax.masking import Sparsity
 from granet_jax.methods import Method
@@ -68,9 +68,13 @@ def training_flops(
     """
     if not isinstance(method, Method):
         raise TypeError(
-            f"method must be a record such as granet_jax.rigl(...), got {method!r}."
+            "method must be a record such as granet_jax.granet(sparsity, total_steps), "
+            f"got {method!r}."
         )
     check_steps("total_steps", total_steps)
+    check_type("flops", flops, Flops, "from granet_jax.analysis.flops")
+    if history is not None:
+        check_type("history", history, Mapping, "granet_jax.sparsity(masks) by step")
     masked = {name: leaf.shape for name, leaf in flops.leaves.items() if leaf.masked}
     if not masked or not flops.dense:
         raise ValueError(
@@ -141,6 +145,7 @@ def _measured(
             "of the initial masks."
         )
     for step in steps:
+        check_type(f"history[{step}]", history[step], Sparsity, "a granet_jax.sparsity")
         if set(history[step].leaves) != set(shapes):
             raise ValueError(
                 f"history must be of the masked leaves {sorted(shapes)}, got "

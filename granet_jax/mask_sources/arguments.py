@@ -4,10 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
 from granet_jax import masking
+from granet_jax.checks import check_integer
 from granet_jax.masking import PyTree
 
 
@@ -37,15 +37,20 @@ def check_finite(what: str, tree: PyTree) -> None:
 
 def check_rounds(rounds: Any, *, least: int = 1) -> None:
     """Raises TypeError or ValueError unless `rounds` is an integer, `least` or more."""
-    if not isinstance(rounds, int | np.integer) or isinstance(rounds, bool):
-        raise TypeError(f"rounds must be an integer, got {rounds!r}.")
-    if rounds < least:
-        raise ValueError(f"rounds must be at least {least}, got {rounds}.")
+    check_integer("rounds", rounds, least=least)
 
 
-def check_key(key: Any) -> None:
-    """Raises TypeError unless `key` is one random key."""
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (typed and shape == ()) and not (dtype == jnp.uint32 and shape == (2,)):
-        raise TypeError(f"key must be one jax.random.key(seed), got {key!r}.")
+def check_axis_name(axis_name: Any) -> None:
+    """Raises TypeError unless `axis_name` is a name, some names, or None."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if axis_name is not None and not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"axis_name must be the name of a mapped axis or None, got {axis_name!r}."
+        )
+
+
+def check_inputs(inputs: Any) -> None:
+    """Raises TypeError or ValueError unless `inputs` holds arrays, or shapes."""
+    masking.check_arrays("inputs", inputs)
+    if not jax.tree.leaves(inputs):
+        raise ValueError(f"inputs has no arrays, got {inputs!r}: pass one example.")

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from granet_jax import masking
-from granet_jax.mask_sources.arguments import is_traced
+from granet_jax.checks import check_function
+from granet_jax.mask_sources.arguments import check_inputs, is_traced
 from granet_jax.masking import PyTree
 
 OnCollapse = Literal["warn", "error", "ignore"]
@@ -54,6 +55,8 @@ def collapse(
     Raises:
       ValueError: as `connected`.
     """
+    masks = masking.given_masks(masks)
+    masking.check_concrete("masks", masks)
     alive = {
         masking.leaf_name(path): jnp.any(m)
         for path, m in jax.tree_util.tree_leaves_with_path(masks)
@@ -97,6 +100,9 @@ def connected(
       ValueError: masks of another structure or shape; or the network is not connected
         with nothing pruned either.
     """
+    check_function("apply_fn", apply_fn, "a function (params, inputs) -> outputs")
+    check_inputs(inputs)
+    masking.check_concrete("masks", masks)
     found = _has_path(apply_fn, params, masking.check_masks(masks, params), inputs)
     if found is None:
         raise ValueError(

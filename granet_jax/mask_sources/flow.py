@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from granet_jax.checks import check_sparsity
+from granet_jax.checks import check_function, check_sparsity
 from granet_jax.mask_sources.arguments import (
+    check_inputs,
     check_rounds,
     is_traced,
 )
@@ -82,6 +83,7 @@ def synflow(
     check_rounds(rounds)
     check_scope(scope)
     check_action(on_collapse)
+    _check_network(apply_fn, inputs)
     masks = full_masks(params, where)
     shapes = [m.shape for m in jax.tree.leaves(masks)]
     with jax.enable_x64(True):
@@ -115,9 +117,15 @@ def synflow_scores(
     Raises:
       ValueError: see `synflow`.
     """
+    _check_network(apply_fn, inputs)
     masks = full_masks(params, where)
     with jax.enable_x64(True):
         return _flow(apply_fn, params, inputs)(masks)
+
+
+def _check_network(apply_fn: Any, inputs: Any) -> None:
+    check_function("apply_fn", apply_fn, "a function (params, inputs) -> outputs")
+    check_inputs(inputs)
 
 
 def _flow(apply_fn: ApplyFn, params: PyTree, inputs: Any) -> Callable[[PyTree], PyTree]:

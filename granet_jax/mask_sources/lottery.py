@@ -10,10 +10,9 @@ import numpy as np
 from jax import Array
 
 from granet_jax import distributions, masking, updates
-from granet_jax.checks import is_number
+from granet_jax.checks import check_flag, check_key, got, is_number
 from granet_jax.mask_sources.arguments import (
     check_finite,
-    check_key,
     check_rounds,
 )
 from granet_jax.mask_sources.connectivity import OnCollapse, check_action, report
@@ -112,6 +111,7 @@ def lottery_tickets(
       2020 (learning-rate rewinding).
     """
     _check_arguments(train, retrain, rounds, ticket)
+    check_flag("rewind", rewind)
     densities = _densities(fraction, int(rounds))
     check_scope(scope)
     check_action(on_collapse)
@@ -189,7 +189,7 @@ def _densities(fraction: float | Sequence[float], rounds: int) -> list[float]:
         if not is_number(each):
             raise TypeError(
                 "fraction must be a number in (0, 1), or a sequence of them, got "
-                f"{fraction!r}."
+                f"{got(fraction)}."
             )
         if not 0.0 < each < 1.0:
             raise ValueError(f"fraction must be in (0, 1), got {each}.")

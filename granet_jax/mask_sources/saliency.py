@@ -19,8 +19,9 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from granet_jax.checks import check_sparsity, is_number
+from granet_jax.checks import check_function, check_sparsity, got, is_number
 from granet_jax.mask_sources.arguments import (
+    check_axis_name,
     check_rounds,
     is_traced,
 )
@@ -56,8 +57,9 @@ def cross_entropy(
       TypeError, ValueError: a temperature that is no positive number; or, when called,
         labels that are no integers.
     """
+    check_function("apply_fn", apply_fn, "a function (params, inputs) -> logits")
     if not is_number(temperature):
-        raise TypeError(f"temperature must be a number, got {temperature!r}.")
+        raise TypeError(f"temperature must be a number, got {got(temperature)}.")
     if not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive, got {temperature}.")
 
@@ -263,6 +265,7 @@ def snip_scores(
     Raises:
       ValueError, TypeError: see `snip`.
     """
+    _check_loss(loss_fn, axis_name)
     _check_batches(batches, passes=1)
     masks = full_masks(params, where)
     return _sensitivity(loss_fn, params, batches, axis_name, revive=False)(masks)
@@ -291,6 +294,7 @@ def grasp_scores(
     Raises:
       ValueError, TypeError: see `grasp`.
     """
+    _check_loss(loss_fn, axis_name)
     _check_batches(batches, passes=2)
     masks = full_masks(params, where)
     gradient = _gradient(loss_fn, axis_name)
@@ -339,6 +343,7 @@ def _iterated(
     check_rounds(rounds)
     check_scope(scope)
     check_action(on_collapse)
+    _check_loss(loss_fn, axis_name)
     _check_batches(batches, passes=rounds)
     masks = full_masks(params, where)
     shapes = [m.shape for m in jax.tree.leaves(masks)]
@@ -442,6 +447,11 @@ def _varying(tree: PyTree, axis_name: str | None) -> PyTree:
             return x
 
     return tree if axis_name is None else jax.tree.map(vary, tree)
+
+
+def _check_loss(loss_fn: Any, axis_name: Any) -> None:
+    check_function("loss_fn", loss_fn, "a function (params, batch) -> scalar")
+    check_axis_name(axis_name)
 
 
 def _check_batches(batches: Any, *, passes: int) -> None:

@@ -17,11 +17,10 @@ import optax
 from jax import Array, lax
 
 from granet_jax import distributions, masking, scores, structures, updates
-from granet_jax.checks import check_sparsity
+from granet_jax.checks import check_function, check_key, check_sparsity
 from granet_jax.distributions import Distribution, Shape
 from granet_jax.mask_sources.arguments import (
     check_finite,
-    check_key,
 )
 from granet_jax.mask_sources.connectivity import OnCollapse, check_action, report
 from granet_jax.masking import PyTree, Where
@@ -70,6 +69,7 @@ def select(
     structures.check_use(
         structure, sparsity=sparsity, scope=scope, distribution="uniform"
     )
+    masking.check_arrays("scores", scores)
     leaves, treedef = jax.tree.flatten(scores)
     if not leaves:
         raise ValueError(f"scores holds no array, got {scores!r}: nothing to rank.")
@@ -126,6 +126,7 @@ def from_score(
     check_sparsity("sparsity", sparsity)
     check_scope(scope)
     check_action(on_collapse)
+    check_function("score", score, "a function of ScoreInputs, as granet_jax.scores")
     key = jax.random.key(0) if key is None else key
     check_key(key)
     present = full_masks(params, where)
@@ -264,6 +265,7 @@ def shuffle(masks: PyTree, key: Array) -> PyTree:
       Mark?, ICLR 2021.
     """
     check_key(key)
+    masks = masking.given_masks(masks)
     return _draw(masks, jnp.stack(masking.active_counts(masks)), key)
 
 

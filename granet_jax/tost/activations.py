@@ -11,7 +11,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from granet_jax.checks import check_choice, check_number, check_steps
 from granet_jax.tost import schedules
@@ -39,14 +41,20 @@ def soft_relu(x: Array, beta: Array | float = 1.0, kind: Kind = "swish") -> Arra
       Array of the shape and dtype of `x`.
 
     Raises:
-      TypeError: `x` is not floating.
-      ValueError: unknown `kind`.
+      TypeError: `x` is not floating; `beta` is no number.
+      ValueError: unknown `kind`; `beta` no positive scalar, as far as it is known.
 
     References:
       Ramachandran et al., Searching for Activation Functions, 2017. Misra, Mish, BMVC
       2020.
     """
     check_choice("kind", kind, KINDS)
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"x must be a floating array, got {x!r}.")
+    if jnp.ndim(beta) != 0:
+        raise ValueError(f"beta must be a scalar, got shape {jnp.shape(beta)}.")
+    if not isinstance(beta, Tracer):
+        check_number("beta", np.asarray(beta).item(), above=0.0)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating, got dtype {x.dtype}: convert it.")
     z = jnp.asarray(beta, x.dtype) * x

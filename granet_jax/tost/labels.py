@@ -9,7 +9,7 @@ import optax
 from jax import Array
 from jax.core import Tracer
 
-from granet_jax.checks import check_choice, check_number
+from granet_jax.checks import check_choice, check_integer, check_number
 
 Convention = Literal["tost", "standard"]
 CONVENTIONS: tuple[Convention, ...] = ("tost", "standard")
@@ -43,16 +43,14 @@ def smooth_targets(
         values are known when it is called.
     """
     check_choice("convention", convention, CONVENTIONS)
-    if not isinstance(classes, int | np.integer) or isinstance(classes, bool):
-        raise TypeError(f"classes must be an integer, got {classes!r}.")
-    if classes < 2:
-        raise ValueError(f"classes must be at least 2, got {classes}.")
-    labels = jnp.asarray(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
+    check_integer("classes", classes, least=2)
+    dtype = labels.dtype if hasattr(labels, "dtype") else np.asarray(labels).dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(
-            f"labels must be integers, got dtype {labels.dtype}: distributions over "
+            f"labels must be integers, got dtype {dtype}: distributions over "
             "classes need no smoothing."
         )
+    labels = jnp.asarray(labels)
     if jnp.ndim(alpha) != 0:
         raise ValueError(f"alpha must be a scalar, got shape {jnp.shape(alpha)}.")
     if not isinstance(alpha, Tracer):
@@ -96,6 +94,9 @@ def smoothed_cross_entropy(
       Szegedy et al., Rethinking the Inception Architecture, CVPR 2016. Jaiswal et al.,
       Training Your Sparse Neural Network Better with Any Mask, ICML 2022.
     """
+    if not hasattr(logits, "dtype") or not jnp.issubdtype(logits.dtype, jnp.floating):
+        kind = getattr(logits, "dtype", repr(logits))
+        raise TypeError(f"logits must be a floating array, got {kind}.")
     if logits.ndim < 1 or jnp.shape(labels) != logits.shape[:-1]:
         raise ValueError(
             "labels must have the shape of logits less its last axis, got labels of "

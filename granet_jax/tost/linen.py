@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from granet_jax.checks import check_choice
+from granet_jax.checks import check_choice, check_function, check_type
 from granet_jax.tost.record import Skips
-from granet_jax.tost.skips import SKIP_KINDS, SkipKind, ghost_skip
+from granet_jax.tost.skips import SKIP_KINDS, SkipKind, check_skip, ghost_skip
 
 constant_init: jax.nn.initializers.Initializer = nn.initializers.constant(1e-4)
 """Initial kernel of the authors' code. Not small, since a norm follows; and all output
@@ -67,6 +67,7 @@ class GhostSkip(nn.Module):
         check_choice("kind", self.kind, SKIP_KINDS)
         if self.kind == "identity":
             return ghost_skip(x, self.features, self.strides)
+        self._check(x)
         y = nn.Conv(
             self.features,
             (1,) * (x.ndim - 2),
@@ -85,6 +86,25 @@ class GhostSkip(nn.Module):
             name="ghost_norm",
         )(y)
 
+    def _check(self, x: jax.Array) -> None:
+        """Raises TypeError or ValueError for an attribute that cannot be used."""
+        check_skip(x, self.features, self.strides)
+        check_function("kernel_init", self.kernel_init, "an initializer")
+        if self.dtype is not None:
+            try:
+                floating = jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
+            except TypeError:
+                floating = False
+            if not floating:
+                raise TypeError(
+                    f"dtype must be a floating dtype or None, got {self.dtype!r}."
+                )
+        if not isinstance(self.axis_name, str | tuple | None):
+            raise TypeError(
+                "axis_name must be the name of a mapped axis or None, got "
+                f"{self.axis_name!r}."
+            )
+
 
 def make_skip(
     config: Skips,
@@ -95,7 +115,12 @@ def make_skip(
     axis_name: str | None = None,
     name: str | None = None,
 ) -> GhostSkip:
-    """The module that the record asks for; for arguments see `GhostSkip`."""
+    """The module that the record asks for; for arguments see `GhostSkip`.
+
+    Raises:
+      TypeError: `config` is no `Skips`.
+    """
+    check_type("config", config, Skips, "a record granet_jax.tost.Skips(...)")
     return GhostSkip(
         features,
         strides,

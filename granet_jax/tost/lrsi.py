@@ -39,7 +39,7 @@ from jax import Array, lax
 from jax.core import Tracer
 
 from granet_jax import masking
-from granet_jax.checks import check_number, check_steps
+from granet_jax.checks import check_flag, check_function, check_number, check_steps
 
 PyTree = Any
 Loss = Callable[[PyTree, Any], Array]
@@ -80,10 +80,7 @@ class LRsI:
         check_number("min_scale", self.min_scale, least=0.0, most=1.0)
         check_steps("iterations", self.iterations)
         check_number("clip", self.clip, above=0.0, finite=False)
-        if not isinstance(self.mask_lookahead, bool):
-            raise TypeError(
-                f"mask_lookahead must be True or False, got {self.mask_lookahead!r}."
-            )
+        check_flag("mask_lookahead", self.mask_lookahead)
 
 
 class Info(NamedTuple):
@@ -189,6 +186,13 @@ def rescale_init(
     config = LRsI() if config is None else config
     if not isinstance(config, LRsI):
         raise TypeError(f"config must be an LRsI, got {config!r}.")
+    check_function("loss_fn", loss_fn, "a function (params, batch) -> scalar")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be iterable, got {batches!r}.")
+    if axis_name is not None and not isinstance(axis_name, str | tuple):
+        raise TypeError(
+            f"axis_name must be the name of a mapped axis or None, got {axis_name!r}."
+        )
     problem, state = start(params, masks, config)
     # A loader or an iterator gives concrete arrays.
     held = batches if isinstance(batches, Sequence) else ()
@@ -204,12 +208,13 @@ def rescale_init(
 
 def start(params: PyTree, masks: PyTree | None, config: LRsI) -> tuple[Problem, Adam]:
     """The masked parameters, and the state before the first iteration."""
+    masking.check_arrays("params", params)
+    if not jax.tree.leaves(params):
+        raise ValueError(f"params has no leaves, got {params!r}: nothing to scale.")
     if masks is not None:
         masks = masking.check_masks(masks, params)
         params = masking.apply_masks(params, masks)
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    if not leaves:
-        raise ValueError(f"params has no leaves, got {params!r}: nothing to scale.")
     dtype = functools.reduce(jnp.promote_types, [x.dtype for _, x in leaves], "float32")
     last_names = [masking.leaf_name(path).rsplit("/", 1)[-1] for path, _ in leaves]
     least = [0.0 if "bias" in name else config.min_scale for name in last_names]

@@ -11,7 +11,13 @@ from collections.abc import Callable
 
 from jax import Array
 
-from granet_jax.checks import check_choice, check_number, check_steps
+from granet_jax.checks import (
+    check_choice,
+    check_flag,
+    check_number,
+    check_steps,
+    check_type,
+)
 from granet_jax.tost import activations, labels, schedules, skips
 from granet_jax.tost.lrsi import LRsI
 
@@ -58,6 +64,7 @@ class Skips:
         """Raises TypeError or ValueError for a setting that cannot be used."""
         check_choice("kind", self.kind, skips.SKIP_KINDS)
         schedules.fading(1, alpha_0=self.alpha_0, decay=self.decay)
+        check_flag("constant_init", self.constant_init)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,6 +162,7 @@ def ghost_steps(config: ToST, total_steps: int) -> int | None:
     Raises:
       TypeError, ValueError: `total_steps` no number of steps, or too few of them.
     """
+    _check_config(config)
     check_steps("total_steps", total_steps)
     if config.ghost_fraction is None:
         return None
@@ -165,6 +173,8 @@ def activation(
     config: ToST, total_steps: int
 ) -> Callable[[Array, Array | int], Array] | None:
     """The ghost activation f(x, step); None if `config` has none: ReLU."""
+    _check_config(config)
+    check_steps("total_steps", total_steps)
     if config.neurons is None:
         return None
     return _ghost_activation(config.neurons, ghost_steps(config, total_steps))
@@ -172,6 +182,8 @@ def activation(
 
 def skip_alpha(config: ToST, total_steps: int) -> schedules.Schedule | None:
     """The coefficient of ghost skips by the step; None if `config` has none."""
+    _check_config(config)
+    check_steps("total_steps", total_steps)
     if config.skips is None:
         return None
     return schedules.fading(
@@ -183,13 +195,18 @@ def skip_alpha(config: ToST, total_steps: int) -> schedules.Schedule | None:
 
 def label_alpha(config: ToST, total_steps: int) -> schedules.Schedule | None:
     """The smoothing of labels by the step; None if `config` has none."""
+    _check_config(config)
+    check_steps("total_steps", total_steps)
     if config.labels is None:
         return None
-    check_steps("total_steps", total_steps)
     steps = _share("fraction", config.labels.fraction, total_steps)
     if steps == total_steps:
         return schedules.constant(config.labels.alpha)
     return schedules.early(config.labels.alpha, steps)
+
+
+def _check_config(config: object) -> None:
+    check_type("config", config, ToST, "a record granet_jax.tost.ToST(...)")
 
 
 def _share(name: str, fraction: float, total_steps: int) -> int:

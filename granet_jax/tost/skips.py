@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array, lax
 
 from granet_jax import masking
+from granet_jax.checks import check_integer, check_type
 
 PyTree = Any
 
@@ -48,7 +49,7 @@ def ghost_skip(x: Array, features: int, strides: int | tuple[int, ...] = 1) -> A
     Raises:
       TypeError, ValueError: an argument of the wrong type or out of range.
     """
-    steps = _check_skip(x, features, strides)
+    steps = check_skip(x, features, strides)
     if any(step > 1 for step in steps):
         x = _average_pool(x, steps)
     channels = x.shape[-1]
@@ -58,10 +59,12 @@ def ghost_skip(x: Array, features: int, strides: int | tuple[int, ...] = 1) -> A
     return jnp.pad(x, padding)
 
 
-def _check_skip(
+def check_skip(
     x: Array, features: int, strides: int | tuple[int, ...]
 ) -> tuple[int, ...]:
-    """One stride for every axis of positions."""
+    """One stride for every axis of positions; raises as `ghost_skip`."""
+    if not hasattr(x, "ndim"):
+        raise TypeError(f"x must be an array, got {x!r}.")
     if x.ndim < 2:
         raise ValueError(
             "x must have shape (n, *positions, channels), got one of shape "
@@ -75,10 +78,7 @@ def _check_skip(
             f"got {strides!r}."
         )
     for name, value in [("features", features), *(("strides", s) for s in steps)]:
-        if not isinstance(value, int | np.integer) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an integer, got {value!r}.")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_integer(name, value, least=1)
     return steps
 
 
@@ -104,6 +104,7 @@ def _average_pool(x: Array, steps: tuple[int, ...]) -> Array:
 
 def is_ghost(name: str) -> bool:
     """Whether the leaf "block/ghost_1/kernel" belongs to a ghost: by its name."""
+    check_type("name", name, str, "the name of a leaf")
     return any(part.startswith(PREFIX) for part in name.split("/"))
 
 
@@ -113,7 +114,8 @@ def without_ghosts(name: str, leaf: Any) -> bool:
     Ghosts are dense. Masked, they would count in the sparsity of a network in which
     they do not exist.
     """
-    return masking.default_where(name, leaf) and not is_ghost(name)
+    masking.check_arrays("leaf", leaf)
+    return not is_ghost(name) and masking.default_where(name, leaf)
 
 
 def drop_ghosts(tree: PyTree) -> PyTree:
