@@ -86,6 +86,12 @@ GOALS = (
     Goal("state, bytes a weight", "step", "state bytes a weight, sparse", 1.0),
     Goal("packed state, bytes a weight", "step", "state bytes a weight, packed", 0.125),
     Goal("seconds to compile the step, 54 leaves", "step", "compile seconds", 10.0),
+    Goal(
+        "seconds to compile the step, 1,000 leaves",
+        "scale",
+        "1000-leaves, seconds to compile",
+        60.0,
+    ),
     *(
         Goal(
             f"KiB sent by an update, {tree}, {axes} axes", "scale", f"{tree}, {axes}", k

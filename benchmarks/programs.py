@@ -69,28 +69,31 @@ def type_bytes(types: str) -> int:
     return total
 
 
-def count_trips(f: Callable[..., Any], *args: Any) -> int:
-    """How often the innermost `lax.while_loop`s of f(*args) run, all together.
+def count_trips(f: Callable[..., Any], *args: Any) -> list[int]:
+    """How often each `lax.while_loop` of f(*args) runs, in all.
 
-    The jaxpr of `f` is run with a counter added to what each loop carries, so the loops
+    The jaxpr of `f` is run with counters added to what each loop carries, so the loops
     are those of `f` itself. Those within a scan or a branch of a cond are not counted.
+
+    Returns:
+      The number of trips of every loop, one before those within it.
     """
     closed = jax.make_jaxpr(f)(*args)
 
-    def counted(leaves: Sequence[Array]) -> Array:
+    def counted(leaves: Sequence[Array]) -> list[Array]:
         return _run(closed.jaxpr, closed.consts, leaves)[1]
 
-    return int(jax.jit(counted)(jax.tree.leaves(args)))
+    return [int(trips) for trips in jax.jit(counted)(jax.tree.leaves(args))]
 
 
 def _run(
     jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]
-) -> tuple[list[Any], Array]:
-    """Results of a jaxpr, and the trips of its innermost loops."""
+) -> tuple[list[Any], list[Array]]:
+    """Results of a jaxpr, and the trips of its loops."""
     known: dict[core.Var, Any] = {}
     known |= zip(jaxpr.constvars, consts, strict=True)
     known |= zip(jaxpr.invars, args, strict=True)
-    trips = jnp.zeros((), jnp.int32)
+    trips: list[Array] = []
     for eqn in jaxpr.eqns:
         values = [
             x.val if isinstance(x, core.Literal) else known[x] for x in eqn.invars
@@ -113,20 +116,33 @@ def _run(
     return results, trips
 
 
-def _run_loop(params: dict[str, Any], values: Sequence[Any]) -> tuple[list[Any], Array]:
-    """A `lax.while_loop`, and its trips, or those of the loops within it."""
+def _loops(jaxpr: core.Jaxpr) -> int:
+    """How many loops `_run` finds."""
+    found = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "while":
+            found += 1 + _loops(eqn.params["body_jaxpr"].jaxpr)
+        elif eqn.primitive.name in ("jit", "pjit"):
+            found += _loops(eqn.params["jaxpr"].jaxpr)
+    return found
+
+
+def _run_loop(
+    params: dict[str, Any], values: Sequence[Any]
+) -> tuple[list[Any], list[Array]]:
+    """A `lax.while_loop`, its trips, and those of the loops within it."""
     first, second = params["cond_nconsts"], params["body_nconsts"]
     of_test, of_body = values[:first], values[first : first + second]
     test, body = params["cond_jaxpr"], params["body_jaxpr"]
-    innermost = "while[" not in str(body)
 
-    def goes_on(carry: tuple[list[Any], Array]) -> Array:
+    def goes_on(carry: tuple[list[Any], list[Array]]) -> Array:
         return _run(test.jaxpr, test.consts, [*of_test, *carry[0]])[0][0]
 
-    def trip(carry: tuple[list[Any], Array]) -> tuple[list[Any], Array]:
+    def trip(carry: tuple[list[Any], list[Array]]) -> tuple[list[Any], list[Array]]:
         state, trips = carry
         state, within = _run(body.jaxpr, body.consts, [*of_body, *state])
-        return state, trips + (1 if innermost else within)
+        more = [jnp.ones((), jnp.int32), *within]
+        return state, [a + b for a, b in zip(trips, more, strict=True)]
 
-    start = (list(values[first + second :]), jnp.zeros((), jnp.int32))
-    return lax.while_loop(goes_on, trip, start)
+    none = [jnp.zeros((), jnp.int32)] * (1 + _loops(body.jaxpr))
+    return lax.while_loop(goes_on, trip, (list(values[first + second :]), none))

@@ -51,7 +51,12 @@ METHODS = {
 }
 PHASES = {"granet": 3, "rigl": 2}
 # Without the transformers whose layers are leaves of their own, but for the smallest.
-USUAL = ("resnet50", "100m-layers", *(f"{n}-stacked" for n in trees.TRANSFORMERS))
+USUAL = (
+    "resnet50",
+    *trees.MANY,
+    "100m-layers",
+    *(f"{n}-stacked" for n in trees.TRANSFORMERS),
+)
 AXES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 COLLECTIVES = (
     "all-gather",
@@ -138,11 +143,12 @@ def make_mesh(devices: int, axes: str) -> Mesh:
 
 
 def search_passes(largest_leaf: int, *, bits: int = 32) -> int:
-    """Most passes of one selection, see `granet_jax.selection.largest_keys`.
+    """Most passes of one selection, see `granet_jax.selection.search`.
 
-    One that counts the candidates; those of the search over keys, of `bits` bits; those
-    of the search over positions among ties in a leaf. A search ends when its range is
-    one wide, and each pass leaves the largest of four parts of it.
+    One that counts the candidates; those of the search over keys of `bits` bits, stage
+    after stage, over 128 codes but for the first stage; and those of the search over
+    positions among ties in a leaf. A search ends when its range is one wide, and each
+    pass leaves the largest of four parts of it.
     """
 
     def search(width: int) -> int:
@@ -153,7 +159,8 @@ def search_passes(largest_leaf: int, *, bits: int = 32) -> int:
             passes += 1
         return passes
 
-    return 1 + search(2**bits - 2) + search(largest_leaf)
+    later, first = divmod(bits - 1, 7)
+    return 1 + search(2 ** (first + 1)) + later * search(2**7) + search(largest_leaf)
 
 
 def collectives(program: str) -> list[Collective]:
@@ -301,6 +308,17 @@ def most_sent(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     return most
 
 
+def compile_seconds(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Seconds to trace, lower and compile a step for one device, at most, by tree."""
+    most: dict[str, float] = {}
+    for r in results:
+        if r["devices"] == 1 and "error" not in r:
+            name = f"{r['tree']}, seconds to compile"
+            taken = sum(r["seconds"][part] for part in ("trace", "lower", "compile"))
+            most[name] = max(taken, most.get(name, 0.0))
+    return most
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles all cases, each in its process, and writes table and figures."""
     parser = commands.parser(__doc__)
@@ -324,6 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for method in options.methods
         for devices in options.devices
         for axes in (options.axes if devices > 1 else options.axes[:1])
+        # Trees of many leaves show the time to compile, and that takes one device.
+        if devices == 1 or tree not in trees.MANY
     ]
     results: list[dict[str, Any]] = []
     with tqdm(cases) as bar:
@@ -332,7 +352,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.append(run_case(case, options.timeout))
             # After every case: a run that is stopped has been of use.
             table, values = report(results), {"cases": results}
-            commands.write(options, "scale", table, values, most_sent(results))
+            figures = most_sent(results) | compile_seconds(results)
+            commands.write(options, "scale", table, values, figures)
     if options.quick:
         assert not any("error" in r for r in results), results
         assert results[0]["bytes_every_step"] == 0, results

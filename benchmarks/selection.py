@@ -8,20 +8,21 @@ concatenate-argsort-scatter formulation of jaxpruner, a sort, and NumPy's intros
 the host; and the updates of GraNet and RigL, by this library and by argsort. Timings
 are printed and never asserted; that all agree on the masks is.
 
-A pass reads a key of 4 bytes for every weight. Passes are counted by running the same
-search with a counter in its loop (`programs.count_trips`). Bandwidth is the bytes of
-all passes over the whole time, so what else a selection does, making keys and writing
-masks, counts against it; beside it stands that of a copy, which reads and writes the
-keys once. Memory is of the optimizer step that updates the masks (SGD with momentum,
-parameters and state donated): what XLA allocates for it beyond parameters, gradients
-and state.
+A stage of a selection reads the scores, of 4 bytes (in an update the masks, too), and
+writes codes of a byte; a pass reads the codes; the end reads codes (and masks) and
+writes masks. Each is counted by running the same program with counters in its loops
+(`programs.count_trips`). Bandwidth is those bytes over the whole time, so what else a
+selection does counts against it; beside it stands that of a copy, which reads and
+writes the scores once. Memory is of the optimizer step that updates the masks (SGD with
+momentum, parameters and state donated): what XLA allocates for it beyond parameters,
+gradients and state.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,13 +39,36 @@ from granet_jax.selection import top_k
 SPARSITY_BEFORE = 0.8
 SPARSITY_AFTER = 0.9
 FRACTION = 0.3
-KEY_BYTES = 4
+SCORE_BYTES = 4
+CODE_BYTES = MASK_BYTES = 1
 METHODS = {
     "granet": granet_jax.granet(0.9, 100_000, initial_sparsity=0.5),
     "rigl": granet_jax.rigl(0.9, 100_000),
 }
 
 Leaves = list[Array]
+
+
+class Trips(NamedTuple):
+    """How often the loops of the selections of a program ran."""
+
+    stages: int
+    passes: int
+    ends: int
+
+    @classmethod
+    def of(cls, counts: Sequence[int]) -> "Trips":
+        """From `count_trips`: of every selection its stages, passes and end."""
+        return cls(*(sum(counts[i::3]) for i in range(3)))
+
+    def moved(self, *, masked: bool) -> int:
+        """Bytes a weight, read and written."""
+        mask = MASK_BYTES * masked
+        return (
+            self.stages * (SCORE_BYTES + mask + CODE_BYTES)
+            + self.passes * CODE_BYTES
+            + self.ends * (CODE_BYTES + mask + MASK_BYTES)
+        )
 
 
 def select_ours(scores: Leaves, k: int) -> Leaves:
@@ -167,11 +191,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"update: {name}": (update, (masks, weights, grads))
         for name, update in ours.items()
     }
-    passes = {
-        name: programs.count_trips(f, *args) for name, (f, args) in inputs.items()
+    trips = {
+        name: Trips.of(programs.count_trips(f, *args))
+        for name, (f, args) in inputs.items()
     }
     memory = {name: step_memory(method, shapes) for name, method in METHODS.items()}
-    _report(options, seconds, passes, memory, total)
+    _report(options, seconds, trips, memory, total)
 
 
 def step_memory(method: granet_jax.Method, shapes: resnet50.Shapes) -> dict[str, float]:
@@ -270,7 +295,7 @@ def _copy(scores: Leaves) -> Callable[[], Leaves]:
 def _report(
     options: argparse.Namespace,
     seconds: timing.Rounds,
-    passes: dict[str, int],
+    trips: dict[str, Trips],
     memory: dict[str, dict[str, float]],
     total: int,
 ) -> None:
@@ -288,18 +313,18 @@ def _report(
     header = ["contender", "median s", "x one selection", "x our GraNet update"]
     tables = [timing.table(header, rows)]
 
-    copied = 2 * KEY_BYTES * total
+    copied = 2 * SCORE_BYTES * total
     speed = copied / statistics.median(seconds["copy"])
-    rows = [["copy", "-", f"{copied / 1e9:.2f}", f"{speed / 1e9:.1f}", "1"]]
+    rows = [["copy", "-", "-", f"{copied / 1e9:.2f}", f"{speed / 1e9:.1f}", "1"]]
     shares = {}
-    for name, number in passes.items():
+    for name, found in trips.items():
         timed = f"{name}: granet_jax" if name == "select" else f"{name}, granet_jax"
-        read = number * KEY_BYTES * total
-        achieved = read / statistics.median(seconds[timed])
+        moved = found.moved(masked=name != "select") * total
+        achieved = moved / statistics.median(seconds[timed])
         shares[name] = achieved / speed
-        cells = [f"{read / 1e9:.2f}", f"{achieved / 1e9:.1f}", f"{shares[name]:.2f}"]
-        rows.append([timed, str(number), *cells])
-    header = ["", "passes", "GB", "GB / s", "of the copy's"]
+        cells = [f"{moved / 1e9:.2f}", f"{achieved / 1e9:.1f}", f"{shares[name]:.2f}"]
+        rows.append([timed, str(found.stages), str(found.passes), *cells])
+    header = ["", "stages", "passes", "GB", "GB / s", "of the copy's"]
     tables.append(timing.table(header, rows))
 
     rows = [
@@ -312,7 +337,12 @@ def _report(
         options,
         "selection",
         "\n\n".join(tables),
-        {"seconds": seconds, "passes": passes, "bandwidth": shares, "memory": memory},
+        {
+            "seconds": seconds,
+            "trips": {k: t._asdict() for k, t in trips.items()},
+            "bandwidth": shares,
+            "memory": memory,
+        },
         {
             "over_introselect": of(selection, "select: NumPy introselect"),
             "argsort_over_selection": of("select: argsort", selection),

@@ -1,5 +1,7 @@
 """Parameter trees for benchmarks, as shapes: ResNet-50, and transformers like Llama.
 
+And trees of so many small leaves, for the time it takes to compile.
+
 Of a transformer, the leaves are those of one layer after the other, or, as under
 `lax.scan` over the layers, one stacked leaf for each kind of weight.
 """
@@ -45,8 +47,12 @@ TRANSFORMERS = {
     "7b": Transformer(32, 4096, 11_008, 32, 32),
     "70b": Transformer(80, 8192, 28_672, 64, 8),
 }
+# Kernels of five shapes in turn, as deep networks have them.
+MANY = {"54-leaves": 54, "200-leaves": 200, "1000-leaves": 1000}
+TURNS = ((128, 128), (3, 3, 64, 64), (64, 256), (1, 1, 128, 64), (256, 32))
 TREES = (
     "resnet50",
+    *MANY,
     *(f"{size}-{form}" for size in TRANSFORMERS for form in ("stacked", "layers")),
 )
 
@@ -88,6 +94,8 @@ def shapes(name: str) -> PyTree:
     """The tree of shapes of one of `TREES`."""
     if name == "resnet50":
         return resnet50.shapes()
+    if name in MANY:
+        return {f"layer_{i}": TURNS[i % len(TURNS)] for i in range(MANY[name])}
     size, _, form = name.partition("-")
     return transformer(TRANSFORMERS[size], stacked=form == "stacked")
 

@@ -1,12 +1,14 @@
 """Exact selection of the k largest scores, without sorting.
 
 Floats order like their bit patterns, read as sign and magnitude, so the exact k-th
-largest score is found by a search over integer keys: every pass over memory counts the
-keys above three thresholds at once, in one fused compare-and-sum, and leaves a quarter
-of the range (16 passes for float32). All leaves search in lockstep, in one loop; a
-global threshold is the same loop with the counts summed over the leaves. Nothing is
-sorted, concatenated, gathered or reshaped: under any sharding a pass is a local
-reduction and an exchange of a few small vectors of integers.
+largest score is found by a search over integer keys. Keys are never kept: the search
+goes over seven bits of them at a time, in stages that reduce each key to a code of one
+byte; every pass over those bytes counts the codes above three thresholds at once, in
+one fused compare-and-sum, and leaves a quarter of the range (5 stages and 19 passes for
+float32). All leaves search in lockstep, in one loop; a global threshold is the same
+loop with the counts summed over the leaves. Nothing is sorted, concatenated, gathered
+or reshaped: under any sharding a pass is a local reduction and an exchange of a few
+small vectors of integers.
 """
 
 import functools
@@ -175,6 +177,7 @@ def search(
             ]
 
         s = _next_stage(_restarted(s, start), now.across)
+        branches: list[Callable[[], list[Array]]]
         branches = [functools.partial(codes, maker) for maker in makers]
         which = now.maker
         if len(branches) == 1:

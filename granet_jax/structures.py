@@ -418,7 +418,7 @@ def _best_by_comparison(keys: Array, number: Array, axis: int) -> Array:
 
 
 def _best_by_bisection(keys: Array, number: Array, axes: tuple[int, ...]) -> Array:
-    """As `selection.largest_keys`, with a threshold for every box: bit by bit."""
+    """As `selection.search`, with a threshold for every box: bit by bit."""
     bits = 8 * keys.dtype.itemsize
     unsigned = jnp.dtype(f"uint{bits}")
     # Shifted so that the lowest key is 0.

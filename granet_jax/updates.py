@@ -96,11 +96,11 @@ def run_phases(
         forgets = of_phase([p.forgets for p in phases])
 
         def number(candidates: Array) -> tuple[Array, Array]:
-            return lax.switch(index, [p.number for p in phases], candidates, value.handed)
+            return lax.switch(
+                index, [p.number for p in phases], candidates, value.handed
+            )
 
-        def finish(
-            value: _Update, chosen: list[Array], candidates: Array
-        ) -> _Update:
+        def finish(value: _Update, chosen: list[Array], candidates: Array) -> _Update:
             pairs = zip(chosen, value.present, strict=True)
             present = [c | (m & grows) for c, m in pairs]
             kept = value.kept

@@ -121,9 +121,9 @@ def test_seven_billion_parameters_send_less_than_a_mib_an_update() -> None:
     (found,) = scale.collectives(text)
     assert found == scale.Collective("all-reduce", 9 * 3 * 8, True)
     assert bytes_per_update(shapes, text, "granet") < KIB**2
-    # Keys of 4 bytes and masks of 1, of the weights of a device.
+    # Codes of 1 byte and masks of 1, of the weights of a device.
     shares = trees.size(shapes) / DEVICES
-    assert step.memory_analysis().temp_size_in_bytes < 5.1 * shares
+    assert step.memory_analysis().temp_size_in_bytes < 2.1 * shares
 
 
 @pytest.mark.parametrize("method", scale.METHODS)
@@ -138,8 +138,10 @@ def test_a_donated_step_copies_nothing_between_updates(method: str) -> None:
     assert not [
         c for c in programs.copies(text) if not c.looped and c.bytes >= smallest
     ]
-    # At an update: a key of 4 bytes a weight, and masks; not the stepped weights too.
-    assert memory.temp_size_in_bytes <= 6 * masked + 64 * KIB
+    # At an update: a code of a byte a weight, and masks where some prune before others
+    # exchange; neither keys nor the stepped weights.
+    most = {"granet": 2, "rigl": 1}[method]
+    assert memory.temp_size_in_bytes <= most * masked + 64 * KIB
 
 
 def test_without_donation_the_copies_are_seen() -> None:
@@ -186,16 +188,16 @@ def test_passes_stay_within_their_bound(
             jax.effects_barrier()
             assert len(passes) <= scale.search_passes(max(x.size for x in leaves))
             most.append(len(passes))
-    # The search over keys alone takes 16 where nothing ends it early.
-    assert max(most) > 16
+    # The search over keys alone takes 18 where nothing ends it early.
+    assert max(most) > 18
 
 
 def test_search_passes() -> None:
-    # A quarter of the range a pass: 16 for 32 bits of keys, and the first pass.
-    assert scale.search_passes(1) == 1 + 16
-    assert scale.search_passes(1, bits=16) == 1 + 8
-    assert scale.search_passes(4**5) == 1 + 16 + 5
-    assert scale.search_passes(4**5 + 1) == 1 + 16 + 6
+    # A quarter of the range a pass: 2 for the first 4 bits, 4 for each 7 of the others.
+    assert scale.search_passes(1) == 1 + 2 + 4 * 4
+    assert scale.search_passes(1, bits=16) == 1 + 1 + 2 * 4
+    assert scale.search_passes(4**5) == 1 + 18 + 5
+    assert scale.search_passes(4**5 + 1) == 1 + 18 + 6
 
 
 def test_parser_of_programs() -> None:
