@@ -284,7 +284,7 @@ def given_masks(masks: PyTree, argument: str = "masks") -> PyTree:
     """Given masks, packed or not, as boolean arrays: `check_masks` without params.
 
     Args:
-      masks: pytree of boolean (or 0/1) arrays, or of `PackedMask`s.
+      masks: pytree of boolean (or 0/1) arrays, or of `PackedMask` records.
       argument: its name, for messages.
 
     Raises:
