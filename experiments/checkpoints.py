@@ -81,6 +81,9 @@ class Checkpoints:
         """Starts to write a checkpoint; `state` must not be donated until `wait`."""
         self.wait()
         with self._clear("written", step):
+            # Orbax would wait for minutes for a folder that it cannot make.
+            if self.folder.exists() and not self.folder.is_dir():
+                raise NotADirectoryError(f"{self.folder} is no folder")
             self._manager.save(
                 step,
                 args=ocp.args.Composite(

@@ -44,6 +44,7 @@ from experiments.config import (
     build_method,
 )
 from granet_jax.penalties import PenaltyInputs
+from tests.nightly import NIGHTLY
 from tests.runs import same
 
 METHODS = ["granet", "granet-st", "gmp", "rigl", "set", "snfs", "static", "dense"]
@@ -761,8 +762,14 @@ def test_the_plot_is_an_image_that_shows_both_methods(finished):
     assert 0.5 < np.all(image == 255, axis=-1).mean() < 0.95
 
 
-# The two others are those of `finished`.
-@pytest.mark.parametrize("method", [x for x in METHODS if x not in ("granet", "dense")])
+# Those that differ in what the trainer does for them; with HYPOTHESIS_PROFILE=nightly
+# all, but for the two of `finished`.
+TRAINED = ("granet-st", "acdc", "straight-through", "top-kast", "greg2")
+if NIGHTLY:
+    TRAINED = tuple(x for x in METHODS if x not in ("granet", "dense"))
+
+
+@pytest.mark.parametrize("method", TRAINED)
 def test_every_method_trains(method, tmp_path):
     options = ["--method", method, "--no-baseline", "--seeds", "1"]
     options += ["--eval-every", "160"]

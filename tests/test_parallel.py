@@ -204,15 +204,16 @@ def test_under_vmap_whether_to_update_stays_one_question():
 
 
 def flags(jaxpr: Any) -> set[tuple[int, ...]]:
-    """Shapes of the booleans, masks aside, that loops over masks carry."""
+    """Shapes of the booleans, masks aside, that the outermost loops over masks carry."""
     shapes = set()
     for eqn in jaxpr.eqns:
-        for value in eqn.params.values():
-            if isinstance(value, jax.extend.core.ClosedJaxpr):
-                shapes |= flags(value.jaxpr)
         carried = [v.aval for v in eqn.outvars if v.aval.dtype == bool]
         if eqn.primitive.name == "while" and (2, 64, 300) in {x.shape for x in carried}:
             shapes |= {x.shape for x in carried if x.ndim < 3}
+            continue
+        for value in eqn.params.values():
+            if isinstance(value, jax.extend.core.ClosedJaxpr):
+                shapes |= flags(value.jaxpr)
     return shapes
 
 

@@ -60,7 +60,10 @@ def test_cubic_is_the_formula_in_whole_intervals() -> None:
 
 
 @hypothesis.given(
-    st.floats(0, 1), st.floats(0, 1), st.integers(0, 50), st.integers(1, 9)
+    st.floats(0, 1, exclude_max=True),
+    st.floats(0, 1, exclude_max=True),
+    st.integers(0, 50),
+    st.integers(1, 9),
 )
 def test_cubic_is_monotone(a: float, b: float, begin: int, interval: int) -> None:
     low, high = sorted((a, b))
