@@ -204,7 +204,7 @@ def test_under_vmap_whether_to_update_stays_one_question():
 
 
 def flags(jaxpr: Any) -> set[tuple[int, ...]]:
-    """Shapes of the booleans, masks aside, that the outermost loops over masks carry."""
+    """Shapes of the booleans, but for masks, that outermost loops over masks carry."""
     shapes = set()
     for eqn in jaxpr.eqns:
         carried = [v.aval for v in eqn.outvars if v.aval.dtype == bool]
