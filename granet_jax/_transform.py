@@ -19,7 +19,7 @@ from granet_jax.checks import check_flag, check_seed
 from granet_jax.choices import step_key, where_active
 from granet_jax.elementwise import is_elementwise
 from granet_jax.masking import PyTree, Where
-from granet_jax.methods import Method
+from granet_jax.methods import Method, check_method
 from granet_jax.moments import (
     masked_moments,
     refuse_flattened,
@@ -630,11 +630,7 @@ def _check_arguments(
 
 
 def _check_method_and_seed(method: Any, seed: Any) -> None:
-    if not isinstance(method, Method):
-        raise TypeError(
-            "method must be a record such as granet_jax.granet(sparsity, total_steps), "
-            f"got {method!r}."
-        )
+    check_method(method)
     check_seed(seed)
 
 

@@ -107,15 +107,12 @@ def check_steps(name: str, value: Any, *, least: int = 1) -> None:
         )
 
 
-def check_integer(
-    name: str, value: Any, *, least: int | None = None, most: float = math.inf
-) -> None:
-    """Raises TypeError or ValueError unless `value` is an integer in the range."""
+def check_integer(name: str, value: Any, *, least: int | None = None) -> None:
+    """Raises TypeError or ValueError unless `value` is an integer from `least` on."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {got(value)}.")
-    if (least is not None and value < least) or value > most:
-        upper = "" if math.isinf(most) else f" and at most {most}"
-        raise ValueError(f"{name} must be at least {least}{upper}, got {value}.")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -151,3 +148,12 @@ def check_seed(seed: Any) -> None:
         isinstance(seed, int | np.integer) or (scalar and seed.ndim == 0)
     ):
         raise TypeError(f"seed must be an integer, got {seed!r}.")
+
+
+def check_axis_name(axis_name: Any) -> None:
+    """Raises TypeError unless `axis_name` is a name, some names, or None."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if axis_name is not None and not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"axis_name must be the name of a mapped axis or None, got {axis_name!r}."
+        )

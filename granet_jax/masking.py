@@ -280,19 +280,18 @@ def _as_bool(name: str, mask: Any) -> Array:
     return jnp.asarray(mask) != 0
 
 
-def given_masks(masks: PyTree, argument: str = "masks") -> PyTree:
+def given_masks(masks: PyTree) -> PyTree:
     """Given masks, packed or not, as boolean arrays: `check_masks` without params.
 
     Args:
       masks: pytree of boolean (or 0/1) arrays, or of `PackedMask` records.
-      argument: its name, for messages.
 
     Raises:
       ValueError: values other than 0 and 1.
       TypeError: what is no array, or neither boolean nor numeric.
     """
     unpacked = _unpack(masks)
-    check_arrays(argument, unpacked)
+    check_arrays("masks", unpacked)
     return jax.tree_util.tree_map_with_path(
         lambda path, mask: _as_bool(leaf_name(path), mask), unpacked
     )

@@ -178,6 +178,12 @@ class Method:
         return self.grow is not None or falls
 
 
+def check_method(method: object) -> None:
+    """Raises TypeError unless `method` is a record of a method."""
+    what = "a record such as granet_jax.granet(sparsity, total_steps)"
+    check_type("method", method, Method, what)
+
+
 def granet(
     sparsity: float,
     total_steps: int,
@@ -240,10 +246,7 @@ def granet(
         )
     check_fraction("fraction", fraction)
     check_fraction("final_fraction", final_fraction)
-    if grow not in _GROW:
-        raise ValueError(
-            f"grow must be one of {', '.join(map(repr, _GROW))}, got {grow!r}."
-        )
+    check_choice("grow", grow, tuple(_GROW))
     return Method(
         name="granet",
         sparsity=pruning,

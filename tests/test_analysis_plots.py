@@ -217,7 +217,7 @@ def test_accuracies_are_means_over_seeds() -> None:
         (lambda: plots.densities_over_time({}), "history must hold"),
         (lambda: plots.churn({0: masks(0)}), "two masks or more, got 1"),
         (lambda: plots.exploration({}), "histories must hold masks"),
-        (lambda: plots.exploration({"a": {}}), "must hold masks"),
+        (lambda: plots.exploration({"a": {}}), r"histories\['a'\] must hold masks"),
         (lambda: plots.mask(np.ones(3, bool)), r"got shape \(3,\)"),
         (lambda: plots.inputs(np.ones((9, 2), bool), (2, 5)), "the 10 pixels"),
         (lambda: plots.accuracies({}), "must hold accuracies"),

@@ -82,6 +82,7 @@ def check_same(first: str, a: Mapping[str, np.ndarray], second: str, b: Any) -> 
 
 
 def _as_bools(argument: str, name: str, mask: Any) -> np.ndarray:
+    # In NumPy, other than `masking.given_masks`: also while something else is traced.
     array = np.asarray(masking.unpack_masks(mask))
     if array.dtype != np.bool_ and not np.all((array == 0) | (array == 1)):
         at = f" at {name!r}" if name else ""

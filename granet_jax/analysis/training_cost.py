@@ -9,7 +9,7 @@ from granet_jax.analysis._flops import Flops
 from granet_jax.checks import check_steps, check_type
 from granet_jax.distributions import Distribution
 from granet_jax.masking import Sparsity
-from granet_jax.methods import Method
+from granet_jax.methods import Method, check_method
 
 Densities = Mapping[str, float]
 
@@ -66,11 +66,7 @@ def training_flops(
       Evci et al., Rigging the Lottery: Making All Tickets Winners, ICML 2020, appendix
       on FLOPs.
     """
-    if not isinstance(method, Method):
-        raise TypeError(
-            "method must be a record such as granet_jax.granet(sparsity, total_steps), "
-            f"got {method!r}."
-        )
+    check_method(method)
     check_steps("total_steps", total_steps)
     check_type("flops", flops, Flops, "from granet_jax.analysis.flops")
     if history is not None:

@@ -40,15 +40,6 @@ def check_rounds(rounds: Any, *, least: int = 1) -> None:
     check_integer("rounds", rounds, least=least)
 
 
-def check_axis_name(axis_name: Any) -> None:
-    """Raises TypeError unless `axis_name` is a name, some names, or None."""
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    if axis_name is not None and not all(isinstance(name, str) for name in names):
-        raise TypeError(
-            f"axis_name must be the name of a mapped axis or None, got {axis_name!r}."
-        )
-
-
 def check_inputs(inputs: Any) -> None:
     """Raises TypeError or ValueError unless `inputs` holds arrays, or shapes."""
     masking.check_arrays("inputs", inputs)

@@ -19,9 +19,14 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from granet_jax.checks import check_function, check_sparsity, got, is_number
-from granet_jax.mask_sources.arguments import (
+from granet_jax.checks import (
     check_axis_name,
+    check_function,
+    check_sparsity,
+    got,
+    is_number,
+)
+from granet_jax.mask_sources.arguments import (
     check_rounds,
     is_traced,
 )

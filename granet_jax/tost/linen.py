@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from granet_jax.checks import check_choice, check_function, check_type
+from granet_jax.checks import check_axis_name, check_choice, check_function, check_type
 from granet_jax.tost.record import Skips
 from granet_jax.tost.skips import SKIP_KINDS, SkipKind, check_skip, ghost_skip
 
@@ -99,11 +99,7 @@ class GhostSkip(nn.Module):
                 raise TypeError(
                     f"dtype must be a floating dtype or None, got {self.dtype!r}."
                 )
-        if not isinstance(self.axis_name, str | tuple | None):
-            raise TypeError(
-                "axis_name must be the name of a mapped axis or None, got "
-                f"{self.axis_name!r}."
-            )
+        check_axis_name(self.axis_name)
 
 
 def make_skip(

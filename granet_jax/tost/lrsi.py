@@ -39,7 +39,13 @@ from jax import Array, lax
 from jax.core import Tracer
 
 from granet_jax import masking
-from granet_jax.checks import check_flag, check_function, check_number, check_steps
+from granet_jax.checks import (
+    check_axis_name,
+    check_flag,
+    check_function,
+    check_number,
+    check_steps,
+)
 
 PyTree = Any
 Loss = Callable[[PyTree, Any], Array]
@@ -189,10 +195,7 @@ def rescale_init(
     check_function("loss_fn", loss_fn, "a function (params, batch) -> scalar")
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be iterable, got {batches!r}.")
-    if axis_name is not None and not isinstance(axis_name, str | tuple):
-        raise TypeError(
-            f"axis_name must be the name of a mapped axis or None, got {axis_name!r}."
-        )
+    check_axis_name(axis_name)
     problem, state = start(params, masks, config)
     # A loader or an iterator gives concrete arrays.
     held = batches if isinstance(batches, Sequence) else ()
