@@ -143,7 +143,7 @@ def make_mesh(devices: int, axes: str) -> Mesh:
 
 
 def search_passes(largest_leaf: int, *, bits: int = 32) -> int:
-    """Most passes of one selection, see `granet_jax.selection.search`.
+    """Most passes of one selection, see `granet_jax.search.search`.
 
     One that counts the candidates; those of the search over keys of `bits` bits, stage
     after stage, over 128 codes but for the first stage; and those of the search over

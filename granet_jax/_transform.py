@@ -170,7 +170,7 @@ def transform(
     def update_masks(
         names: tuple[str, ...],
         leaves: list[Array],
-        stepped: Callable[[], list[Array]],
+        stepped: Callable[[list[Array]], list[Array]],
         grads: list[Array] | None,
         accumulators: list[Array] | None,
         marked: list[Array] | None,
@@ -198,7 +198,10 @@ def transform(
         stepped: list[Array],
         *rest: Any,
     ) -> tuple[list[Array], list[Array]]:
-        return update_masks(names, leaves, lambda: stepped, *rest)
+        def weights(active: list[Array]) -> list[Array]:
+            return list(map(where_active, active, stepped))
+
+        return update_masks(names, leaves, weights, *rest)
 
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def choose_masks(
@@ -319,14 +322,18 @@ def transform(
             return wrapped.update(gradient, inner_state, params_, **extra_args)
 
         def change_masks(
-            stored: PyTree, step: Callable[[], PyTree]
+            stored: PyTree, step: Callable[[PyTree], PyTree]
         ) -> tuple[PyTree, PyTree]:
-            """New masks, and what continues, from masks and a function to updates."""
+            """New masks, and what continues, from masks and a function to updates.
+
+            The function is given the active weights, whose updates are asked for.
+            """
             masks_ = unpack(stored)
             leaves, treedef = jax.tree.flatten(masks_)
 
-            def stepped() -> list[Array]:
-                return list(map(where_active, leaves, _stepped(params, step(), masks_)))
+            def stepped(active: list[Array]) -> list[Array]:
+                found = _stepped(params, step(treedef.unflatten(active)), masks_)
+                return list(map(where_active, active, found))
 
             rest = (
                 None if grads is None else masking.maskable_leaves(grads, masks_),
@@ -338,7 +345,9 @@ def transform(
             if isinstance(count, Tracer):
                 changed, kept = update_masks(names, leaves, stepped, *rest)
             else:
-                changed, kept = update_masks_compiled(names, leaves, stepped(), *rest)
+                changed, kept = update_masks_compiled(
+                    names, leaves, stepped(leaves), *rest
+                )
             return pack(treedef.unflatten(changed)), pack(treedef.unflatten(kept))
 
         given = updates
@@ -427,8 +436,8 @@ def transform(
             # in place. (The inner step is computed again inside, on update steps only:
             # handing its result in would force it through memory in every step.)
             def change(stored: PyTree) -> tuple[PyTree, PyTree]:
-                def step() -> PyTree:
-                    masked = masking.map_masked(where_active, unpack(stored), given)
+                def step(active: PyTree) -> PyTree:
+                    masked = masking.map_masked(where_active, active, given)
                     return step_inner(masked, state.inner_state, params)[0]
 
                 return change_masks(stored, step)
@@ -460,7 +469,7 @@ def transform(
 
         def change_last(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
             masks_, emitted, inner_state, continuing = now
-            new, kept = change_masks(masks_, lambda: now[1])
+            new, kept = change_masks(masks_, lambda _: now[1])
             keep = unpack(kept)
             emitted = masking.map_masked(_emit, keep, emitted, params)
             continuing = kept if regrows else ()

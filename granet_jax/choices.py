@@ -7,7 +7,7 @@ out.
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -60,7 +60,7 @@ def update_masks(
     plan: Plan,
     names: tuple[str, ...],
     masks: list[Array],
-    params: Callable[[], list[Array]],
+    params: Callable[[list[Array]], list[Array]],
     grads: list[Array] | None,
     accumulators: list[Array] | None,
     marked: list[Array] | None,
@@ -73,7 +73,10 @@ def update_masks(
     Whole boxes of a structure are to it what weights are otherwise.
 
     The weights are a function, called where they are scored: made there, they fuse with
-    what ranks them, where an array made before would be kept beside it all along.
+    what ranks them, where an array made before would be kept beside it all along. It is
+    given the weights to count as active; the others are zero. What ranks active weights
+    needs no others than those that still are: so nothing reads the masks of before, and
+    the new ones take their place in memory.
 
     Returns the new masks, and which weights continue (see `updates.run_phases`).
     """
@@ -81,11 +84,12 @@ def update_masks(
     structure = method.structure
     whole = structure is not None and structure.whole
 
-    def rank(score: Score) -> Callable[[list[Array]], list[Array]]:
+    @functools.cache  # Phases of one score share their code.
+    def rank(score: Score, grows: bool) -> Callable[[list[Array]], list[Array]]:
         def ranked(present: list[Array]) -> list[Array]:
-            weights = params()
             if whole:
-                present = _spread(structure, present, weights)
+                present = _spread(structure, present, masks)
+            weights = params(masks if grows else present)
             # Of leaves that the score does not look at, nothing is computed.
             left = list(map(where_active, present, weights))
             found = scored(
@@ -95,22 +99,22 @@ def update_masks(
 
         return ranked
 
-    parts = (method.prune, method.revive, method.drop, method.grow)
-    ranks = {s: rank(s) for s in parts if s}
     if structure is not None and not whole:
-        return _update_boxes(method, structure, plan, ranks, masks, index)
+        return _update_boxes(method, structure, plan, rank, masks, index)
     prunes, revives = bool(plan.prunes.any()), bool(plan.revives.any())
     present = [structures.merge_mask(structure, m) for m in masks]
     phases = []
     if prunes:
         keep = jnp.asarray(plan.keep)[index]
         phases.append(
-            mask_updates.prune_phase(ranks[method.prune], keep, scope=method.scope)
+            mask_updates.prune_phase(
+                rank(method.prune, False), keep, scope=method.scope
+            )
         )
     if revives and method.revive is not None:
         phases.append(
             mask_updates.revive_phase(
-                ranks[method.revive],
+                rank(method.revive, True),
                 jnp.asarray(plan.keep)[index],
                 sizes=[m.size for m in present],
                 scope=method.scope,
@@ -119,10 +123,10 @@ def update_masks(
     if method.grow is not None:
         weights = None
         if method.redistribute:
-            weights = mask_updates.mean_score(present, ranks[method.grow](present))
+            weights = mask_updates.mean_score(present, rank(method.grow, True)(present))
         phases += mask_updates.exchange_phases(
-            ranks[method.drop],
-            ranks[method.grow],
+            rank(method.drop, False),
+            rank(method.grow, True),
             jnp.asarray(plan.fraction)[index],
             layer_weights=weights,
         )
@@ -142,7 +146,7 @@ def _update_boxes(
     method: Method,
     structure: Structure,
     plan: Plan,
-    ranks: Mapping[Score, Callable[[list[Array]], list[Array]]],
+    rank: Callable[[Score, bool], Callable[[list[Array]], list[Array]]],
     masks: list[Array],
     index: Array,
 ) -> tuple[list[Array], list[Array]]:
@@ -154,22 +158,22 @@ def _update_boxes(
     present = kept = masks
     keep = jnp.asarray(plan.keep)[index]
     if plan.prunes.any():
-        ranked = ranks[method.prune](present)
+        ranked = rank(method.prune, False)(present)
         present = kept = structures.select(
             structure, ranked, keep, among=present, scope="layer"
         )
     if plan.revives.any() and method.revive is not None:
-        ranked = ranks[method.revive](present)
+        ranked = rank(method.revive, True)(present)
         present = structures.fill(structure, present, ranked, keep)
     if method.grow is not None:
         before = [structures.box_counts(structure, m) for m in present]
         drop, _ = mask_updates.exchange_phases(
-            ranks[method.drop],
-            ranks[method.grow],
+            rank(method.drop, False),
+            rank(method.grow, True),
             jnp.asarray(plan.fraction)[index],
         )
         present, _ = mask_updates.run_phases(present, [drop])
-        ranked = ranks[method.grow](present)
+        ranked = rank(method.grow, True)(present)
         present = structures.fill(structure, present, ranked, before)
     return present, [k & m for k, m in zip(kept, present, strict=True)]
 

@@ -19,7 +19,8 @@ class ScoreInputs(NamedTuple):
     """What a score may look at: one maskable leaf.
 
     Attributes:
-      param: the weights after the optimizer's step of this iteration.
+      param: the weights after the optimizer's step of this iteration, zero where they
+        are pruned (for `grow` and `revive`, where they were before this update).
       grad: the dense gradient of this iteration; None without a gradient at hand
         (initial masks, or a method with `needs_gradient=False` without `inner`).
       mask: the mask that is being changed, boolean.

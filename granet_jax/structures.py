@@ -31,7 +31,9 @@ from jax.typing import ArrayLike
 
 from granet_jax import distributions, masking, selection
 from granet_jax.checks import check_choice, check_integer
+from granet_jax.counting import iota
 from granet_jax.distributions import Distribution, Shape
+from granet_jax.keys import sort_keys
 from granet_jax.selection import Scope
 
 Norm = Literal["l1", "l2"]
@@ -314,7 +316,7 @@ def select(
         candidates = among and [merge_mask(structure, m) for m in among]
         chosen = selection.top_k(ranked, number, among=candidates, scope=scope)
         return [spread(structure, c, x) for c, x in zip(chosen, scores, strict=True)]
-    keys = selection.sort_keys(scores, among)
+    keys = sort_keys(scores, among)
     chosen = [
         _best_of_boxes(structure, k, jnp.asarray(number)[i]) for i, k in enumerate(keys)
     ]
@@ -338,9 +340,7 @@ def fill(
       Masks; supersets of `masks`.
     """
     filled = []
-    for i, (key, mask) in enumerate(
-        zip(selection.sort_keys(scores), masks, strict=True)
-    ):
+    for i, (key, mask) in enumerate(zip(sort_keys(scores), masks, strict=True)):
         first = jnp.asarray(jnp.iinfo(key.dtype).max, key.dtype)
         best = _best_of_boxes(structure, jnp.where(mask, first, key), number[i])
         filled.append(best | mask)
@@ -387,7 +387,7 @@ def _best_of_boxes(structure: Structure, keys: Array, number: ArrayLike) -> Arra
 
     Args:
       structure: one whose boxes have equal numbers.
-      keys: integers, from `selection.sort_keys`, of a leaf's shape.
+      keys: integers, from `sort_keys`, of a leaf's shape.
       number: unsigned integer, or an array from `box_counts`; may be traced.
 
     Returns:
@@ -408,7 +408,7 @@ _FEW = 16
 
 
 def _best_by_comparison(keys: Array, number: Array, axis: int) -> Array:
-    place = selection.iota(keys, jnp.dtype(jnp.uint32), axis)
+    place = iota(keys, jnp.dtype(jnp.uint32), axis)
     better = jnp.zeros_like(keys, jnp.uint32)
     for j in range(keys.shape[axis]):
         other = lax.slice_in_dim(keys, j, j + 1, axis=axis)
@@ -418,7 +418,7 @@ def _best_by_comparison(keys: Array, number: Array, axis: int) -> Array:
 
 
 def _best_by_bisection(keys: Array, number: Array, axes: tuple[int, ...]) -> Array:
-    """As `selection.search`, with a threshold for every box: bit by bit."""
+    """As `granet_jax.search.search`, with a threshold for every box: bit by bit."""
     bits = 8 * keys.dtype.itemsize
     unsigned = jnp.dtype(f"uint{bits}")
     # Shifted so that the lowest key is 0.
@@ -427,7 +427,7 @@ def _best_by_bisection(keys: Array, number: Array, axes: tuple[int, ...]) -> Arr
     )
     index, size = jnp.zeros_like(keys, jnp.uint32), 1
     for axis in reversed(axes):
-        along = selection.iota(keys, jnp.dtype(jnp.uint32), axis)
+        along = iota(keys, jnp.dtype(jnp.uint32), axis)
         index, size = index + along * jnp.uint32(size), size * keys.shape[axis]
 
     def count(flags: Array) -> Array:

@@ -15,8 +15,11 @@ import numpy as np
 from jax import Array, lax
 from jax.extend.core import jaxpr_as_fun
 
-from granet_jax import elementwise, schedules, selection
-from granet_jax.selection import Scope
+from granet_jax import elementwise, schedules
+from granet_jax.counting import sum_before
+from granet_jax.keys import sort_keys
+from granet_jax.search import PhaseOfSearch, search
+from granet_jax.selection import Scope, check_scope, counter_dtype
 
 PyTree = Any
 
@@ -64,7 +67,7 @@ def run_phases(
     masks = list(masks)
     sizes = [m.size for m in masks]
     wide: Scope = "global" if any(p.scope == "global" for p in phases) else "layer"
-    counter = selection.counter_dtype(sizes, wide)
+    counter = counter_dtype(sizes, wide)
     # Phases that rank the same weights by the same scores share their code.
     ranks = list(dict.fromkeys((p.scores, p.grows) for p in phases))
     traced = [jax.make_jaxpr(scores)(masks) for scores, _ in ranks]
@@ -74,19 +77,19 @@ def run_phases(
         def keys(value: _Update) -> list[Array]:
             among = [~m for m in value.present] if grows else value.present
             found = jaxpr_as_fun(scores)(*value.present)
-            return selection.sort_keys(found, among, width=width)
+            return sort_keys(found, among, width=width)
 
         return keys
 
     makers = [maker(s, grows) for s, (_, grows) in zip(traced, ranks, strict=True)]
-    remembers = not any(p.forgets for p in phases)
-    value = _Update(
-        masks, [] if remembers else masks, jnp.zeros((len(masks),), counter)
-    )
+    # Only what grows can bring back what was forgotten.
+    grows = [p.grows for p in phases]
+    forgets = any(p.forgets and any(grows[i:]) for i, p in enumerate(phases))
+    value = _Update(masks, masks if forgets else [], jnp.zeros((len(masks),), counter))
     like = jax.eval_shape(makers[0], value)
     which = [ranks.index((p.scores, p.grows)) for p in phases]
 
-    def phase(index: Array, value: _Update) -> selection.PhaseOfSearch:
+    def phase(index: Array, value: _Update) -> PhaseOfSearch:
         def of_phase(flags: Sequence[Any]) -> Any:
             # Of one phase, or where all are the same, known without looking.
             same = len(set(flags)) == 1
@@ -109,30 +112,30 @@ def run_phases(
                 kept = [jnp.where(forgets, k & m, k) for k, m in pairs]
             return _Update(present, kept, number(candidates)[1])
 
-        return selection.PhaseOfSearch(
+        return PhaseOfSearch(
             of_phase(which),
             of_phase([p.scope == "global" for p in phases]),
             lambda candidates: number(candidates)[0],
             finish,
         )
 
-    search = functools.partial(selection.search, like=like, counter=counter)
+    select = functools.partial(search, like=like, counter=counter)
     # What is cheap is made in every stage of a selection, and never kept.
     if all(elementwise.is_light(scores) for scores in traced):
-        value = search(value, makers, phase, phases=(first, len(phases)))
+        value = select(value, makers, phase, phases=(first, len(phases)))
     else:
 
         def run(carry: tuple[Array, _Update]) -> tuple[Array, _Update]:
             index, value = carry
             keys = lax.switch(jnp.asarray(which)[index], makers, value)
             now = phase(index, value)._replace(maker=0)
-            value = search(value, [lambda _: keys], lambda *_: now, phases=(0, 1))
+            value = select(value, [lambda _: keys], lambda *_: now, phases=(0, 1))
             return index + 1, value
 
         start = (jnp.asarray(first, jnp.int32), value)
         end = len(phases)
         value = lax.while_loop(lambda carry: carry[0] < end, run, start)[1]
-    kept = masks if remembers else value.kept
+    kept = value.kept if forgets else masks
     present = value.present
     return present, [k & x for k, x in zip(kept, present, strict=True)]
 
@@ -143,7 +146,7 @@ class _Update(NamedTuple):
     Attributes:
       present: the masks.
       kept: the weights active since the start, and not forgotten in between; empty if
-        no phase forgets.
+        no phase forgets what a later one may grow.
       handed: what one phase hands on to the next.
     """
 
@@ -178,7 +181,7 @@ def prune(
     Returns:
       Masks; a subset of `masks`.
     """
-    selection.check_scope(scope)
+    check_scope(scope)
     leaves, treedef = jax.tree.flatten(masks)
     phase = prune_phase(_given(scores), keep, scope=scope)
     return treedef.unflatten(run_phases(leaves, [phase])[0])
@@ -342,7 +345,7 @@ def redistribute(number: Array, weights: Array, room: Array) -> Array:
         share = open_weights / mass * left.astype(jnp.float32)
         # In float32 a share may round above what is left: serve in order, within it.
         poured = jnp.minimum(share.astype(count_type), space)
-        before = selection.sum_before(poured)
+        before = sum_before(poured)
         allowed = jnp.where(left > before, left - before, 0)
         return given + jnp.minimum(poured, allowed)
 
@@ -355,7 +358,7 @@ def redistribute(number: Array, weights: Array, room: Array) -> Array:
 
     def top_up(given: Array) -> Array:
         open_leaf = (given < room).astype(count_type)
-        earlier = selection.sum_before(open_leaf)
+        earlier = sum_before(open_leaf)
         return given + jnp.where(earlier < number - total(given), open_leaf, 0)
 
     return lax.while_loop(unfinished, top_up, given)

@@ -1,10 +1,13 @@
 """Settings of the whole test suite."""
 
+import collections
+import zlib
+
 import hypothesis
 import jax
 import pytest
 
-from tests.nightly import NIGHTLY, PROFILE
+from tests.nightly import AT_NIGHT, NIGHTLY, ONE_OF, PROFILE
 
 # Before any backend starts: eight virtual devices, on which the sharding tests run.
 # Everything else uses the first. With several CPU devices, steps with collectives must
@@ -58,3 +61,23 @@ def _optimizations(request: pytest.FixtureRequest) -> None:
     name = request.module.__name__.rpartition("test_")[-1]
     quick = not NIGHTLY and name not in OPTIMIZED
     jax.config.update("jax_disable_most_optimizations", quick)
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Leaves cases to the nightly run; none of what is asked for by its name."""
+    if NIGHTLY or any("::" in argument for argument in config.args):
+        return
+    places: collections.Counter[str] = collections.Counter()
+    kept: dict[bool, list[pytest.Item]] = {True: [], False: []}
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        name = f"{item.module.__name__.rpartition('.')[-1]}::{item.originalname}"
+        # From another one on in each test, so that all occur in some.
+        place = places[name] + zlib.crc32(name.encode())
+        chosen = place % ONE_OF.get(name, 1) == 0 and name not in AT_NIGHT
+        kept[chosen].append(item)
+        places[name] += 1
+    items[:] = kept[True]
+    config.hook.pytest_deselected(items=kept[False])

@@ -20,8 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import granet_jax
-from granet_jax import choices, scores
-from tests import oracle, trees
+from tests import luck, oracle, trees
 from tests.test_contract import STRICT
 
 PyTree = Any
@@ -166,24 +165,7 @@ class Lab:
     @functools.cached_property
     def _draw(self) -> Callable[[int], list[jax.Array]]:
         shapes = [x.shape for x, c in zip(self.shapes, self.carries, strict=True) if c]
-
-        @jax.jit
-        def draw(count: int) -> list[jax.Array]:
-            key = choices.step_key(5, count)
-            return [
-                scores.random(
-                    granet_jax.ScoreInputs(
-                        param=jnp.zeros(shape),
-                        grad=None,
-                        mask=jnp.ones(shape, bool),
-                        accumulator=None,
-                        key=jax.random.fold_in(key, i),
-                    )
-                )
-                for i, shape in enumerate(shapes)
-            ]
-
-        return draw
+        return jax.jit(functools.partial(luck.random_scores, shapes, 5))
 
     def _luck(self, count: int) -> list[np.ndarray]:
         """The library's random scores of a step."""

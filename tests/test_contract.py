@@ -333,9 +333,8 @@ def check_step(method: str, inner: str, step: Snapshot) -> None:
         assert x.tobytes() == e.tobytes(), name
 
 
-# Every inner optimizer with one of the methods, in turns (more of them in
-# `test_fuzz.py`); all with all in both dtypes, a quarter of an hour more, with
-# HYPOTHESIS_PROFILE=nightly.
+# Inner optimizers with one of the methods each, in turns (more of them in
+# `test_fuzz.py`); all with all in both dtypes with HYPOTHESIS_PROFILE=nightly.
 
 
 def cases(methods: Iterable[str], inners: Iterable[str], one_of: int) -> list[Any]:

@@ -12,7 +12,6 @@ import pytest
 from experiments import data, models, trainer
 from experiments.config import Config, MaskConfig, OptimizerConfig, ToSTConfig
 from granet_jax import distributions, tost
-from tests.nightly import NIGHTLY
 from tests.runs import make, same
 
 BOTH = ToSTConfig(neurons="swish", skips="conv", ghost_fraction=0.5)
@@ -119,7 +118,7 @@ def test_every_network_takes_what_it_says():
     [
         ({}, 1),
         ({**DENSE_LAYERS, "fsdp": 2, "optimizer": OptimizerConfig(ema=0.9)}, 4),
-        *([({**DENSE_LAYERS, "parallel": "pmap"}, 2)] if NIGHTLY else []),
+        ({**DENSE_LAYERS, "parallel": "pmap"}, 2),
     ],
 )
 def test_after_the_ghosts_the_network_is_the_plain_one(changes, devices, tmp_path):

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import granet_jax
-from granet_jax import plans, schedules, selection
+from granet_jax import counting, plans, schedules
 from tests import oracle
 from tests.fuzzing import Lab, Run, leaf, recorded
 from tests.test_contract import STRICT
@@ -290,7 +290,7 @@ def test_a_leaf_of_more_than_2_31_weights_compiles() -> None:
     updates, state = step.out_info
     assert (updates["w0"].shape, state.masks["w0"].dtype) == (HUGE, jnp.bool_)
     # Positions and exchanges are counted without a sign.
-    traced = jax.make_jaxpr(lambda x: selection._row_starts(x, jnp.dtype("uint32")))(
+    traced = jax.make_jaxpr(lambda x: counting.row_starts(x, jnp.dtype("uint32")))(
         jax.ShapeDtypeStruct(HUGE, jnp.bfloat16)
     )
     (starts,) = jax.core.eval_jaxpr(traced.jaxpr, traced.consts, jnp.zeros(()))

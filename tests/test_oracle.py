@@ -19,9 +19,8 @@ import optax
 import pytest
 
 import granet_jax
-from granet_jax import _transform, choices, scores, updates
-from granet_jax.scores import ScoreInputs
-from tests import fuzzing, oracle
+from granet_jax import _transform, updates
+from tests import fuzzing, luck, oracle
 from tests.nightly import NIGHTLY
 from tests.test_contract import STRICT
 
@@ -169,23 +168,7 @@ def random_tree(rng, *, grid, dtypes=None, lead=()):
 def random_scores(seed, counts):
     """The library's random scores of every step, for the maskable leaves."""
     shapes = [leaf.shape for leaf in leaves_of(random_tree(np.random, grid=1.0))]
-
-    def of(count):
-        key = choices.step_key(seed, count)
-        return [
-            scores.random(
-                ScoreInputs(
-                    param=jnp.zeros(shape),
-                    grad=None,
-                    mask=jnp.ones(shape, bool),
-                    accumulator=None,
-                    key=jax.random.fold_in(key, i),
-                )
-            )
-            for i, shape in enumerate(shapes)
-        ]
-
-    return jax.vmap(of)(counts)
+    return jax.vmap(lambda count: luck.random_scores(shapes, seed, count))(counts)
 
 
 class Snapshot(NamedTuple):
@@ -259,8 +242,8 @@ def run_both(
 
     # Drawn and selected by the oracle, from the library's random numbers.
     drawn = leaves_of(params)
-    luck = jax.device_get(random_scores(seed, jnp.arange(steps + 1)))
-    masks = oracle.initial_masks(recipe, [x[0] for x in luck], drawn)
+    drawings = jax.device_get(random_scores(seed, jnp.arange(steps + 1)))
+    masks = oracle.initial_masks(recipe, [x[0] for x in drawings], drawn)
     for x, y in zip(leaves_of(granet_jax.get_masks(state)), masks, strict=True):
         np.testing.assert_array_equal(x, y)
     if apply_first and recipe.weights != "dense":
@@ -284,7 +267,7 @@ def run_both(
             for g, x in zip(leaves_of(grads), dense, strict=True):
                 g[t] = x
         before = theirs.masks
-        theirs.step(dense, lambda count: [x[count] for x in luck])
+        theirs.step(dense, lambda count: [x[count] for x in drawings])
         changed += sum(
             not np.array_equal(x, y) for x, y in zip(before, theirs.masks, strict=True)
         )

@@ -15,7 +15,6 @@ import pytest
 
 import granet_jax
 from granet_jax import structures
-from tests.nightly import NIGHTLY
 from tests.test_cyclic import QUICK, SHAPES, draw
 from tests.test_sharding import (
     LAYOUTS,
@@ -99,7 +98,7 @@ def packed_leaves(tree: Any) -> list[granet_jax.PackedMask]:
 
 
 # Every other one; all of them in the nightly run.
-@pytest.mark.parametrize("name", RUNS if NIGHTLY else [*RUNS][::2])
+@pytest.mark.parametrize("name", RUNS)
 def test_every_run_is_as_with_bytes(name: str) -> None:
     changed = False
     masks = None
@@ -216,7 +215,7 @@ MOVED = {
 }
 
 
-@pytest.mark.parametrize("layout", MOVED if NIGHTLY else [*MOVED][:2])
+@pytest.mark.parametrize("layout", MOVED)
 def test_on_eight_devices_as_on_one(layout: str) -> None:
     method = granet_jax.granet(0.75, 4, interval=2, end_step=2)
     tx = granet_jax.transform(method, optax.sgd(0.125, momentum=0.5), packed=True)

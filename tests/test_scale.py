@@ -16,7 +16,7 @@ from jax import Array
 
 import granet_jax
 from benchmarks import programs, resnet50, scale, trees
-from granet_jax import selection
+from granet_jax import search, selection
 
 DEVICES = 8
 KIB = 2**10
@@ -163,13 +163,13 @@ def test_passes_stay_within_their_bound(
     scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes = []
-    count = selection._count_leaves
+    count = search.count_leaves
 
     def counted(*arguments: Any) -> list[Array]:
         jax.debug.callback(lambda: passes.append(1))
         return count(*arguments)
 
-    monkeypatch.setattr(selection, "_count_leaves", counted)
+    monkeypatch.setattr(search, "count_leaves", counted)
     rng = np.random.default_rng(0)
     heavy = rng.standard_cauchy((2, 500)).astype("f4")
     tied = np.where(rng.random((30, 30)) < 0.5, np.float32(1e-30), np.float32(3e30))

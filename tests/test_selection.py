@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from granet_jax import selection
+from granet_jax.counting import sum_before
+from granet_jax.keys import sort_keys
 from tests import oracle
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -202,7 +204,7 @@ def test_float64_under_x64() -> None:
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         scores = [1.0 + 2.0**-40 * rng.integers(0, 9, n) for n in (40, 3)]
-        assert selection.sort_keys(scores)[0].dtype == jnp.int64
+        assert sort_keys(scores)[0].dtype == jnp.int64
         everything = [np.ones(x.shape, bool) for x in scores]
         for k in (0, 1, 7, 20, 43):
             check(scores, everything, k, "global")
@@ -287,7 +289,7 @@ def test_float_keys_order_as_the_numbers_do() -> None:
     with np.errstate(invalid="ignore"):
         values = np.concatenate([special(n, "float32")[None] for n in NAMED])
         values = values.astype(np.float32)
-    (keys,) = selection.sort_keys([values])
+    (keys,) = sort_keys([values])
     keys = np.asarray(keys)
     info = np.iinfo(np.int32)
     nan = np.isnan(values)
@@ -301,8 +303,8 @@ def test_float_keys_order_as_the_numbers_do() -> None:
 
 def test_sum_before_is_an_exclusive_sum() -> None:
     counts = jnp.asarray([3, 0, 2, 7], jnp.uint32)
-    assert selection.sum_before(counts).tolist() == [0, 3, 3, 5]
-    assert selection.sum_before(counts).dtype == jnp.uint32
+    assert sum_before(counts).tolist() == [0, 3, 3, 5]
+    assert sum_before(counts).dtype == jnp.uint32
 
 
 def test_counter_dtype() -> None:

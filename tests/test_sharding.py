@@ -17,7 +17,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import granet_jax
-from tests.nightly import NIGHTLY
 from tests.trees import assert_same, is_shape
 
 # Powers of two wherever a product is added to something: whether both are fused into
@@ -88,8 +87,6 @@ CASES = [
     for layout in LAYOUTS
     if layout.endswith("2d") or name == "granet"
 ]
-# Every other one; all of them in the nightly run.
-CASES = CASES if NIGHTLY else CASES[::2]
 
 
 def on_grid(seed: int, most: int, *lead: int) -> Any:

@@ -15,7 +15,6 @@ import pytest
 
 import granet_jax
 from granet_jax import structures
-from tests.nightly import NIGHTLY
 from tests.test_cyclic import QUICK
 from tests.test_sharding import LAYOUTS, make_params, make_step, mean_grads
 from tests.trees import assert_same
@@ -83,7 +82,7 @@ def on_one_device(name: str) -> list[Any]:
 
 
 # Every other one; all of them in the nightly run.
-@pytest.mark.parametrize(("name", "layout"), CASES if NIGHTLY else CASES[::2])
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_sharded_equals_one_device(name: str, layout: str) -> None:
     expected = on_one_device(name)
     with LAYOUTS[layout].context():

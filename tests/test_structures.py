@@ -12,7 +12,8 @@ import optax
 import pytest
 
 import granet_jax
-from granet_jax import distributions, mask_sources, scores, selection, structures
+from granet_jax import distributions, mask_sources, scores, structures
+from granet_jax.keys import sort_keys
 from granet_jax.structures import Structure
 from tests.test_cyclic import QUICK
 from tests.trees import assert_same
@@ -475,7 +476,7 @@ def test_keys_of_every_dtype_share_the_search() -> None:
     rng = np.random.default_rng(0)
     score = jnp.asarray(rng.integers(-9, 9, (64, 3)), jnp.bfloat16)
     structure = structures.constant_fan_in()
-    assert selection.sort_keys([score])[0].dtype == jnp.int16
+    assert sort_keys([score])[0].dtype == jnp.int16
     (best,) = structures.select(structure, [score], [7], scope="layer")
     wide = np.asarray(score, np.float32)
     expected = best_of_boxes(wide, (64, 1), 7)

@@ -11,7 +11,6 @@ import optax
 import pytest
 
 import granet_jax
-from tests.nightly import NIGHTLY
 from tests.trees import assert_same
 
 METHODS = {
@@ -272,7 +271,7 @@ def test_no_buffer_is_held_twice() -> None:
 
 
 # Every other one; all of them in the nightly run.
-@pytest.mark.parametrize("name", METHODS if NIGHTLY else [*METHODS][::2])
+@pytest.mark.parametrize("name", METHODS)
 def test_no_tracer_leaks(name: str) -> None:
     with jax.checking_leaks():
         tx = granet_jax.transform(METHODS[name], INNER)

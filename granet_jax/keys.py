@@ -1,0 +1,55 @@
+"""Integers that order as scores do."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def sort_keys(
+    scores: Sequence[Array],
+    among: Sequence[Array] | None = None,
+    *,
+    width: int = 2,
+) -> list[Array]:
+    """Signed integers that order as the scores do; the lowest two are reserved.
+
+    The lowest is for entries that are no candidates, the next for NaN. The keys have
+    the width in bytes of the scores, or `width` where that is more. See
+    `granet_jax.selection.top_k` for the arguments and the errors.
+    """
+    scores = [jnp.asarray(x) for x in scores]
+    floating = all(jnp.issubdtype(x.dtype, jnp.floating) for x in scores)
+    integer = len({x.dtype for x in scores}) == 1 and jnp.issubdtype(
+        scores[0].dtype, jnp.signedinteger
+    )
+    if not (floating or integer):
+        raise TypeError(
+            "scores must all be floating, or all of one signed integer dtype; got "
+            f"{sorted({str(x.dtype) for x in scores})}."
+        )
+    if floating:
+        common = jnp.result_type(*[x.dtype for x in scores])
+        if width > common.itemsize:
+            common = jnp.promote_types(common, f"float{8 * width}")
+        keys = [_float_key(x.astype(common)) for x in scores]
+    else:
+        common = jnp.promote_types(scores[0].dtype, f"int{8 * width}")
+        ends = jnp.iinfo(common)
+        keys = [jnp.clip(x.astype(common), ends.min + 2, ends.max - 1) for x in scores]
+    if among is None:
+        return keys
+    lowest = jnp.asarray(jnp.iinfo(keys[0].dtype).min, keys[0].dtype)
+    return [
+        jnp.where(candidate, key, lowest)
+        for key, candidate in zip(keys, among, strict=True)
+    ]
+
+
+def _float_key(x: Array) -> Array:
+    dtype = jnp.dtype(f"int{8 * x.dtype.itemsize}")
+    lowest = jnp.asarray(jnp.iinfo(dtype).min, dtype)
+    bits = lax.bitcast_convert_type(x, dtype)
+    # Sign and magnitude to two's complement; both zeros become 0.
+    key = jnp.where(bits < 0, lowest - bits, bits)
+    return jnp.where(jnp.isnan(x), lowest + jnp.ones((), dtype), key)
