@@ -2,12 +2,14 @@
 
 import collections
 import zlib
+from typing import Any
 
 import hypothesis
 import jax
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
-from tests.nightly import AT_NIGHT, NIGHTLY, ONE_OF, PROFILE
+from tests.nightly import AT_NIGHT, LONG, NIGHTLY, ONE_OF, PROFILE
 
 # Before any backend starts: eight virtual devices, on which the sharding tests run.
 # Everything else uses the first. With several CPU devices, steps with collectives must
@@ -67,6 +69,7 @@ def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
     """Leaves cases to the nightly run; none of what is asked for by its name."""
+    items.sort(key=lambda item: not item.path.stem.endswith(LONG))
     if NIGHTLY or any("::" in argument for argument in config.args):
         return
     places: collections.Counter[str] = collections.Counter()
@@ -81,3 +84,9 @@ def pytest_collection_modifyitems(
         places[name] += 1
     items[:] = kept[True]
     config.hook.pytest_deselected(items=kept[False])
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of a file run in one process, where they share what is compiled."""
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)

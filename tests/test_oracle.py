@@ -6,12 +6,9 @@ gradients tie often.
 """
 
 import functools
-import math
 import random
 from typing import NamedTuple
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +16,7 @@ import optax
 import pytest
 
 import granet_jax
-from granet_jax import _transform, updates
+from granet_jax import _transform
 from tests import fuzzing, luck, oracle
 from tests.nightly import NIGHTLY
 from tests.test_contract import STRICT
@@ -432,100 +429,6 @@ def test_parameters_that_nobody_masked(name, mixing):
 
 
 # --- The parts of SNFS's redistribution ---------------------------------------------
-
-# Op by op, its loops would be compiled anew at every call.
-redistribute = jax.jit(updates.redistribute)
-mean_score = jax.jit(updates.mean_score)
-
-
-@st.composite
-def pouring(draw):
-    """Weights, room and a number that fits, for four leaves."""
-    room = draw(st.lists(st.integers(0, 2000), min_size=4, max_size=4))
-    weight = st.floats(0, 1e6, width=32) | st.sampled_from(
-        [0.0, 1e-45, 3e38, math.inf, math.nan]
-    )
-    weights = draw(st.lists(weight, min_size=4, max_size=4))
-    number = draw(st.integers(0, sum(room)))
-    return number, weights, room
-
-
-@hypothesis.given(pouring())
-@hypothesis.example((3, [0.0, 0.0, 0.0, 0.0], [1, 0, 1, 1]))
-@hypothesis.example((2000, [math.inf, math.nan, 3e38, 3e38], [900, 900, 900, 900]))
-def test_redistribution_fills_exactly_and_within_room(case):
-    number, weights, room = case
-    given = np.asarray(
-        redistribute(
-            jnp.uint32(number),
-            jnp.asarray(weights, jnp.float32),
-            jnp.asarray(room, jnp.uint32),
-        )
-    )
-    assert given.dtype == np.uint32
-    assert given.sum() == number
-    assert (given <= room).all()
-
-
-@hypothesis.given(
-    st.lists(st.integers(1, 2**10), min_size=4, max_size=4), st.integers(0, 2**12)
-)
-def test_redistribution_is_proportional_where_there_is_room(weights, number):
-    given = np.asarray(
-        redistribute(
-            jnp.uint32(number),
-            jnp.asarray(weights, jnp.float32),
-            jnp.full(4, 2**20, jnp.uint32),
-        )
-    ).astype(float)
-    share = number * np.asarray(weights) / sum(weights)
-    # Rounding leaves fewer than four over, of which each leaf gets one at most, and
-    # more only in proportion.
-    assert (np.abs(given - share) < 4).all()
-
-
-def test_redistribution_by_hand():
-    def pour(number, weights, room):
-        given = redistribute(
-            jnp.uint32(number),
-            jnp.asarray(weights, jnp.float32),
-            jnp.asarray(room, jnp.uint32),
-        )
-        assert oracle.redistributed(number, weights, room) == given.tolist()
-        return given.tolist()
-
-    assert pour(10, [1, 3, 1], [9, 9, 9]) == [2, 6, 2]
-    # The second is full at 4: what it cannot take is halved between the others.
-    assert pour(10, [1, 3, 1], [9, 4, 9]) == [3, 4, 3]
-    # A leaf without weight is served only when the others are full.
-    assert pour(10, [0, 1, 1], [9, 3, 3]) == [4, 3, 3]
-    assert pour(9, [0, 0, 0], [6, 3, 9]) == [4, 1, 4]
-
-
-def test_mean_score_is_the_mean_up_to_a_common_factor():
-    rng = np.random.default_rng(0)
-    masks = [rng.random(n) < 0.3 for n in (5000, 70, 1)] + [np.zeros(3, bool)]
-    values = [
-        np.abs(rng.normal(size=m.shape)).astype(np.float32) * 10.0**-i
-        for i, m in enumerate(masks)
-    ]
-    masks[2][:] = True
-    means = np.asarray(mean_score(masks, values), np.float64)
-    expected = np.asarray(
-        [v[m].mean() if m.any() else 0.0 for v, m in zip(values, masks, strict=False)]
-    )
-    np.testing.assert_allclose(
-        means / means[0], expected / expected[0], rtol=1e-5, atol=0
-    )
-    assert means[3] == 0.0
-
-
-def test_mean_score_ignores_what_is_not_finite():
-    mask = np.ones(4, bool)
-    clean = mean_score([mask, mask], [np.float32([1, 0, 2, 0]), np.ones(4)])
-    dirty = mean_score([mask, mask], [np.float32([1, np.inf, 2, np.nan]), np.ones(4)])
-    np.testing.assert_array_equal(clean, dirty)
-    assert clean[0] / clean[1] == 0.75
 
 
 # --- The oracle itself, by hand -----------------------------------------------------

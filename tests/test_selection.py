@@ -1,5 +1,6 @@
 """Exact top-k against a stable NumPy sort, on inputs chosen to be hard."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from granet_jax import selection
 from granet_jax.counting import sum_before
@@ -145,6 +148,33 @@ def test_ties_by_leaf_order_then_row_major_index() -> None:
     first, second = selection.top_k(scores, [3, 1])
     assert first.tolist() == [[True, True], [True, False]]
     assert second.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("kind", list(AxisType)[:2], ids=str)
+@pytest.mark.parametrize("in_context", [False, True], ids=["", "a mesh is set"])
+def test_scores_on_eight_devices(kind: AxisType, in_context: bool) -> None:
+    """Sharded over both axes of a mesh, one, or none: counted by each device once."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    specs = [P("x", "y"), P(None, ("y", "x")), P("y"), P(), P()]
+    shapes = [(8, 6), (3, 16), (6,), (5, 3), ()]
+    rng = np.random.default_rng(0)
+    scores = [rng.integers(0, 9, shape).astype(np.float32) for shape in shapes]
+    among = [rng.random(shape) < 0.7 for shape in shapes]
+    shardings = [NamedSharding(mesh, spec) for spec in specs]
+    placed, candidates = jax.device_put((scores, among), (shardings, shardings))
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+        for k in (1, 40, 200):
+            found = selection.top_k(placed, k, among=candidates, scope="global")
+            expected = oracle.best_across(scores, among, k)
+            for x, y in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(x, y)
+        number = [9, 7, 2, 8, 1]
+        found = selection.top_k(placed, number, among=candidates)
+        expected = oracle.best_per_leaf(scores, among, number)
+        for x, y, leaf in zip(found, expected, placed, strict=True):
+            np.testing.assert_array_equal(x, y)
+            if kind == AxisType.Explicit:
+                assert x.sharding == leaf.sharding
 
 
 def test_k_as_one_integer_for_all_leaves() -> None:
