@@ -60,13 +60,13 @@ ONE_OF = {
 # And none of these, of half a minute to two; in CI stand for them, in this order: the
 # training with Fashion-MNIST that is a step of its own; a small chain; two processes
 # that share parameters; signals that stop one process; smaller trees.
-AT_NIGHT = {
+AT_NIGHT = (
     "test_data::test_fashion_mnist_of_the_package_is_complete",
     "test_mask_sources_flow::test_vgg_stays_connected_down_to_one_weight_a_layer",
     "test_processes::test_pmap_over_two_processes",
     "test_processes::test_a_pre_emption_stops_both_at_one_step_and_they_go_on_exactly",
     "test_scale::test_resnet50_sends_less_than_64_kib_an_update",
-}
+)
 
 # Files of a minute and more: begun with, so that none is left to one process at last.
 LONG = (
