@@ -14,6 +14,7 @@ from experiments.checkpoints import Checkpoints
 from experiments.config import Config, MaskConfig, ToSTConfig
 from experiments.lottery import LotteryConfig
 from granet_jax import distributions
+from tests.nightly import NIGHTLY
 from tests.runs import lines, make, same
 
 # In so few steps, more would empty a layer.
@@ -33,7 +34,11 @@ TRAINING = Config(
 )
 
 
-@pytest.fixture(scope="module", params=[0, 3], ids=["initial", "step3"])
+# A search for tickets that go back to the initial weights, and one to those of step 3.
+REWINDS = (0, 3) if NIGHTLY else (3,)
+
+
+@pytest.fixture(scope="module", params=REWINDS, ids=str)
 def found(request, tmp_path_factory):
     """A configuration whose tickets have been found."""
     out = tmp_path_factory.mktemp("lottery") / "tickets"
