@@ -7,7 +7,6 @@ from typing import Any
 import hypothesis
 import jax
 import pytest
-from xdist.scheduler import LoadFileScheduling
 
 from tests.nightly import AT_NIGHT, LONG, NIGHTLY, ONE_OF, PROFILE
 
@@ -65,28 +64,40 @@ def _optimizations(request: pytest.FixtureRequest) -> None:
     jax.config.update("jax_disable_most_optimizations", quick)
 
 
+def _name(item: pytest.Item) -> str:
+    """`test_file::test_function`, as the lists of `nightly` have it."""
+    assert isinstance(item, pytest.Function)
+    return f"{item.module.__name__.rpartition('.')[-1]}::{item.originalname}"
+
+
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
     """Leaves cases to the nightly run; none of what is asked for by its name."""
     items.sort(key=lambda item: not item.path.stem.endswith(LONG))
-    if NIGHTLY or any("::" in argument for argument in config.args):
+    named = config.option.keyword or any("::" in x for x in config.args)
+    if NIGHTLY or named:
         return
     places: collections.Counter[str] = collections.Counter()
     kept: dict[bool, list[pytest.Item]] = {True: [], False: []}
     for item in items:
-        assert isinstance(item, pytest.Function)
-        name = f"{item.module.__name__.rpartition('.')[-1]}::{item.originalname}"
+        name = _name(item)
         # From another one on in each test, so that all occur in some.
         place = places[name] + zlib.crc32(name.encode())
         chosen = place % ONE_OF.get(name, 1) == 0 and name not in AT_NIGHT
         kept[chosen].append(item)
         places[name] += 1
+    # Of every test something is left but of those for the night.
+    left = set(map(_name, kept[True]))
+    assert places.keys() - left <= set(AT_NIGHT), places.keys() - left
     items[:] = kept[True]
     config.hook.pytest_deselected(items=kept[False])
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Tests of a file run in one process, where they share what is compiled."""
+    from xdist.scheduler import LoadFileScheduling  # only with -n
+
     config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)

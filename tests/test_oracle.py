@@ -428,9 +428,6 @@ def test_parameters_that_nobody_masked(name, mixing):
     assert changed >= 10
 
 
-# --- The parts of SNFS's redistribution ---------------------------------------------
-
-
 # --- The oracle itself, by hand -----------------------------------------------------
 
 

@@ -97,7 +97,6 @@ def packed_leaves(tree: Any) -> list[granet_jax.PackedMask]:
     return leaves
 
 
-# Every other one; all of them in the nightly run.
 @pytest.mark.parametrize("name", RUNS)
 def test_every_run_is_as_with_bytes(name: str) -> None:
     changed = False

@@ -109,18 +109,18 @@ def test_a_pre_emption_stops_both_at_one_step_and_they_go_on_exactly(cache, tmp_
     # Calls of several steps: not every step is one to stop at. So many that the signal
     # has long got around before the last one.
     longer: dict[str, Any] = {
-        "steps": 1200,
-        "eval_every": 450,
+        "steps": 2400,
+        "eval_every": 900,
         "scan_block": 5,
-        "masks": MaskConfig(interval=120),
-        "checkpoint": CheckpointConfig(every=300),
+        "masks": MaskConfig(interval=240),
+        "checkpoint": CheckpointConfig(every=600),
     }
     options = (
-        *("--steps", "1200", "--eval-every", "450", "--scan-block", "5"),
-        *("--masks.interval", "120", "--checkpoint.every", "300"),
+        *("--steps", "2400", "--eval-every", "900", "--scan-block", "5"),
+        *("--masks.interval", "240", "--checkpoint.every", "600"),
     )
     processes = start_pair(cache, out, *options)
-    first = out / RUN / "checkpoints" / "300"
+    first = out / RUN / "checkpoints" / "600"
     limit = time.monotonic() + 120
     while not first.exists() and time.monotonic() < limit:
         assert {process.poll() for process in processes} == {None}
@@ -128,7 +128,7 @@ def test_a_pre_emption_stops_both_at_one_step_and_they_go_on_exactly(cache, tmp_
     processes[0].send_signal(signal.SIGTERM)
     ended = end_pair(processes)
     last = runs.steps_saved(out / RUN)[-1]
-    assert 300 <= last < 1200
+    assert 600 <= last < 2400
     for status, printed, errors in ended:
         assert status == 143
         assert printed == ""

@@ -81,7 +81,6 @@ def on_one_device(name: str) -> list[Any]:
     return run(name, None)
 
 
-# Every other one; all of them in the nightly run.
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_sharded_equals_one_device(name: str, layout: str) -> None:
     expected = on_one_device(name)

@@ -270,7 +270,6 @@ def test_no_buffer_is_held_twice() -> None:
         assert len(set(pointers)) == len(pointers)
 
 
-# Every other one; all of them in the nightly run.
 @pytest.mark.parametrize("name", METHODS)
 def test_no_tracer_leaks(name: str) -> None:
     with jax.checking_leaks():
