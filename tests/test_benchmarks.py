@@ -11,7 +11,7 @@ import pytest
 from jax import Array, lax
 
 from benchmarks import __main__ as runner
-from benchmarks import commands, programs
+from benchmarks import commands, programs, timing
 
 RESULT = {
     "date": "2001-02-03",
@@ -162,3 +162,18 @@ ENTRY %main (a: pred[3,5], b: f32[8,2]) -> pred[3,5] {
 """
     found = programs.copies(program)
     assert sorted(found) == [(15, False), (64, True)]
+
+
+@pytest.mark.parametrize(
+    ("says", "name"),
+    [
+        ("model name\t: AMD EPYC\nflags\t\t: sse avx avx2 bmi2\n", "AMD EPYC avx2"),
+        ("model name\t: Xeon\n\nflags\t: avx2 avx512f avx512bw\n", "Xeon avx512bw"),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", "asimd"),
+        ("", ""),
+    ],
+)
+def test_name_of_the_processor(says: str, name: str, tmp_path: Path) -> None:
+    about = tmp_path / "cpuinfo"
+    about.write_text(says)
+    assert timing.processor(about) == name

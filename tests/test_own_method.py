@@ -129,7 +129,9 @@ class Simulation:
         share = min(math.floor(method.fraction(self.count) * 2**32), 2**32 - 1)
         active = [int(m.sum()) for m in self.masks]
         dropped = [-(-share * a // 2**32) for a in active]
-        score = self.score(method.drop, stepped, grads)
+        # Of what this update has pruned already `drop` sees zeros, `grow` the weights.
+        present = [p * m for p, m in zip(stepped, self.masks, strict=True)]
+        score = self.score(method.drop, present, grads)
         self.masks = [
             top([s], [m], a - d)[0]
             for s, m, a, d in zip(score, self.masks, active, dropped, strict=True)
@@ -216,6 +218,12 @@ def crowded(inputs: granet_jax.ScoreInputs) -> Any:
     """Integers: how many of the weight's output's inputs are active."""
     axes = tuple(range(inputs.mask.ndim - 1))
     return inputs.mask.sum(axes, keepdims=True, dtype="int32") + inputs.mask * 0
+
+
+def strength(inputs: granet_jax.ScoreInputs) -> Any:
+    """The sum of the output's weights: looks at pruned ones, too. Without ties."""
+    axes = tuple(range(inputs.param.ndim - 1))
+    return abs(inputs.param).sum(axes, keepdims=True) + abs(inputs.param) / 32
 
 
 def largest_first(inputs: granet_jax.ScoreInputs) -> Any:
@@ -305,6 +313,19 @@ def test_own_schedules() -> None:
     history = run(method)
     assert [active(m) for m in history] == [120] * 3 + [84] * 4 + [28] * 3
     assert moved(history) == [3, 5, 7]
+
+
+@pytest.mark.parametrize("part", ["drop", "grow"])
+def test_what_a_score_sees_of_weights_that_this_update_has_pruned(part: str) -> None:
+    method = dataclasses.replace(
+        RIGL,
+        sparsity=stairs,
+        updates=UpdateSteps(3, 7, 2),
+        prune=largest_first,
+        **{part: strength},
+    )
+    history = run(method)
+    assert [active(m) for m in history] == [120] * 3 + [84] * 4 + [28] * 3
 
 
 def test_own_pruning_within_layers() -> None:
