@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from granet_jax.counting import count_leaves, iota, row_starts, sum_before
+from granet_jax.counting import columns, count_leaves, row_starts, sum_before
 
 
 def search(
@@ -59,7 +59,7 @@ def search(
     unsigned = jnp.dtype(f"uint{8 * key_type.itemsize}")
     lowest = jnp.asarray(jnp.iinfo(key_type).min, key_type)
     sizes = jnp.asarray([x.size for x in like], counter)
-    rows = _unknown_range(leaves)
+    rows = list(zip(_unknown_range(leaves), map(columns, like), strict=True))
     bits = 8 * key_type.itemsize
 
     def stage(carry: tuple[Array, Array, Any, _Search]) -> Any:
@@ -69,7 +69,7 @@ def search(
         def codes(maker: Callable[[Any], Sequence[Array]]) -> list[Array]:
             return [
                 _code(x, _at(s.base, i), s.shift)
-                for i, x in zip(rows, maker(value), strict=True)
+                for (i, _), x in zip(rows, maker(value), strict=True)
             ]
 
         s = _next_stage(_restarted(s, start), now.across)
@@ -89,7 +89,7 @@ def search(
 
         def finish(value: Any) -> Any:
             pairs = zip(rows, made, strict=True)
-            chosen = [_chosen(x, [s.result.of(i)])[0] for i, x in pairs]
+            chosen = [_chosen(x, at, [s.result.of(i)])[0] for (i, at), x in pairs]
             return now.finish(value, chosen, s.candidates)
 
         # (In a loop of one trip or none, which passes its value through in place.)
@@ -229,7 +229,7 @@ def _next_stage(s: _Search, across: Array | bool) -> _Search:
 def _advance(
     s: _Search,
     codes: Sequence[Array],
-    rows: Sequence[Array],
+    rows: Sequence[tuple[Array, Array]],
     phase: PhaseOfSearch,
     counter: jnp.dtype,
 ) -> _Search:
@@ -239,8 +239,8 @@ def _advance(
     probes = list(map(_Probe, s.middles, starts))
     counts = count_leaves(
         [
-            _chosen(x, [probe.of(i) for probe in probes])
-            for i, x in zip(rows, codes, strict=True)
+            _chosen(x, at, [probe.of(i) for probe in probes])
+            for (i, at), x in zip(rows, codes, strict=True)
         ],
         counter,
     )
@@ -367,23 +367,25 @@ def _at(vector: Array, row: Array) -> Array:
     return lax.dynamic_index_in_dim(vector, row, keepdims=False)
 
 
-def _chosen(x: Array, probes: Sequence[tuple[Array, Array]]) -> list[Array]:
+def _chosen(
+    x: Array, column: Array, probes: Sequence[tuple[Array, Array]]
+) -> list[Array]:
     """Of each probe (key, position), the entries above it.
 
     Those are the ones above the key, and of those equal to it the ones before the
-    position. (The start of each row is compared first, and then the place within the
-    row: an index of every entry would be an array that XLA hoists out of the loop and
-    reads in every pass.)
+    position. (How many of each row are before it is computed first, and compared with
+    the place within the row, from `columns`: an index of every entry would be an array
+    that XLA hoists out of the loop and reads in every pass.)
     """
     if x.ndim == 0:
         return [x > key - (position > 0).astype(x.dtype) for key, position in probes]
     dtype = jnp.dtype(jnp.uint32 if x.size < 2**32 else jnp.uint64)
-    start, column = row_starts(x, dtype), iota(x, dtype, x.ndim - 1)
+    start, length = row_starts(x, dtype), jnp.asarray(x.shape[-1], dtype)
     chosen = []
     for key, position in probes:
         position = position.astype(dtype)
-        left = position - jnp.minimum(start, position)
-        chosen.append(x > key - (column < left).astype(x.dtype))
+        left = jnp.minimum(position - jnp.minimum(start, position), length)
+        chosen.append(x > key - (column < left.astype(column.dtype)).astype(x.dtype))
     return chosen
 
 
