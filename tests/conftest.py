@@ -42,9 +42,10 @@ hypothesis.settings.load_profile(PROFILE)
 
 # Modules whose programs are compiled as those of users are: where results are compared
 # with an oracle's or another process's, or whole networks run for long. The others take
-# a half to two thirds of the time without LLVM's optimizations; XLA's own passes, which
-# decide what is fused, copied and sent between devices, are the same. All are optimized
-# in the nightly run.
+# a half to two thirds of the time without LLVM's optimizations (and `.ci/run` has them
+# compiled by XLA's older emitters, which takes a third of that); XLA's own passes,
+# which decide what is fused, copied and sent between devices, are the same. All are
+# compiled as for users in the nightly run.
 OPTIMIZED = (
     "experiments",
     "fuzz",
@@ -59,21 +60,27 @@ OPTIMIZED = (
 
 @pytest.fixture(autouse=True, scope="module")
 def _optimizations(request: pytest.FixtureRequest) -> None:
-    name = request.module.__name__.rpartition("test_")[-1]
-    quick = not NIGHTLY and name not in OPTIMIZED
+    quick = not NIGHTLY and not _is_optimized(request.node)
     jax.config.update("jax_disable_most_optimizations", quick)
+
+
+def _is_optimized(node: pytest.Module | pytest.Item) -> bool:
+    return node.path.stem.removeprefix("test_") in OPTIMIZED
 
 
 def _name(item: pytest.Item) -> str:
     """`test_file::test_function`, as the lists of `nightly` have it."""
     assert isinstance(item, pytest.Function)
-    return f"{item.module.__name__.rpartition('.')[-1]}::{item.originalname}"
+    return f"{item.path.stem}::{item.originalname}"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
     """Leaves cases to the nightly run; none of what is asked for by its name."""
+    for item in filter(_is_optimized, items):
+        item.add_marker("optimized")
     items.sort(key=lambda item: not item.path.stem.endswith(LONG))
     named = config.option.keyword or any("::" in x for x in config.args)
     if NIGHTLY or named:
