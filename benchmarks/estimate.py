@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 from benchmarks import commands, scale, timing
 
 # Read or written for each weight: in a pass its code; in a stage what the code is made
-# of (parameter, gradient, momentum, two masks), and the code; at the end of a phase the
-# code and masks. A selection among float32 scores has five stages.
+# of (parameter, gradient, momentum, activity), and the code; at the end of a phase the
+# code and activity. A selection among float32 scores has five stages.
 BYTES_A_PASS = 1
-BYTES_A_PHASE = 5 * (3 * 4 + 2 + 1) + 3
+BYTES_A_PHASE = 5 * (3 * 4 + 1 + 1) + 3
 CHIPS = (4, 64, 1024)
 INTERVALS = (100, 1000)
 # Assumed: of starting a collective in a loop, and of every link on its way.

@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+import granet_jax
 from experiments import manifest
-from granet_jax import masking
+from granet_jax import activity, masking
 
 PyTree = Any
 
-FORMAT = 2
-"""Version of what a checkpoint holds, which it states. 1, which stated none, had no
-manifest of its files; it is read as it is."""
+FORMAT = 3
+"""Version of what a checkpoint holds, which it states. Up to 2 a sparse state had two
+trees of masks, which are made the codes of today as they are read; 1, which stated no
+version, had no manifest of its files."""
 
 
 class CheckpointError(OSError):
@@ -113,7 +115,17 @@ class Checkpoints:
           CheckpointError: it is damaged, of a newer version, or of another state.
         """
         with self._clear("read", step):
-            self._check(step, abstract)
+            version = self._check_files(step)
+            saved = self._manager.item_metadata(step)["state"].tree
+            if version < 3:
+                abstract = _with_two_masks(abstract, saved)
+            if found := differences(saved, abstract):
+                more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+                raise _OtherError(
+                    "it is of another model, method or optimizer: "
+                    f"{'; '.join(found[:3])}{more}. Give the options it was written "
+                    "with, or another folder as --out."
+                )
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -123,15 +135,15 @@ class Checkpoints:
             )
             progress = restored["progress"]
             progress.pop("format_version", None)
-            return restored["state"], Progress(**progress)
+            return _with_codes(restored["state"]), Progress(**progress)
 
     def close(self) -> None:
         """Waits, and gives the background threads back."""
         with self._clear("written", None):
             self._manager.close()
 
-    def _check(self, step: int, abstract: PyTree) -> None:
-        """Raises unless the files are as they were written, of a state like this."""
+    def _check_files(self, step: int) -> int:
+        """The version of the format; raises unless files are as they were written."""
         folder = self.folder / str(step)
         has_manifest = manifest.check(folder)
         # Read here, since what else a newer version changes is not known.
@@ -145,14 +157,7 @@ class Checkpoints:
             )
         if version > 1 and not has_manifest:
             raise manifest.DamagedError(f"{manifest.NAME}/{manifest.FILE} is missing")
-        saved = self._manager.item_metadata(step)["state"]
-        if found := differences(saved.tree, abstract):
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise _OtherError(
-                f"it is of another model, method or optimizer: {'; '.join(found[:3])}"
-                f"{more}. Give the options it was written with, or another folder as "
-                "--out."
-            )
+        return version
 
     @contextlib.contextmanager
     def _clear(self, done: str, step: int | None) -> Generator[None]:
@@ -181,6 +186,51 @@ class Checkpoints:
             ) from error
 
 
+class _TwoMasks(NamedTuple):
+    """`granet_jax.SparseState` as it was up to format 2."""
+
+    count: Any  # pyright: ignore[reportIncompatibleMethodOverride]
+    masks: PyTree
+    inner_state: PyTree
+    accumulator: PyTree
+    continuing: PyTree
+    marked: PyTree
+
+
+def _with_two_masks(abstract: PyTree, saved: PyTree) -> PyTree:
+    """The state that format 2 has of an abstract one of today."""
+    both = any("continuing" in name.split("/") for name in _forms(saved))
+
+    def before(x: Any) -> Any:
+        if not isinstance(x, granet_jax.SparseState):
+            return x
+        continuing = x.masks if both else ()
+        fields = (x.count, x.masks, x.inner_state, x.accumulator, continuing, x.marked)
+        return _TwoMasks(*fields)
+
+    return jax.tree.map(
+        before, abstract, is_leaf=lambda x: isinstance(x, granet_jax.SparseState)
+    )
+
+
+def _with_codes(state: PyTree) -> PyTree:
+    """A state of today; what entered with the last update is of no consequence."""
+
+    def today(x: Any) -> Any:
+        if not isinstance(x, _TwoMasks):
+            return x
+        codes = jax.jit(lambda masks: masking.map_unpacked(_code, masks))(x.masks)
+        return granet_jax.SparseState(
+            x.count, codes, x.inner_state, x.accumulator, x.marked
+        )
+
+    return jax.tree.map(today, state, is_leaf=lambda x: isinstance(x, _TwoMasks))
+
+
+def _code(mask: jax.Array) -> jax.Array:
+    return activity.encode(mask, mask)
+
+
 def differences(saved: PyTree, abstract: PyTree) -> list[str]:
     """What a saved state has otherwise than the one to be restored, by leaf.
 
@@ -188,17 +238,17 @@ def differences(saved: PyTree, abstract: PyTree) -> list[str]:
       saved: what orbax says of its arrays: pytree of what has a shape and a dtype.
       abstract: pytree of `jax.ShapeDtypeStruct`.
     """
-
-    def forms(tree: PyTree) -> dict[str, str]:
-        return {
-            masking.leaf_name(path): f"{x.dtype}{list(x.shape)}"
-            for path, x in jax.tree_util.tree_leaves_with_path(tree)
-        }
-
-    there, here = forms(saved), forms(abstract)
+    there, here = _forms(saved), _forms(abstract)
     return [
         f"{name} is {there.get(name, 'missing')} there and "
         f"{here.get(name, 'missing')} here"
         for name in (*here, *(name for name in there if name not in here))
         if there.get(name) != here.get(name)
     ]
+
+
+def _forms(tree: PyTree) -> dict[str, str]:
+    return {
+        masking.leaf_name(path): f"{x.dtype}{list(x.shape)}"
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }

@@ -378,9 +378,8 @@ def _active(
 def _optimizer_memory(functions: Functions, opt_state: PyTree) -> dict[str, int]:
     if functions.method is None:
         return {"optimizer": _bytes(opt_state)}
-    masks = _bytes(granet_jax.get_masks(opt_state))
     state = granet_jax.get_state(opt_state)
-    masks += _bytes((state.continuing, state.marked))
+    masks = _bytes((state.activity, state.marked))
     return {"masks": masks, "optimizer": _bytes(opt_state) - masks}
 
 

@@ -14,7 +14,7 @@ import optax
 from jax import Array, lax
 from jax.core import Tracer
 
-from granet_jax import choices, masking, plans, structures
+from granet_jax import activity, choices, masking, plans, structures
 from granet_jax.checks import check_flag, check_seed
 from granet_jax.choices import step_key, where_active
 from granet_jax.elementwise import is_elementwise
@@ -34,27 +34,30 @@ class SparseState(NamedTuple):
 
     Attributes:
       count: int32 scalar, optimizer steps taken.
-      masks: pytree of the structure of params: boolean arrays (True = active),
-        `optax.MaskedNode()` at dense leaves. With `packed`, `PackedMask` records;
-        `get_masks` gives boolean arrays always.
+      activity: pytree of the structure of params: int8 arrays, positive where weights
+        are active (`masks` gives the masks; 1 where a weight entered with the last
+        update, 2 elsewhere), `optax.MaskedNode()` at dense leaves. With `packed`,
+        `PackedMask` records.
       inner_state: state of the inner optimizer; `optax.EmptyState()` without one.
-      accumulator: moving average of the dense gradient, of the structure of `masks`,
+      accumulator: moving average of the dense gradient, of the structure of the masks,
         for a method with `accumulator_decay`; else the empty tuple.
-      continuing: the weights that the last step updated: `masks`, but for those that
-        entered with it. Of the structure of `masks`, for a method whose masks grow
-        under `inner`; else the empty tuple. (Held in the state, it costs a step between
-        updates nothing: made in the step, it would be written and read in all.) Packed
-        as `masks` are.
-      marked: a second tree of masks, of the structure of `masks`, for a method with
-        `marked_sparsity`; else the empty tuple. Packed as `masks` are.
+      marked: a second tree of masks, of the same structure, for a method with
+        `marked_sparsity`; else the empty tuple. Packed as `activity` is.
     """
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    masks: PyTree
+    activity: PyTree
     inner_state: optax.OptState
     accumulator: PyTree
-    continuing: PyTree
     marked: PyTree = ()
+
+    @property
+    def masks(self) -> PyTree:
+        """Boolean arrays, True where active; `PackedMask` records if they are packed.
+
+        Computed when asked for. `get_masks` gives boolean arrays always.
+        """
+        return masking.map_unpacked(activity.masks_of, self.activity)
 
 
 def transform(
@@ -270,11 +273,9 @@ def transform(
             marked = treedef.unflatten(map(masking.placed_like, chosen, weights))
         if packed:
             initial, marked = masking.pack_masks((initial, marked))
-        continuing = ()
-        if regrows:
-            # A buffer of its own, so that both can be donated.
-            continuing = jax.tree.map(jnp.copy, initial)
-        return SparseState(count, initial, inner_state, accumulator, continuing, marked)
+        if not packed:
+            initial = _encoded(initial, initial)
+        return SparseState(count, initial, inner_state, accumulator, marked)
 
     def update(
         updates: PyTree,
@@ -295,10 +296,16 @@ def transform(
         # As the state holds them, masks go through loops and into the next state; taken
         # apart, they are read by what is computed.
         pack = unpack = _as_it_is
+        store, load = _encoded, _decoded
         if _is_packed(state):
             pack = masking.pack_masks
-            unpack = functools.partial(_unpack_like, params)
-        old = unpack(state.masks)
+            unpack = load = functools.partial(_unpack_like, params)
+
+            def store(masks_: PyTree, kept: PyTree) -> PyTree:
+                del kept
+                return pack(masks_)
+
+        old = load(state.activity)
         grads = updates if wrapped is not None else extra_args.get("grads")
         if grads is None and method.needs_gradient:
             raise ValueError(
@@ -326,9 +333,10 @@ def transform(
         ) -> tuple[PyTree, PyTree]:
             """New masks, and what continues, from masks and a function to updates.
 
-            The function is given the active weights, whose updates are asked for.
+            Masks as the state holds them give masks taken apart. The function is given
+            the active weights, whose updates are asked for.
             """
-            masks_ = unpack(stored)
+            masks_ = load(stored)
             leaves, treedef = jax.tree.flatten(masks_)
 
             def stepped(active: list[Array]) -> list[Array]:
@@ -348,7 +356,7 @@ def transform(
                 changed, kept = update_masks_compiled(
                     names, leaves, stepped(leaves), *rest
                 )
-            return pack(treedef.unflatten(changed)), pack(treedef.unflatten(kept))
+            return treedef.unflatten(changed), treedef.unflatten(kept)
 
         given = updates
         if method.penalty is not None:
@@ -361,14 +369,13 @@ def transform(
             emitted: PyTree,
             new: PyTree,
             inner_state: Any,
-            continuing: PyTree,
             marked: PyTree,
         ) -> tuple[PyTree, SparseState]:
             """The result of the step; masks as the state holds them."""
             if method.marks.steps():
 
                 def mark(_: PyTree) -> PyTree:
-                    masks_ = unpack(new)
+                    masks_ = load(new)
                     leaves, treedef = jax.tree.flatten(masks_)
                     stepped = list(_stepped(params, emitted, masks_))
                     chosen = choose_marked(_names(masks_), leaves, stepped, count)
@@ -378,12 +385,10 @@ def transform(
             if wrapped is not None and method.resets.steps():
                 stepped = optax.apply_updates(params, emitted)
                 fresh = wrapped.init(stepped)
-                fresh = zero_moments(fresh, unpack(new))
+                fresh = zero_moments(fresh, load(new))
                 restart = method.resets.contains(count) & advances
                 inner_state = restart_moments(inner_state, fresh, params, restart)
-            return emitted, SparseState(
-                count, new, inner_state, accumulator, continuing, marked
-            )
+            return emitted, SparseState(count, new, inner_state, accumulator, marked)
 
         if method.weights != "sparse":
             # With dense weights, only those marked are moved, where some are.
@@ -397,7 +402,7 @@ def transform(
                 inner_updates = masking.map_masked(where_active, reach, inner_updates)
 
             def choose(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-                leaves, treedef = jax.tree.flatten(unpack(now[0]))
+                leaves, treedef = jax.tree.flatten(load(now[0]))
                 chosen, marked = choose_masks(
                     _names(old),
                     leaves,
@@ -406,27 +411,26 @@ def transform(
                     jax.tree.leaves(accumulator) or None,
                     count,
                 )
+                chosen = treedef.unflatten(chosen)
                 marked = treedef.unflatten(marked) if marked else ()
-                return pack(treedef.unflatten(chosen)), pack(marked)
+                return store(chosen, chosen), pack(marked)
 
-            now = (state.masks, state.marked)
+            now = (state.activity, state.marked)
             if method.refresh == 1:
                 new, marked = choose(now)
             else:
                 due = (count % method.refresh == 0) | method.updates.contains(count)
                 new, marked = _if(due, choose, now)
             if method.weights == "projected":
-                keep = unpack(new)
+                keep = load(new)
                 emitted = masking.map_masked(_emit, keep, inner_updates, params)
                 inner_state = zero_moments(inner_state, keep)
-                return finish(emitted, new, inner_state, (), marked)
+                return finish(emitted, new, inner_state, marked)
             if jax.tree.leaves(reach):
                 inner_state = zero_moments(inner_state, unpack(marked))
-            return finish(inner_updates, new, inner_state, (), marked)
+            return finish(inner_updates, new, inner_state, marked)
 
         updating = method.updates.contains(count) & advances
-        # In the step after an update too: what has entered continues now.
-        again = updating | method.updates.contains(state.count)
         if wrapped is not None and _can_mask_inputs(
             step_inner, grads, state, params, old
         ):
@@ -435,23 +439,29 @@ def transform(
             # and nothing later reads the old ones, so that in other steps all passes
             # in place. (The inner step is computed again inside, on update steps only:
             # handing its result in would force it through memory in every step.)
-            def change(stored: PyTree) -> tuple[PyTree, PyTree]:
+            def change(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
                 def step(active: PyTree) -> PyTree:
                     masked = masking.map_masked(where_active, active, given)
                     return step_inner(masked, state.inner_state, params)[0]
 
-                return change_masks(stored, step)
+                changed, kept = change_masks(now[0], step)
+                apart = jax.tree.leaves(now[1])
+                return store(changed, kept), pack(kept) if apart else ()
 
-            def change_both(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-                return _if(updating, lambda both: change(both[0]), (now[0], now[0]))
-
-            new = continuing = state.masks
-            if method.updates.steps() and not regrows:
+            # Bits do not say what entered: beside them what continues is made anew.
+            apart = state.activity if regrows and _is_packed(state) else ()
+            new = state.activity
+            if method.updates.steps():
+                new, apart = _if(updating, change, (new, apart))
+            if jax.tree.leaves(apart):
+                keep = unpack(apart)
+            elif regrows:
+                keep = jax.tree.map(
+                    functools.partial(activity.is_continuing, updated=updating), new
+                )
+            else:
                 # What never grows continues wherever it is active.
-                continuing = new = _if(updating, lambda now: change(now)[0], new)
-            elif method.updates.steps():
-                new, continuing = _if(again, change_both, (new, state.continuing))
-            keep = unpack(continuing)
+                keep = load(new)
             masked = masking.map_masked(where_active, keep, given)
             inner_updates, inner_state = step_inner(
                 masked,
@@ -459,8 +469,7 @@ def transform(
                 masking.map_masked(where_active, keep, params),
             )
             emitted = masking.map_masked(_emit, keep, inner_updates, params)
-            continuing = continuing if regrows else ()
-            return finish(emitted, new, inner_state, continuing, state.marked)
+            return finish(emitted, new, inner_state, state.marked)
 
         masked = given
         if wrapped is not None:
@@ -468,25 +477,18 @@ def transform(
         inner_updates, inner_state = step_inner(masked, state.inner_state, params)
 
         def change_last(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
-            masks_, emitted, inner_state, continuing = now
-            new, kept = change_masks(masks_, lambda _: now[1])
-            keep = unpack(kept)
+            stored, emitted, inner_state = now
+            changed, keep = change_masks(stored, lambda _: emitted)
             emitted = masking.map_masked(_emit, keep, emitted, params)
-            continuing = kept if regrows else ()
-            return new, emitted, zero_moments(inner_state, keep), continuing
-
-        def change_all(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
-            return _if(updating, change_last, (*now[:3], now[0]))
+            return store(changed, keep), emitted, zero_moments(inner_state, keep)
 
         emitted = masking.map_masked(_emit, old, inner_updates, params)
         inner_state = zero_moments(inner_state, old)
-        now = (state.masks, emitted, inner_state, state.continuing)
-        if method.updates.steps() and regrows:
-            now = _if(again, change_all, now)
-        elif method.updates.steps():
+        now = (state.activity, emitted, inner_state)
+        if method.updates.steps():
             now = _if(updating, change_last, now)
-        new, emitted, inner_state, continuing = now
-        return finish(emitted, new, inner_state, continuing, state.marked)
+        new, emitted, inner_state = now
+        return finish(emitted, new, inner_state, state.marked)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -614,11 +616,9 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
     checked = jax.tree.map(masking.placed_like, checked, present)
 
     def replace(state: SparseState) -> SparseState:
-        placed = masking.pack_masks(checked) if _is_packed(state) else checked
-        continuing = ()
-        if jax.tree.leaves(state.continuing):
-            continuing = jax.tree.map(jnp.copy, placed)
-        return state._replace(masks=placed, continuing=continuing)
+        if _is_packed(state):
+            return state._replace(activity=masking.pack_masks(checked))
+        return state._replace(activity=_encoded(checked, checked))
 
     return jax.tree.map(
         lambda x: replace(x) if _is_sparse(x) else x, opt_state, is_leaf=_is_sparse
@@ -746,6 +746,14 @@ def _as_it_is(masks: PyTree) -> PyTree:
     return masks
 
 
+def _encoded(masks: PyTree, continuing: PyTree) -> PyTree:
+    return jax.tree.map(activity.encode, masks, continuing)
+
+
+def _decoded(codes: PyTree) -> PyTree:
+    return jax.tree.map(activity.is_active, codes)
+
+
 def _unpack_like(params: PyTree, packed: PyTree) -> PyTree:
     """Packed masks taken apart, in the shardings of the parameters."""
     masks = masking.unpack_masks(packed)
@@ -757,7 +765,7 @@ def _unpack_like(params: PyTree, packed: PyTree) -> PyTree:
 
 
 def _is_packed(state: SparseState) -> bool:
-    leaves = jax.tree.leaves(state.masks, is_leaf=masking.is_packed)
+    leaves = jax.tree.leaves(state.activity, is_leaf=masking.is_packed)
     return any(map(masking.is_packed, leaves))
 
 

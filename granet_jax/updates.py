@@ -16,6 +16,14 @@ from jax import Array, lax
 from jax.extend.core import jaxpr_as_fun
 
 from granet_jax import elementwise, schedules
+from granet_jax.activity import (
+    CONTINUING,
+    DROPPED,
+    ENTERED,
+    INACTIVE,
+    encode,
+    is_active,
+)
 from granet_jax.counting import sum_before
 from granet_jax.keys import sort_keys
 from granet_jax.search import PhaseOfSearch, search
@@ -82,10 +90,7 @@ def run_phases(
         return keys
 
     makers = [maker(s, grows) for s, (_, grows) in zip(traced, ranks, strict=True)]
-    # Only what grows can bring back what was forgotten.
-    grows = [p.grows for p in phases]
-    forgets = any(p.forgets and any(grows[i:]) for i, p in enumerate(phases))
-    value = _Update(masks, masks if forgets else [], jnp.zeros((len(masks),), counter))
+    value = _Update(list(map(encode, masks, masks)), jnp.zeros((len(masks),), counter))
     like = jax.eval_shape(makers[0], value)
     which = [ranks.index((p.scores, p.grows)) for p in phases]
 
@@ -104,13 +109,9 @@ def run_phases(
             )
 
         def finish(value: _Update, chosen: list[Array], candidates: Array) -> _Update:
-            pairs = zip(chosen, value.present, strict=True)
-            present = [c | (m & grows) for c, m in pairs]
-            kept = value.kept
-            if kept:
-                pairs = zip(kept, present, strict=True)
-                kept = [jnp.where(forgets, k & m, k) for k, m in pairs]
-            return _Update(present, kept, number(candidates)[1])
+            pairs = zip(value.weights, chosen, strict=True)
+            changed = [_changed(x, c, grows, forgets) for x, c in pairs]
+            return _Update(changed, number(candidates)[1])
 
         return PhaseOfSearch(
             of_phase(which),
@@ -135,24 +136,33 @@ def run_phases(
         start = (jnp.asarray(first, jnp.int32), value)
         end = len(phases)
         value = lax.while_loop(lambda carry: carry[0] < end, run, start)[1]
-    kept = value.kept if forgets else masks
-    present = value.present
-    return present, [k & x for k, x in zip(kept, present, strict=True)]
+    return value.present, [x == CONTINUING for x in value.weights]
 
 
 class _Update(NamedTuple):
     """What the phases of an update change.
 
     Attributes:
-      present: the masks.
-      kept: the weights active since the start, and not forgotten in between; empty if
-        no phase forgets what a later one may grow.
+      weights: the codes (`activity`) of all weights, one array per mask.
       handed: what one phase hands on to the next.
     """
 
-    present: list[Array]
-    kept: list[Array]
+    weights: list[Array]
     handed: Array
+
+    @property
+    def present(self) -> list[Array]:
+        """The masks."""
+        return list(map(is_active, self.weights))
+
+
+def _changed(x: Array, chosen: Array, grows: Any, forgets: Any) -> Array:
+    """The codes after a phase has chosen what it grows, or what it keeps."""
+    grown = jnp.where(x == DROPPED, CONTINUING, ENTERED)
+    pruned = jnp.where(x == CONTINUING, DROPPED, INACTIVE)
+    after = jnp.where(is_active(x) & ~(chosen | grows), pruned, x)
+    after = jnp.where(chosen & ~is_active(x), grown, after)
+    return jnp.maximum(after, jnp.where(forgets, INACTIVE, DROPPED))
 
 
 def _unchanged(number: Array | int | Sequence[int] | np.ndarray) -> Any:

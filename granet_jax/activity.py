@@ -1,0 +1,48 @@
+"""A byte a weight for all that a state remembers of masks.
+
+Which weights are active, and which of those the last step moved: a weight that enters
+with a mask update is zero, with zero moments, and moves from the next step on. One
+array for both is half of the memory of two; and a step reads no more of it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+# What a weight is, during an update and after it: inactive, but would continue if it
+# were grown again; inactive; active, from zero; active, with its value and moments.
+DROPPED, INACTIVE, ENTERED, CONTINUING = map(np.int8, (-1, 0, 1, 2))
+
+
+def encode(mask: Array, continuing: Array) -> Array:
+    """The codes of a leaf.
+
+    Args:
+      mask: boolean array, True where active.
+      continuing: boolean array: which of those keep value and moments.
+
+    Returns:
+      int8 array: 2 where weights continue, 1 where they are active otherwise, else 0.
+    """
+    return mask.astype(jnp.int8) + (mask & continuing).astype(jnp.int8)
+
+
+def is_active(codes: Array) -> Array:
+    """The mask: where codes say that weights are active."""
+    return codes > INACTIVE
+
+
+def is_continuing(codes: Array, updated: Array | bool) -> Array:
+    """Which weights this step moves; `updated` says whether it changed the masks.
+
+    In any other step all that is active moves, what entered before included.
+    """
+    return codes >= jnp.where(updated, CONTINUING, ENTERED)
+
+
+def masks_of(activity: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDtypeStruct:
+    """The mask of a leaf as a state has it; for a shape, the mask's."""
+    if isinstance(activity, jax.ShapeDtypeStruct):
+        return activity.update(dtype=jnp.bool_)
+    return is_active(activity)
