@@ -107,7 +107,7 @@ def _cut(
     average = state.average
     if average != ():
         average = granet_jax.apply_masks(average, pruned.continuing)
-    opt_state = granet_jax.set_masks(opt_state, pruned.masks)
+    opt_state = granet_jax.get_state(granet_jax.set_masks(opt_state, pruned.masks))
     opt_state = opt_state._replace(inner_state=inner_state)
     return state._replace(params=params, opt_state=opt_state, average=average)
 

@@ -57,7 +57,7 @@ class SparseState(NamedTuple):
 
         Computed when asked for. `get_masks` gives boolean arrays always.
         """
-        return masking.map_unpacked(activity.masks_of, self.activity)
+        return masking.map_unpacked(activity.mask_of, self.activity)
 
 
 def transform(
@@ -298,13 +298,8 @@ def transform(
         pack = unpack = _as_it_is
         store, load = _encoded, _decoded
         if _is_packed(state):
-            pack = masking.pack_masks
+            pack, store = masking.pack_masks, _packed
             unpack = load = functools.partial(_unpack_like, params)
-
-            def store(masks_: PyTree, kept: PyTree) -> PyTree:
-                del kept
-                return pack(masks_)
-
         old = load(state.activity)
         grads = updates if wrapped is not None else extra_args.get("grads")
         if grads is None and method.needs_gradient:
@@ -748,6 +743,11 @@ def _as_it_is(masks: PyTree) -> PyTree:
 
 def _encoded(masks: PyTree, continuing: PyTree) -> PyTree:
     return jax.tree.map(activity.encode, masks, continuing)
+
+
+def _packed(masks: PyTree, continuing: PyTree) -> PyTree:
+    del continuing  # Bits do not say it.
+    return masking.pack_masks(masks)
 
 
 def _decoded(codes: PyTree) -> PyTree:

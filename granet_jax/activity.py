@@ -5,6 +5,8 @@ with a mask update is zero, with zero moments, and moves from the next step on. 
 array for both is half of the memory of two; and a step reads no more of it.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,8 +43,15 @@ def is_continuing(codes: Array, updated: Array | bool) -> Array:
     return codes >= jnp.where(updated, CONTINUING, ENTERED)
 
 
-def masks_of(activity: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDtypeStruct:
-    """The mask of a leaf as a state has it; for a shape, the mask's."""
+# Compiled, so that outside jit the number to compare with is not sent to the device,
+# and what is spread over processes may be asked, too.
+_is_active = jax.jit(is_active, inline=True)
+
+
+def mask_of(activity: Any) -> Any:
+    """The mask of a leaf of a state; a shape for a shape, NumPy's for NumPy's."""
     if isinstance(activity, jax.ShapeDtypeStruct):
         return activity.update(dtype=jnp.bool_)
-    return is_active(activity)
+    if isinstance(activity, np.ndarray):
+        return activity > INACTIVE
+    return _is_active(activity)
