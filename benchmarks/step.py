@@ -244,8 +244,11 @@ def check(
         close = np.abs(have - want) <= (TOLERANCE + penalty) * size
         assert close.all(), f"{name}{jax.tree_util.keystr(path)}: not the dense step's"
         assert np.any(have != before), f"{name}{jax.tree_util.keystr(path)} stays"
-    copied = run.copied_bytes()
-    assert not copied or method.name in COPYING, f"{name}: copies {copied} bytes"
+    copied, most = run.copied_bytes(), 0
+    if contender.packed and method.grows:
+        # Bits do not say what has entered: what continues has bits of its own.
+        most = sum(x.nbytes for x in jax.tree.leaves(state.activity))
+    assert copied <= most or method.name in COPYING, f"{name}: copies {copied} bytes"
 
 
 def _moments(inner_state: PyTree) -> list[PyTree]:

@@ -273,7 +273,7 @@ def transform(
             marked = treedef.unflatten(map(masking.placed_like, chosen, weights))
         if packed:
             initial, marked = masking.pack_masks((initial, marked))
-        if not packed:
+        else:
             initial = _encoded(initial, initial)
         return SparseState(count, initial, inner_state, accumulator, marked)
 
