@@ -219,16 +219,12 @@ def _with_codes(state: PyTree) -> PyTree:
     def today(x: Any) -> Any:
         if not isinstance(x, _TwoMasks):
             return x
-        codes = jax.jit(lambda masks: masking.map_unpacked(_code, masks))(x.masks)
+        codes = jax.jit(activity.codes_of)(x.masks)
         return granet_jax.SparseState(
             x.count, codes, x.inner_state, x.accumulator, x.marked
         )
 
     return jax.tree.map(today, state, is_leaf=lambda x: isinstance(x, _TwoMasks))
-
-
-def _code(mask: jax.Array) -> jax.Array:
-    return activity.encode(mask, mask)
 
 
 def differences(saved: PyTree, abstract: PyTree) -> list[str]:

@@ -57,7 +57,7 @@ class SparseState(NamedTuple):
 
         Computed when asked for. `get_masks` gives boolean arrays always.
         """
-        return masking.map_unpacked(activity.mask_of, self.activity)
+        return activity.masks_of(self.activity)
 
 
 def transform(

@@ -5,12 +5,15 @@ with a mask update is zero, with zero moments, and moves from the next step on. 
 array for both is half of the memory of two; and a step reads no more of it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from granet_jax.masking import PyTree, is_packed
 
 # What a weight is, during an update and after it: inactive, but would continue if it
 # were grown again; inactive; active, from zero; active, with its value and moments.
@@ -48,8 +51,25 @@ def is_continuing(codes: Array, updated: Array | bool) -> Array:
 _is_active = jax.jit(is_active, inline=True)
 
 
-def mask_of(activity: Any) -> Any:
-    """The mask of a leaf of a state; a shape for a shape, NumPy's for NumPy's."""
+def masks_of(activity: PyTree) -> PyTree:
+    """The masks of a state: of codes boolean arrays; packed ones as they are.
+
+    Shapes for shapes, NumPy's arrays for NumPy's.
+    """
+    return _map_codes(_mask_of, activity)
+
+
+def codes_of(masks: PyTree) -> PyTree:
+    """What a state holds of masks of which every active weight continues."""
+    return _map_codes(lambda mask: encode(mask, mask), masks)
+
+
+def _map_codes(f: Callable[[Any], Any], tree: PyTree) -> PyTree:
+    """`f` of every leaf but of packed masks."""
+    return jax.tree.map(lambda x: x if is_packed(x) else f(x), tree, is_leaf=is_packed)
+
+
+def _mask_of(activity: Any) -> Any:
     if isinstance(activity, jax.ShapeDtypeStruct):
         return activity.update(dtype=jnp.bool_)
     if isinstance(activity, np.ndarray):

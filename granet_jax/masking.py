@@ -411,8 +411,3 @@ def _unpack(packed: PyTree) -> PyTree:
 def is_packed(x: Any) -> bool:
     """Whether `x` is a `PackedMask`."""
     return isinstance(x, PackedMask)
-
-
-def map_unpacked(f: Callable[[Any], Any], tree: PyTree) -> PyTree:
-    """`f` of every leaf of a tree of masks but of `PackedMask` records."""
-    return jax.tree.map(lambda x: x if is_packed(x) else f(x), tree, is_leaf=is_packed)

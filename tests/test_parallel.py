@@ -204,12 +204,13 @@ def test_under_vmap_whether_to_update_stays_one_question():
 
 
 def flags(jaxpr: Any) -> set[tuple[int, ...]]:
-    """Shapes of the booleans, but for masks, that outermost loops over masks carry."""
+    """Shapes of the booleans that outermost loops over what is active carry."""
     shapes = set()
     for eqn in jaxpr.eqns:
-        carried = [v.aval for v in eqn.outvars if v.aval.dtype == bool]
-        if eqn.primitive.name == "while" and (2, 64, 300) in {x.shape for x in carried}:
-            shapes |= {x.shape for x in carried if x.ndim < 3}
+        carried = [v.aval for v in eqn.outvars]
+        codes = {x.shape for x in carried if x.dtype == np.int8}
+        if eqn.primitive.name == "while" and (2, 64, 300) in codes:
+            shapes |= {x.shape for x in carried if x.dtype == bool}
             continue
         for value in eqn.params.values():
             if isinstance(value, jax.extend.core.ClosedJaxpr):
