@@ -35,10 +35,13 @@ class Progress(NamedTuple):
     Attributes:
       losses: float32, of every lane those of the steps since the last evaluation.
       seconds: of training so far.
+      method: the name of its method; states of several have one form. Empty where
+        none is stated, up to format 2.
     """
 
     losses: list[list[float]]
     seconds: float
+    method: str = ""
 
 
 class _Manager(ocp.CheckpointManager):
@@ -108,18 +111,30 @@ class Checkpoints:
         """Step of the last complete checkpoint."""
         return self._manager.latest_step()
 
-    def restore(self, step: int, abstract: PyTree) -> tuple[PyTree, Progress]:
+    def restore(
+        self, step: int, abstract: PyTree, method: str = ""
+    ) -> tuple[PyTree, Progress]:
         """A checkpoint, on the devices that `abstract` names.
 
+        Args:
+          step: when it was written.
+          abstract: the state, as `jax.ShapeDtypeStruct`.
+          method: the name of the method that goes on from it, if one does.
+
         Raises:
-          CheckpointError: it is damaged, of a newer version, or of another state.
+          CheckpointError: it is damaged, of a newer version, or of another state or
+            method.
         """
         with self._clear("read", step):
-            version = self._check_files(step)
+            stated = self._check_files(step)
             saved = self._manager.item_metadata(step)["state"].tree
-            if version < 3:
+            if stated.get("format_version", 1) < 3:
                 abstract = _with_two_masks(abstract, saved)
-            if found := differences(saved, abstract):
+            found = differences(saved, abstract)
+            there = stated.get("method", "")
+            if method and there and there != method:
+                found.insert(0, f"the method is {there} there and {method} here")
+            if found:
                 more = f" and {len(found) - 3} more" if len(found) > 3 else ""
                 raise _OtherError(
                     "it is of another model, method or optimizer: "
@@ -142,8 +157,8 @@ class Checkpoints:
         with self._clear("written", None):
             self._manager.close()
 
-    def _check_files(self, step: int) -> int:
-        """The version of the format; raises unless files are as they were written."""
+    def _check_files(self, step: int) -> dict[str, Any]:
+        """What it states of itself; raises unless files are as they were written."""
         folder = self.folder / str(step)
         has_manifest = manifest.check(folder)
         # Read here, since what else a newer version changes is not known.
@@ -157,7 +172,7 @@ class Checkpoints:
             )
         if version > 1 and not has_manifest:
             raise manifest.DamagedError(f"{manifest.NAME}/{manifest.FILE} is missing")
-        return version
+        return stated
 
     @contextlib.contextmanager
     def _clear(self, done: str, step: int | None) -> Generator[None]:

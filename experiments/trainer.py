@@ -187,7 +187,9 @@ def _fit(
         state = begin(program, seeds)
         log.resume(-1)
     else:
-        snapshot, progress = checkpoints.restore(saved, program.abstract())
+        snapshot, progress = checkpoints.restore(
+            saved, program.abstract(), config.method
+        )
         state = program.restore(snapshot)
         del snapshot
         start -= progress.seconds
@@ -225,7 +227,9 @@ def _fit(
             _check(trainer, state, step, checkpoints.latest)
             # Written in the background, while more losses come in: a copy.
             progress = Progress(
-                [list(lane) for lane in losses.values], time.perf_counter() - start
+                [list(lane) for lane in losses.values],
+                time.perf_counter() - start,
+                config.method,
             )
             checkpoints.save(step, program.snapshot(state), progress)
             saved = step

@@ -273,9 +273,8 @@ def transform(
             marked = treedef.unflatten(map(masking.placed_like, chosen, weights))
         if packed:
             initial, marked = masking.pack_masks((initial, marked))
-        else:
-            initial = _encoded(initial, initial)
-        return SparseState(count, initial, inner_state, accumulator, marked)
+        codes = activity.codes_of(initial)
+        return SparseState(count, codes, inner_state, accumulator, marked)
 
     def update(
         updates: PyTree,
@@ -611,9 +610,8 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
     checked = jax.tree.map(masking.placed_like, checked, present)
 
     def replace(state: SparseState) -> SparseState:
-        if _is_packed(state):
-            return state._replace(activity=masking.pack_masks(checked))
-        return state._replace(activity=_encoded(checked, checked))
+        held = masking.pack_masks(checked) if _is_packed(state) else checked
+        return state._replace(activity=activity.codes_of(held))
 
     return jax.tree.map(
         lambda x: replace(x) if _is_sparse(x) else x, opt_state, is_leaf=_is_sparse

@@ -138,8 +138,7 @@ def columns(like: jax.ShapeDtypeStruct) -> Array:
 
     To be made outside of loops that compare it with numbers: XLA then reads it. Made
     within a kernel it would be compared as 64 bits, however narrow, because LLVM takes
-    the loop's counter for it; on processors without AVX-512 that took three times as
-    long as all else.
+    the loop's counter for it; processors without AVX-512 do that a few at a time.
     """
     if not like.shape:
         return jnp.zeros((), jnp.int16)

@@ -229,7 +229,8 @@ def test_data_that_cannot_be_read(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"model": "cnn"}, {"method": "dense"}, {"method": "snfs"}]
+    "changes",
+    [{"model": "cnn"}, {"method": "dense"}, {"method": "set"}, {"method": "snfs"}],
 )
 def test_a_checkpoint_of_another_network_or_method_is_not_read(
     changes, begun, finished, capfd

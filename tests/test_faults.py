@@ -383,6 +383,8 @@ def test_a_checkpoint_of_the_first_version_is_read_and_gone_on_from(tmp_path) ->
             "params/hidden/kernel is float32[64, 40] there and float32[64, 50] here",
         ),
         ({"method": "snfs"}, "is missing there and float32[64, 40] here"),
+        # Its state has the form of GraNet's.
+        ({"method": "gmp"}, "the method is granet there and gmp here"),
         ({"method": "top-kast"}, "is missing there and bool[64, 40] here"),
         (
             {"optimizer": OptimizerConfig(name="adamw", learning_rate=1e-3)},

@@ -1,6 +1,7 @@
 """Exact top-k against a stable NumPy sort, on inputs chosen to be hard."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -247,6 +248,35 @@ def test_large_leaves(scope: selection.Scope) -> None:
     scores = [rng.standard_normal(n, np.float32) for n in (300_000, 70_001, 12)]
     candidates = [rng.random(x.shape) < 0.3 for x in scores]
     check(scores, candidates, 12_345 if scope == "global" else [9_000, 1, 5], scope)
+
+
+# Rows are counted in 16 bits if they fit, and columns are signed integers of 16 if they
+# do: shapes at and beside those limits.
+@pytest.mark.parametrize("scope", selection.SCOPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((2, 65535), (2, 65536), (65535,), (65536,), (1, 65537), (3, 32767)),
+        *((3, 32768), (3, 32769), (2, 257, 255), (5, 300, 256), (70000, 3), (300, 255)),
+    ],
+    ids=str,
+)
+def test_at_the_limits_of_narrow_integers(
+    shape: tuple[int, ...], scope: selection.Scope
+) -> None:
+    rng = np.random.default_rng(math.prod(shape))
+    equal = np.zeros(shape, np.float32)
+    few = rng.integers(0, 3, shape).astype(np.float32)
+    size, row = equal.size, shape[-1]
+    # With a small leaf before it, whose scores tie with its own.
+    first = np.zeros(7, np.float32)
+    everywhere, somewhere = np.ones(shape, bool), rng.random(shape) < 0.5
+    everything = [np.ones(7, bool), everywhere]
+    for k in (0, 1, row - 1, row, row + 1, size // 2, size - row, size - 1, size):
+        number = 7 + k if scope == "global" else [7, k]
+        check([first, equal], everything, number, scope)
+        check([first, few], everything, number, scope)
+        check([first, few], [np.ones(7, bool), somewhere], number, scope)
 
 
 def test_traced_k_and_no_recompilation() -> None:
