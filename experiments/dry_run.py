@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
 
 import granet_jax
 from experiments import models
@@ -327,10 +326,10 @@ def plot(result: DryRun, name: str, path: pathlib.Path) -> None:
 
 
 def _epochs(axes: Axes, steps: float) -> None:
-    def forward(x: ArrayLike) -> Any:
+    def forward(x: Any) -> Any:
         return np.asarray(x) / steps
 
-    def back(x: ArrayLike) -> Any:
+    def back(x: Any) -> Any:
         return np.asarray(x) * steps
 
     axes.secondary_xaxis("top", functions=(forward, back)).set_xlabel("epochs")

@@ -147,20 +147,16 @@ def is_elementwise(
     )
 
 
-def is_light(traced: core.ClosedJaxpr) -> bool:
+def is_light(jaxpr: core.Jaxpr) -> bool:
     """Whether a function does no more than arithmetic by position, cheap to do again.
 
     Args:
-      traced: the function.
+      jaxpr: the function, traced.
 
     Returns:
       False if there is anything else that arrays go through or come from: a sum, a
       sort, a product of matrices, random bits, a loop. (Scalars may go through all.)
     """
-    return _is_light(traced.jaxpr)
-
-
-def _is_light(jaxpr: Any) -> bool:
     for equation in jaxpr.eqns:
         atoms = [*equation.invars, *equation.outvars]
         if all(math.prod(getattr(a.aval, "shape", ())) <= 1 for a in atoms):
@@ -172,7 +168,7 @@ def _is_light(jaxpr: Any) -> bool:
         if not calls or name in ("while", "scan"):
             if name not in _BY_POSITION:
                 return False
-        elif not all(_is_light(getattr(call, "jaxpr", call)) for call in calls):
+        elif not all(is_light(getattr(call, "jaxpr", call)) for call in calls):
             return False
     return True
 

@@ -78,8 +78,9 @@ def run_phases(
     counter = counter_dtype(sizes, wide)
     # Phases that rank the same weights by the same scores share their code.
     ranks = list(dict.fromkeys((p.scores, p.grows) for p in phases))
-    traced = [jax.make_jaxpr(scores)(masks) for scores, _ in ranks]
-    width = max(x.dtype.itemsize for scores in traced for x in scores.out_avals)
+    trace = functools.partial(jax.make_jaxpr, return_shape=True)
+    traced, shapes = zip(*(trace(scores)(masks) for scores, _ in ranks), strict=True)
+    width = max(x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
     def maker(scores: Any, grows: bool) -> Callable[[_Update], list[Array]]:
         def keys(value: _Update) -> list[Array]:
@@ -122,7 +123,7 @@ def run_phases(
 
     select = functools.partial(search, like=like, counter=counter)
     # What is cheap is made in every stage of a selection, and never kept.
-    if all(elementwise.is_light(scores) for scores in traced):
+    if all(elementwise.is_light(scores.jaxpr) for scores in traced):
         value = select(value, makers, phase, phases=(first, len(phases)))
     else:
 

@@ -212,9 +212,8 @@ def flags(jaxpr: Any) -> set[tuple[int, ...]]:
         if eqn.primitive.name == "while" and (2, 64, 300) in codes:
             shapes |= {x.shape for x in carried if x.dtype == bool}
             continue
-        for value in eqn.params.values():
-            if isinstance(value, jax.extend.core.ClosedJaxpr):
-                shapes |= flags(value.jaxpr)
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            shapes |= flags(inner)
     return shapes
 
 

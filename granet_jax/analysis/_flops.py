@@ -25,7 +25,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -242,7 +242,7 @@ class _Tracer:
             return self._scan(params, given)
         if name == "cond":
             return self._branches(params["branches"], given)
-        programs = list(_programs(params))
+        programs = list(core.jaxprs_in_params(params))
         if name in _OPAQUE or (
             programs and not _is_call(equation, programs) and any(map(_has, programs))
         ):
@@ -339,16 +339,6 @@ def _either(a: _Value, b: _Value) -> _Value:
     return _Value(a.leaves & b.leaves, False)
 
 
-def _programs(params: Mapping[str, Any]) -> Iterator[core.Jaxpr]:
-    """The programs in the parameters of an equation."""
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else [value]:
-            if isinstance(item, core.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, core.Jaxpr):
-                yield item
-
-
 def _is_call(equation: Any, programs: Sequence[core.Jaxpr]) -> bool:
     """Whether it is one program on its operands: jit, remat, custom derivatives."""
     return (
@@ -362,7 +352,7 @@ def _has(jaxpr: core.Jaxpr) -> bool:
     """Whether there are products in a program."""
     return any(
         equation.primitive.name in _PRODUCTS | _OPAQUE
-        or any(map(_has, _programs(equation.params)))
+        or any(map(_has, core.jaxprs_in_params(equation.params)))
         for equation in jaxpr.eqns
     )
 

@@ -98,7 +98,9 @@ def _average_pool(x: Array, steps: tuple[int, ...]) -> Array:
     for axis, (length, step) in enumerate(zip(x.shape, window, strict=True)):
         starts = np.arange(0, length, step)
         held = np.minimum(step, length - starts) if step > 1 else np.ones(1)
-        sizes = sizes * np.expand_dims(held, [a for a in range(x.ndim) if a != axis])
+        sizes = sizes * np.expand_dims(
+            held, tuple(a for a in range(x.ndim) if a != axis)
+        )
     return sums / jnp.asarray(np.broadcast_to(sizes, sums.shape), x.dtype)
 
 
