@@ -92,7 +92,7 @@ class ListedSteps(NamedTuple):
 
     def update_index(self, step: Array) -> Array:
         """Which update `step` is, from 0; a valid index of `steps()` at every step."""
-        return jnp.clip(self.done(step) - 1, 0, len(self.at) - 1)
+        return jnp.maximum(self.done(step) - 1, 0)
 
     def done(self, step: Array) -> Array:
         """How many update steps there are up to `step`, itself included."""

@@ -31,18 +31,45 @@ def test_update_steps(interval: int, begin: int, last: int) -> None:
         schedules.UpdateSteps(3, 21, 7),
         schedules.UpdateSteps(1, 5, 1),
         schedules.NEVER,
+        schedules.listed([1]),
+        schedules.listed([3, 4, 9, 17]),
     ],
 )
-def test_traced_steps_agree_with_the_list(updates: schedules.UpdateSteps) -> None:
+def test_traced_steps_agree_with_the_list(updates: schedules.Steps) -> None:
     contains = jax.jit(updates.contains)
     index = jax.jit(updates.update_index)
+    done = jax.jit(updates.done)
     steps = list(updates.steps())
     for t in range(30):
         step = jnp.int32(t)
+        until = sum(s <= t for s in steps)
         assert bool(contains(step)) == (t in steps)
-        if t in steps:
-            assert int(index(step)) == steps.index(t)
-        assert 0 <= int(index(step)) <= max(len(steps) - 1, 0)
+        assert int(done(step)) == until
+        assert int(index(step)) == max(until - 1, 0)
+
+
+def test_listed_steps() -> None:
+    several = schedules.listed([3, 8, 10, 17])
+    assert several.steps() == (3, 8, 10, 17)
+    assert (several.first, several.last, several.interval) == (3, 17, 2)
+    one = schedules.listed([5])
+    assert (one.first, one.last, one.interval) == (5, 5, 5)
+    with pytest.raises(TypeError, match="steps must be a sequence of steps, got 5"):
+        schedules.listed(5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="steps must hold one or more steps, got none"):
+        schedules.listed([])
+    for wrong in ([4, 3], [2, 2], [1, 5, 4]):
+        with pytest.raises(ValueError, match="steps must increase from one to the"):
+            schedules.listed(wrong)
+
+
+def test_limits_of_every() -> None:
+    assert list(schedules.every(1, last=0).steps()) == []
+    with pytest.raises(ValueError, match="last"):
+        schedules.every(1, last=-1)
+    assert list(schedules.every(2, begin=0, last=4).steps()) == [2, 4]
+    with pytest.raises(ValueError, match="begin"):
+        schedules.every(2, begin=-1, last=4)
 
 
 def test_cubic_is_the_formula_in_whole_intervals() -> None:
@@ -57,6 +84,13 @@ def test_cubic_is_the_formula_in_whole_intervals() -> None:
     # To the bit, from the last update of the phase on.
     assert schedule(49) != 0.9
     assert schedule(50) == schedule(53) == schedule(10**6) == 0.9
+
+
+def test_an_interval_of_cubic_fits_between_its_ends() -> None:
+    fits = schedules.cubic(0.0, 0.9, begin=10, end=15, interval=5)
+    assert [fits(t) for t in (14, 15)] == [0.0, 0.9]
+    with pytest.raises(ValueError, match="got interval=6 with begin=10 and end=15"):
+        schedules.cubic(0.0, 0.9, begin=10, end=15, interval=6)
 
 
 @hypothesis.given(
@@ -84,6 +118,30 @@ def test_cosine() -> None:
     assert math.isclose(schedule(25), 0.005 + 0.495 * (1 + math.sqrt(0.5)) / 2)
 
 
+def test_cosine_of_less_than_a_step() -> None:
+    schedule = schedules.cosine(1.0, 0.25, steps=0.5)
+    assert [schedule(t) for t in (0, 1)] == [1.0, 0.25]
+
+
+def test_repeated_starts_anew_but_not_at_its_end() -> None:
+    schedule = schedules.repeated(float, period=4, cycles=3)
+    assert [schedule(t) for t in range(14)] == [
+        *(0, 1, 2, 3),
+        *(0, 1, 2, 3),
+        *(0, 1, 2, 3, 4, 5),
+    ]
+    assert [schedules.repeated(float, period=2, cycles=1)(t) for t in range(4)] == [
+        *(0, 1, 2, 3)
+    ]
+
+
+def test_restarted_starts_anew_for_ever() -> None:
+    schedule = schedules.restarted(lambda count: 2 * count, period=3)
+    assert [int(schedule(t)) for t in range(8)] == [0, 2, 4, 0, 2, 4, 0, 2]
+    with pytest.raises(TypeError, match="a constant"):
+        schedules.restarted(0.1, period=3)  # pyright: ignore[reportArgumentType]
+
+
 def test_constant() -> None:
     assert schedules.constant(0.3)(0) == schedules.constant(0.3)(10**9) == 0.3
 
@@ -100,6 +158,7 @@ def test_ceil_of_is_exact(fraction: int, count: int) -> None:
 
 
 @hypothesis.given(uint32, st.integers(0, 2**40))
+@hypothesis.example(1, 1)
 def test_ceil_of_in_64_bits(fraction: int, count: int) -> None:
     with jax.enable_x64(True):
         found = schedules.ceil_of(
