@@ -58,6 +58,8 @@ def test_listed_steps() -> None:
         schedules.listed(5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="steps must hold one or more steps, got none"):
         schedules.listed([])
+    with pytest.raises(ValueError, match="steps must be at least 1 and below"):
+        schedules.listed([3, 0])
     for wrong in ([4, 3], [2, 2], [1, 5, 4]):
         with pytest.raises(ValueError, match="steps must increase from one to the"):
             schedules.listed(wrong)
@@ -91,6 +93,8 @@ def test_an_interval_of_cubic_fits_between_its_ends() -> None:
     assert [fits(t) for t in (14, 15)] == [0.0, 0.9]
     with pytest.raises(ValueError, match="got interval=6 with begin=10 and end=15"):
         schedules.cubic(0.0, 0.9, begin=10, end=15, interval=6)
+    with pytest.raises(ValueError, match="begin"):
+        schedules.cubic(0.0, 0.9, begin=-1, end=15, interval=5)
 
 
 @hypothesis.given(
@@ -121,6 +125,8 @@ def test_cosine() -> None:
 def test_cosine_of_less_than_a_step() -> None:
     schedule = schedules.cosine(1.0, 0.25, steps=0.5)
     assert [schedule(t) for t in (0, 1)] == [1.0, 0.25]
+    with pytest.raises(ValueError, match="steps must be above 0"):
+        schedules.cosine(1.0, 0.25, steps=0.0)
 
 
 def test_repeated_starts_anew_but_not_at_its_end() -> None:
@@ -150,6 +156,7 @@ def test_constant() -> None:
 @hypothesis.example(2**32 - 1, 2**32 - 1)
 @hypothesis.example(0, 2**32 - 1)
 @hypothesis.example(2**31, 3)
+@hypothesis.example(2**8, 2**24)
 @hypothesis.settings(max_examples=500)
 def test_ceil_of_is_exact(fraction: int, count: int) -> None:
     found = schedules.ceil_of(np.uint32(fraction), jnp.asarray(count, jnp.uint32))

@@ -239,7 +239,7 @@ class _Tracer:
             data = any(value.data for value in given)
             return [_Value(frozenset(), data)], Counter({owner: cost})
         if name == "scan":
-            return self._scan(params, given)
+            return self._scan(equation, given)
         if name == "cond":
             return self._branches(params["branches"], given)
         programs = list(core.jaxprs_in_params(params))
@@ -304,12 +304,17 @@ class _Tracer:
         return next(iter(chosen)) if len(chosen) == 1 else None
 
     def _scan(
-        self, params: Mapping[str, Any], given: list[_Value]
+        self, equation: Any, given: list[_Value]
     ) -> tuple[list[_Value], Counter[int | None]]:
-        first, number = params["num_consts"], params["num_carry"]
+        params = equation.params
+        body: core.Jaxpr = params["jaxpr"].jaxpr
+        # What is not stacked along the steps is constant or, if it also comes out,
+        # carried. (How params say so differs between versions of jax.)
+        number = _not_stacked(equation.outvars, body.outvars)
+        first = _not_stacked(equation.invars, body.invars) - number
         given = list(given)
         while True:
-            outputs, counts = self.walk(params["jaxpr"].jaxpr, given)
+            outputs, counts = self.walk(body, given)
             carried = given[first : first + number]
             merged = [*map(_either, carried, outputs[:number])]
             if merged == carried:
@@ -346,6 +351,12 @@ def _is_call(equation: Any, programs: Sequence[core.Jaxpr]) -> bool:
         and len(programs[0].invars) == len(equation.invars)
         and len(programs[0].outvars) == len(equation.outvars)
     )
+
+
+def _not_stacked(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many operands or results of a scan have one value, not one for each step."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(a.aval.shape == b.aval.shape for a, b in pairs)
 
 
 def _has(jaxpr: core.Jaxpr) -> bool:
