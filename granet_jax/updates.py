@@ -399,7 +399,7 @@ def mean_score(masks: PyTree, scores: PyTree) -> Array:
     _, exponent = jnp.frexp(largest)
     means = []
     for mask, value in zip(leaves, values, strict=True):
-        bits = max(32 - max(mask.size, 1).bit_length(), 1)
+        bits = max(32 - mask.size.bit_length(), 1)
         limbs = -(-24 // bits)
         fraction = jnp.ldexp(value, -exponent)  # in [0, 1]
         mean = jnp.zeros((), jnp.float32)

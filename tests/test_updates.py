@@ -284,3 +284,25 @@ def test_mean_score_ignores_what_is_not_finite():
     dirty = mean_score([mask, mask], [np.float32([1, np.inf, 2, np.nan]), np.ones(4)])
     np.testing.assert_array_equal(clean, dirty)
     assert clean[0] / clean[1] == 0.75
+
+
+@pytest.mark.parametrize("size", [1, 7, 200, 300, 5000])
+def test_mean_score_has_24_bits_of_the_largest_score(size):
+    """However few of them a leaf's limbs hold."""
+    small = np.full(size, 2.0**-23, np.float32)
+    means = mean_score([np.ones(size, bool), np.ones(1, bool)], [small, np.ones(1)])
+    assert means[0] / means[1] == 2.0**-23
+
+
+def test_a_global_phase_counts_all_leaves_together():
+    leaf = jax.ShapeDtypeStruct((2**16, 2**15), jnp.bool_)
+    scores = jax.ShapeDtypeStruct(leaf.shape, jnp.int8)
+
+    def pruned(scope: Scope) -> Any:
+        prune = functools.partial(updates.prune, scope=scope)
+        keep = jax.ShapeDtypeStruct((), jnp.uint32)
+        return jax.eval_shape(prune, [leaf] * 2, [scores] * 2, keep)
+
+    assert pruned("layer") == [leaf] * 2
+    with pytest.raises(ValueError, match="4294967296 scores"):
+        pruned("global")
