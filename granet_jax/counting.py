@@ -6,7 +6,7 @@ exchange of a few integers.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ def count_leaves(flags: Sequence[Sequence[Array]], counter: jnp.dtype) -> list[A
         per_leaf = _count(flags, counter)
         return [jnp.stack(count) for count in zip(*per_leaf, strict=True)]
     specs = [jax.typeof(f[0]).sharding.spec for f in flags]
-    axes = [_mesh_axes(spec) for spec in specs]
+    axes = [mesh_axes(spec) for spec in specs]
     names = tuple(dict.fromkeys(name for mine in axes for name in mine))
 
     def count_shards(flags: list[list[Array]]) -> Array:
@@ -118,7 +118,7 @@ def _sums(
     return list(lax.reduce(operands, zeros, add, tuple(axes)))
 
 
-def _mesh_axes(spec: jax.sharding.PartitionSpec) -> list[str]:
+def mesh_axes(spec: Iterable[Any]) -> list[str]:
     """The mesh axes over which an array is sharded."""
     names = [name if isinstance(name, tuple) else (name,) for name in spec]
     return [name for group in names for name in group if name is not None]

@@ -14,9 +14,8 @@ of boxes, or of weights in a box (one at least). So the share of active *weights
 miss the sparsity by the rounding of each leaf; and with `channel`, across leaves, by
 the different sizes of their units.
 
-Nothing is sorted or gathered. `block` and `n_of_m` split axes in two by a reshape: an
-axis that they split must not be sharded on Explicit mesh axes. (On Auto axes XLA keeps
-it where the boxes fall within shards, and exchanges halves otherwise.)
+Nothing is sorted, and nothing gathered but where boxes of `block` or `n_of_m` lie
+across devices: along that axis each then has a copy while it chooses.
 """
 
 import dataclasses
@@ -24,6 +23,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.core import Tracer
@@ -31,7 +31,7 @@ from jax.typing import ArrayLike
 
 from granet_jax import distributions, masking, selection
 from granet_jax.checks import check_choice, check_integer
-from granet_jax.counting import iota
+from granet_jax.counting import iota, mesh_axes
 from granet_jax.distributions import Distribution, Shape
 from granet_jax.keys import sort_keys
 from granet_jax.selection import Scope
@@ -244,11 +244,12 @@ def check_masks(
     for name, mask in masks:
         if structure is None or isinstance(mask, Tracer):
             return
-        split, axes = _split(structure, mask.shape)
-        counts = jnp.sum(mask.reshape(split), axis=axes, dtype=jnp.uint32)
-        size = math.prod(split[axis] for axis in axes)
-        expected = {0, size} if structure.whole else {int(jnp.max(counts))}
-        if not bool(jnp.all(jnp.isin(counts, jnp.asarray(list(expected))))):
+        boxes, axes = _boxed(structure, mask)
+        counts = jnp.sum(boxes, axis=axes, dtype=jnp.uint32)
+        size = math.prod(boxes.shape[axis] for axis in axes)
+        most = size if structure.whole else jnp.max(counts, initial=0)
+        fits = (counts == most) | (structure.whole & (counts == 0))
+        if not bool(jnp.all(fits)):
             raise ValueError(
                 f"masks must have the structure {structure.name} of the method, and "
                 f"the one at {name!r} has not."
@@ -349,17 +350,16 @@ def fill(
 
 def box_counts(structure: Structure, mask: Array) -> Array:
     """Number of active weights of every box, uint32, its sides left as axes of 1."""
-    split, axes = _split(structure, mask.shape)
-    return jnp.sum(_reshaped(mask, split), axis=axes, keepdims=True, dtype=jnp.uint32)
+    boxes, axes = _boxed(structure, mask)
+    return jnp.sum(boxes, axis=axes, keepdims=True, dtype=jnp.uint32)
 
 
 def merge(structure: Structure | None, score: Array) -> Array:
     """The norm of the scores of every box, if they are kept whole; else the scores."""
     if structure is None or not structure.whole:
         return score
-    split, axes = _split(structure, score.shape)
     wide = score.astype(jnp.promote_types(score.dtype, jnp.float32))
-    values = _reshaped(wide, split)
+    values, axes = _boxed(structure, wide)
     if structure.norm == "l1":
         return jnp.mean(values, axis=axes)
     return jnp.sqrt(jnp.mean(jnp.square(values), axis=axes))
@@ -369,8 +369,8 @@ def merge_mask(structure: Structure | None, mask: Array) -> Array:
     """Which boxes are active, if they are so as a whole; else the mask itself."""
     if structure is None or not structure.whole:
         return mask
-    split, axes = _split(structure, mask.shape)
-    return jnp.all(_reshaped(mask, split), axis=axes)
+    boxes, axes = _boxed(structure, mask)
+    return jnp.all(boxes, axis=axes)
 
 
 def spread(structure: Structure | None, chosen: Array, like: Array) -> Array:
@@ -379,7 +379,7 @@ def spread(structure: Structure | None, chosen: Array, like: Array) -> Array:
         return chosen
     split, axes = _split(structure, like.shape)
     wide = jnp.broadcast_to(jnp.expand_dims(chosen, axes), split)
-    return masking.placed_like(_reshaped(wide, like.shape), like)
+    return masking.placed_like(_unboxed(wide, like), like)
 
 
 def _best_of_boxes(structure: Structure, keys: Array, number: ArrayLike) -> Array:
@@ -393,14 +393,13 @@ def _best_of_boxes(structure: Structure, keys: Array, number: ArrayLike) -> Arra
     Returns:
       Boolean array of the shape of `keys`.
     """
-    split, axes = _split(structure, keys.shape)
-    values = _reshaped(keys, split)
+    values, axes = _boxed(structure, keys)
     number = jnp.asarray(number, jnp.uint32)
-    if len(axes) == 1 and split[axes[0]] <= _FEW:
-        best = _best_by_comparison(values, number, axes[0])
+    if len(axes) == 1 and values.shape[axes[0]] <= _FEW:
+        best = _best_by_comparison(_whole_along(values, axes[0]), number, axes[0])
     else:
         best = _best_by_bisection(values, number, axes)
-    return _reshaped(best, keys.shape)
+    return _unboxed(best, keys)
 
 
 # Up to so many in a box each is compared with all: one pass over memory.
@@ -473,6 +472,42 @@ def _split(structure: Structure, shape: Shape) -> tuple[Shape, tuple[int, ...]]:
     return tuple(split), tuple(axes)
 
 
-def _reshaped(x: Array, shape: Shape) -> Array:
-    # A reshape is nothing to be had on Explicit mesh axes, not even to the same shape.
-    return x if x.shape == shape else x.reshape(shape)
+def _boxed(structure: Structure, x: Array) -> tuple[Array, tuple[int, ...]]:
+    """`x` with axes of their own for boxes, and which those are."""
+    split, axes = _split(structure, x.shape)
+    sharding = jax.typeof(x).sharding
+    if split == x.shape or not masking.is_explicit(sharding):
+        return x.reshape(split) if split != x.shape else x, axes
+    # On Explicit mesh axes it is to be said how the result is sharded: as `x` is, but
+    # along an axis whose boxes lie across devices.
+    spec: list[Any] = []
+    boxes = structure.box(tuple(x.shape))
+    for n, b, names in zip(x.shape, boxes, sharding.spec, strict=True):
+        if b in (1, n):
+            spec.append(names)
+            continue
+        parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes([names]))
+        spec += [names if n // b % parts == 0 else None, None]
+    spread_out = sharding.update(spec=jax.sharding.PartitionSpec(*spec))
+    return lax.reshape(x, split, out_sharding=spread_out), axes
+
+
+def _whole_along(x: Array, axis: int) -> Array:
+    """`x`, not sharded along an axis."""
+    sharding = jax.typeof(x).sharding
+    if not masking.is_explicit(sharding) or sharding.spec[axis] is None:
+        return x
+    spec = jax.sharding.PartitionSpec(
+        *(None if i == axis else names for i, names in enumerate(sharding.spec))
+    )
+    return jax.sharding.reshard(x, sharding.update(spec=spec))
+
+
+def _unboxed(x: Array, like: Array) -> Array:
+    """What `_boxed` split, with the shape and the sharding of `like`."""
+    sharding = jax.typeof(like).sharding
+    if not masking.is_explicit(sharding):
+        return x.reshape(like.shape) if x.shape != like.shape else x
+    if x.shape == like.shape:
+        return jax.sharding.reshard(x, sharding)
+    return lax.reshape(x, like.shape, out_sharding=sharding)

@@ -49,6 +49,7 @@ ONE_OF = {
     "test_streaming::test_several_devices_share_every_batch": 2,
     "test_structures::test_equal_numbers_in_methods": 2,
     "test_structures::test_lanes_of_vmap_are_as_alone": 3,
+    "test_structures::test_on_eight_devices_as_on_one": 2,
     "test_structures::test_random_masks": 2,
     "test_transforms::test_a_run_compiles_once_and_transfers_nothing": 3,
     "test_transforms::test_a_traced_seed_is_the_same_seed": 3,

@@ -324,6 +324,15 @@ def write(path: pathlib.Path, tensors: dict[str, np.ndarray], header: Any) -> No
     safetensors.numpy.save_file(tensors, path, metadata=about)
 
 
+@pytest.mark.parametrize("beyond", [8, 9])
+def test_codes_that_reach_beyond_their_mask_are_refused(beyond: int):
+    """Four of 16 weights: a bit of each gap as it is, and the rest in unary."""
+    as_they_are, unary = [0, 0, 0, 0], [0] * beyond + [1, 1, 1, 1]
+    code = np.packbits(np.asarray(as_they_are + unary, np.uint8))
+    with pytest.raises(ValueError, match="a mask has more than its 16 weights"):
+        export._decode(code, 16, 4)
+
+
 def test_a_file_is_plain_safetensors(tmp_path: pathlib.Path):
     params, masks = example()
     path = tmp_path / "net.safetensors"

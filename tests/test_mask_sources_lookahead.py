@@ -195,6 +195,7 @@ def test_bad_orders(order: Any, error: type[Exception], match: str) -> None:
         (["a", "x"], "order names 'x', which is no maskable leaf: there are 'a', 'b'"),
         (["b", "a"], r"'a' of shape \(4, 5\) after 'b' of 6 outputs"),
         (["a", "v"], "order names 'v' of shape"),
+        (["v", "a"], "order names 'v' of shape"),
     ],
 )
 def test_leaves_that_do_not_chain(order: Any, match: str) -> None:

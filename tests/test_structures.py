@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import granet_jax
 from granet_jax import distributions, mask_sources, scores, structures
@@ -361,6 +363,72 @@ def test_units_of_top_kast_and_greg() -> None:
             assert set(found["conv"].ravel()) <= {0, 72}
             assert (found["conv"] > 0).sum() == expected[0]
             assert (found["dense"] > 0).sum() == expected[1]
+
+
+@pytest.mark.parametrize("kind", list(AxisType)[:2], ids=str)
+@pytest.mark.parametrize(
+    "structure",
+    [
+        structures.block(2, 2),
+        structures.n_of_m(2, 4),
+        # Boxes larger than the shard of a device.
+        structures.n_of_m(8, 16),
+        structures.constant_fan_in(),
+        structures.channel(),
+    ],
+    ids=lambda s: s.name,
+)
+def test_on_eight_devices_as_on_one(structure: Structure, kind: AxisType) -> None:
+    method = granet_jax.rigl(
+        0.5, 8, interval=1, distribution="uniform", structure=structure
+    )
+    shapes = {"conv": (3, 3, 16, 8), "dense": (32, 16)}
+    specs = {"conv": P(None, None, "x", "y"), "dense": P("x", "y")}
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+    layout = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    rng = np.random.default_rng(0)
+    drawn = [
+        {
+            name: (rng.integers(-6, 7, shape) / 8).astype(np.float32)
+            for name, shape in shapes.items()
+        }
+        for _ in range(5)
+    ]
+
+    def trained(put: Callable[[Any], Any]) -> Any:
+        tx = granet_jax.transform(method, optax.sgd(0.25, momentum=0.5))
+        update = jax.jit(tx.update, compiler_options=QUICK)
+        params: Any = put(drawn[0])
+        state: Any = tx.init(params)
+        for grads in drawn[1:]:
+            updates, state = jax.block_until_ready(update(put(grads), state, params))
+            params = optax.apply_updates(params, updates)
+        # Given masks of the structure are looked at and taken.
+        granet_jax.transform(method, masks=state.masks).init(params)
+        return params, state.masks
+
+    alone = trained(lambda tree: jax.tree.map(jnp.asarray, tree))
+    shared = trained(lambda tree: jax.device_put(tree, layout))
+    assert shared[1]["dense"].sharding.is_equivalent_to(layout["dense"], 2)
+    assert not np.all(alone[1]["dense"])
+    assert_same(jax.device_get(shared), jax.device_get(alone))
+
+
+@pytest.mark.parametrize("norm", structures.NORMS)
+def test_whole_boxes_within_leaves(norm: Any) -> None:
+    structure = structures.block(2, 2, norm=norm)
+    params = draw(5)
+    masks = mask_sources.magnitude(params, 0.6, scope="layer", structure=structure)
+    for name, p in params.items():
+        box = structure.box(p.shape)
+        parts = boxes(np.abs(p).astype(np.float64), box)
+        chosen = boxes(np.asarray(masks[name]), box)
+        assert np.all(np.isin(chosen.sum(axis=-1), (0, 4)))
+        kept = chosen.any(axis=-1)
+        # Of each leaf the nearest number of boxes.
+        assert abs(kept.sum() - 0.4 * kept.size) <= 0.5
+        score = (parts if norm == "l1" else parts**2).mean(axis=-1)
+        assert score[kept].min() >= score[~kept].max() - 1e-6
 
 
 @pytest.mark.parametrize(

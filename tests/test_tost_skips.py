@@ -84,6 +84,14 @@ def test_identity_is_the_input_to_the_bit() -> None:
     trees.assert_same(tost.ghost_skip(x[:, 0], 2), x[:, 0, :2])
 
 
+def test_the_identity_as_a_module_is_the_function() -> None:
+    x = jnp.arange(60.0).reshape(1, 5, 4, 3)
+    module = linen.GhostSkip(5, 2)
+    variables = module.init(jax.random.key(0), x, train=True)
+    assert not jax.tree.leaves(variables)
+    trees.assert_same(module.apply(variables, x, train=True), tost.ghost_skip(x, 5, 2))
+
+
 def test_ghost_skip_under_transformations() -> None:
     x = jnp.arange(24.0).reshape(2, 3, 4, 1)
     f = functools.partial(tost.ghost_skip, features=2, strides=2)
