@@ -361,6 +361,44 @@ def test_float_keys_order_as_the_numbers_do() -> None:
             assert (keys[i] < keys[j]) == (values[i] < values[j])
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "width", "expected"),
+    [
+        (["bfloat16"], 2, "int16"),
+        (["bfloat16"], 4, "int32"),
+        (["float16", "bfloat16"], 2, "int32"),
+        (["float32"], 2, "int32"),
+        (["float32", "float16"], 4, "int32"),
+        (["int8", "int8"], 2, "int16"),
+        (["int16"], 4, "int32"),
+        (["int32"], 2, "int32"),
+    ],
+    ids=str,
+)
+def test_keys_are_as_wide_as_scores_or_wider(
+    dtypes: list[str], width: int, expected: str
+) -> None:
+    scores = [jnp.zeros(3, dtype) for dtype in dtypes]
+    candidates = [jnp.asarray([True, False, True])] * len(scores)
+    for key in sort_keys(scores, candidates, width=width):
+        assert key.dtype == expected
+        assert key.tolist() == [0, jnp.iinfo(expected).min, 0]
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        *(["uint32"], ["bool"], ["int32", "float32"], ["float32", "int32"]),
+        *(["int8", "int16"], ["int32", "uint32"]),
+    ],
+    ids=str,
+)
+def test_scores_of_no_common_order_are_refused(dtypes: list[str]) -> None:
+    scores = [jnp.zeros(3, dtype) for dtype in dtypes]
+    with pytest.raises(TypeError, match="all be floating, or all of one signed"):
+        sort_keys(scores)
+
+
 def test_sum_before_is_an_exclusive_sum() -> None:
     counts = jnp.asarray([3, 0, 2, 7], jnp.uint32)
     assert sum_before(counts).tolist() == [0, 3, 3, 5]
