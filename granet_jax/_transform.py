@@ -178,7 +178,7 @@ def transform(
         accumulators: list[Array] | None,
         marked: list[Array] | None,
         count: Array,
-    ) -> tuple[list[Array], list[Array]]:
+    ) -> list[Array]:
         return choices.update_masks(
             method,
             plan(tuple(tuple(x.shape) for x in leaves)),
@@ -200,7 +200,7 @@ def transform(
         leaves: list[Array],
         stepped: list[Array],
         *rest: Any,
-    ) -> tuple[list[Array], list[Array]]:
+    ) -> list[Array]:
         def weights(active: list[Array]) -> list[Array]:
             return list(map(where_active, active, stepped))
 
@@ -295,7 +295,7 @@ def transform(
         # As the state holds them, masks go through loops and into the next state; taken
         # apart, they are read by what is computed.
         pack = unpack = _as_it_is
-        store, load = _encoded, _decoded
+        store, load = _as_it_is, _decoded
         if _is_packed(state):
             pack, store = masking.pack_masks, _packed
             unpack = load = functools.partial(_unpack_like, params)
@@ -322,13 +322,11 @@ def transform(
                 return updates, inner_state
             return wrapped.update(gradient, inner_state, params_, **extra_args)
 
-        def change_masks(
-            stored: PyTree, step: Callable[[PyTree], PyTree]
-        ) -> tuple[PyTree, PyTree]:
-            """New masks, and what continues, from masks and a function to updates.
+        def change_masks(stored: PyTree, step: Callable[[PyTree], PyTree]) -> PyTree:
+            """New codes of all weights, from masks and a function to updates.
 
-            Masks as the state holds them give masks taken apart. The function is given
-            the active weights, whose updates are asked for.
+            Masks are as the state holds them. The function is given the active weights,
+            whose updates are asked for.
             """
             masks_ = load(stored)
             leaves, treedef = jax.tree.flatten(masks_)
@@ -345,12 +343,10 @@ def transform(
             )
             names = _names(masks_)
             if isinstance(count, Tracer):
-                changed, kept = update_masks(names, leaves, stepped, *rest)
+                codes = update_masks(names, leaves, stepped, *rest)
             else:
-                changed, kept = update_masks_compiled(
-                    names, leaves, stepped(leaves), *rest
-                )
-            return treedef.unflatten(changed), treedef.unflatten(kept)
+                codes = update_masks_compiled(names, leaves, stepped(leaves), *rest)
+            return treedef.unflatten(codes)
 
         given = updates
         if method.penalty is not None:
@@ -407,7 +403,7 @@ def transform(
                 )
                 chosen = treedef.unflatten(chosen)
                 marked = treedef.unflatten(marked) if marked else ()
-                return store(chosen, chosen), pack(marked)
+                return store(activity.codes_of(chosen)), pack(marked)
 
             now = (state.activity, state.marked)
             if method.refresh == 1:
@@ -438,9 +434,9 @@ def transform(
                     masked = masking.map_masked(where_active, active, given)
                     return step_inner(masked, state.inner_state, params)[0]
 
-                changed, kept = change_masks(now[0], step)
+                codes = change_masks(now[0], step)
                 apart = jax.tree.leaves(now[1])
-                return store(changed, kept), pack(kept) if apart else ()
+                return store(codes), pack(_continuing(codes)) if apart else ()
 
             # Bits do not say what entered: beside them what continues is made anew.
             apart = state.activity if regrows and _is_packed(state) else ()
@@ -450,9 +446,7 @@ def transform(
             if jax.tree.leaves(apart):
                 keep = unpack(apart)
             elif regrows:
-                keep = jax.tree.map(
-                    functools.partial(activity.is_continuing, updated=updating), new
-                )
+                keep = _continuing(new, updating)
             else:
                 # What never grows continues wherever it is active.
                 keep = load(new)
@@ -472,9 +466,10 @@ def transform(
 
         def change_last(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
             stored, emitted, inner_state = now
-            changed, keep = change_masks(stored, lambda _: emitted)
+            codes = change_masks(stored, lambda _: emitted)
+            keep = _continuing(codes)
             emitted = masking.map_masked(_emit, keep, emitted, params)
-            return store(changed, keep), emitted, zero_moments(inner_state, keep)
+            return store(codes), emitted, zero_moments(inner_state, keep)
 
         emitted = masking.map_masked(_emit, old, inner_updates, params)
         inner_state = zero_moments(inner_state, old)
@@ -735,17 +730,16 @@ def _accumulator_dtype(param: Any) -> jnp.dtype:
     return jnp.promote_types(param.dtype, jnp.float32)
 
 
-def _as_it_is(masks: PyTree) -> PyTree:
-    return masks
+def _as_it_is(tree: PyTree) -> PyTree:
+    return tree
 
 
-def _encoded(masks: PyTree, continuing: PyTree) -> PyTree:
-    return jax.tree.map(activity.encode, masks, continuing)
+def _packed(codes: PyTree) -> PyTree:
+    return masking.pack_masks(_decoded(codes))
 
 
-def _packed(masks: PyTree, continuing: PyTree) -> PyTree:
-    del continuing  # Bits do not say it.
-    return masking.pack_masks(masks)
+def _continuing(codes: PyTree, updated: Array | bool = True) -> PyTree:
+    return jax.tree.map(lambda x: activity.is_continuing(x, updated), codes)
 
 
 def _decoded(codes: PyTree) -> PyTree:

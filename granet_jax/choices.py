@@ -16,6 +16,7 @@ from jax import Array
 
 from granet_jax import plans, structures
 from granet_jax import updates as mask_updates
+from granet_jax.activity import encode, is_active
 from granet_jax.distributions import Shape
 from granet_jax.methods import Method
 from granet_jax.plans import Plan
@@ -67,7 +68,7 @@ def update_masks(
     *,
     count: Array,
     key: Array,
-) -> tuple[list[Array], list[Array]]:
+) -> list[Array]:
     """One mask update: prune to the schedule, then exchange.
 
     Whole boxes of a structure are to it what weights are otherwise.
@@ -78,7 +79,7 @@ def update_masks(
     needs no others than those that still are: so nothing reads the masks of before, and
     the new ones take their place in memory.
 
-    Returns the new masks, and which weights continue (see `updates.run_phases`).
+    Returns the codes of all weights, see `updates.run_phases`.
     """
     index = method.updates.update_index(count)
     structure = method.structure
@@ -131,15 +132,16 @@ def update_masks(
             layer_weights=weights,
         )
     if not phases:
-        return masks, masks
+        return list(map(encode, masks, masks))
     # Between updates that prune to the same number, only the exchange is left.
     first: Array | int = 0
     if revives:
         first = jnp.asarray(plans.first_phase(plan))[index]
     elif prunes and len(phases) > 1:
         first = 1 - jnp.asarray(plan.prunes)[index]
-    new, kept = mask_updates.run_phases(present, phases, first=first)
-    return _spread(structure, new, masks), _spread(structure, kept, masks)
+    return _spread(
+        structure, mask_updates.run_phases(present, phases, first=first), masks
+    )
 
 
 def _update_boxes(
@@ -149,7 +151,7 @@ def _update_boxes(
     rank: Callable[[Score, bool], Callable[[list[Array]], list[Array]]],
     masks: list[Array],
     index: Array,
-) -> tuple[list[Array], list[Array]]:
+) -> list[Array]:
     """`update_masks` where the boxes of a leaf have equal numbers.
 
     What gradual pruning removes starts anew if the exchange takes it back; what is
@@ -172,10 +174,10 @@ def _update_boxes(
             rank(method.grow, True),
             jnp.asarray(plan.fraction)[index],
         )
-        present, _ = mask_updates.run_phases(present, [drop])
+        present = list(map(is_active, mask_updates.run_phases(present, [drop])))
         ranked = rank(method.grow, True)(present)
         present = structures.fill(structure, present, ranked, before)
-    return present, [k & m for k, m in zip(kept, present, strict=True)]
+    return list(map(encode, present, kept))
 
 
 def _spread(
@@ -302,6 +304,7 @@ def step_key(seed: int | Array, count: Array | int) -> Array:
     return jax.random.fold_in(jax.random.key(seed), count)
 
 
+@jax.jit
 def where_active(mask: Array, x: Array) -> Array:
     """`x`, zero where pruned."""
     return jnp.where(mask, x, jnp.zeros_like(x))

@@ -83,6 +83,7 @@ def _count_together(flags: Any, counter: jnp.dtype) -> list[list[Array]]:
     return [_count_leaf(leaf, counter) for leaf in flags]
 
 
+@functools.partial(jax.jit, static_argnames="counter")
 def _count_leaf(leaf: Sequence[Array], counter: jnp.dtype) -> list[Array]:
     """The sums of several boolean arrays of one shape, in one pass.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -46,6 +47,7 @@ def sort_keys(
     ]
 
 
+@jax.jit
 def _float_key(x: Array) -> Array:
     dtype = jnp.dtype(f"int{8 * x.dtype.itemsize}")
     lowest = jnp.asarray(jnp.iinfo(dtype).min, dtype)

@@ -59,7 +59,9 @@ def search(
     unsigned = jnp.dtype(f"uint{8 * key_type.itemsize}")
     lowest = jnp.asarray(jnp.iinfo(key_type).min, key_type)
     sizes = jnp.asarray([x.size for x in like], counter)
-    rows = list(zip(_unknown_range(leaves), map(columns, like), strict=True))
+    # (One for leaves of one shape: what loops carry takes time to compile.)
+    of_shape = functools.cache(columns)
+    rows = list(zip(_unknown_range(leaves), map(of_shape, like), strict=True))
     bits = 8 * key_type.itemsize
 
     def stage(carry: tuple[Array, Array, Any, _Search]) -> Any:
@@ -201,6 +203,7 @@ _STAGE_BITS = 7
 _BELOW, _FIRST, _ABOVE = -128, -127, 1
 
 
+@jax.jit
 def _code(key: Array, base: Array, shift: Array) -> Array:
     """The codes of a leaf's keys, see `search`."""
     part = _width(base, key) >> shift
@@ -367,6 +370,7 @@ def _at(vector: Array, row: Array) -> Array:
     return lax.dynamic_index_in_dim(vector, row, keepdims=False)
 
 
+@jax.jit
 def _chosen(
     x: Array, column: Array, probes: Sequence[tuple[Array, Array]]
 ) -> list[Array]:

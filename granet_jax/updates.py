@@ -57,7 +57,7 @@ class Phase(NamedTuple):
 
 def run_phases(
     masks: Sequence[Array], phases: Sequence[Phase], *, first: Array | int = 0
-) -> tuple[list[Array], list[Array]]:
+) -> list[Array]:
     """Runs the phases of a mask update one after the other.
 
     All phases go through one compiled selection, in a loop: a selection per phase
@@ -69,8 +69,8 @@ def run_phases(
       first: the phase to begin with; may be traced.
 
     Returns:
-      The new masks, and which weights continue: active before and after, and not
-      forgotten in between.
+      The codes (`activity`) of all weights: those continue that were active before, and
+      not forgotten in between.
     """
     masks = list(masks)
     sizes = [m.size for m in masks]
@@ -137,7 +137,8 @@ def run_phases(
         start = (jnp.asarray(first, jnp.int32), value)
         end = len(phases)
         value = lax.while_loop(lambda carry: carry[0] < end, run, start)[1]
-    return value.present, [x == CONTINUING for x in value.weights]
+    # (Not made anew of masks: for some shapes LLVM then takes ten seconds a kernel.)
+    return [jnp.maximum(x, INACTIVE) for x in value.weights]
 
 
 class _Update(NamedTuple):
@@ -157,6 +158,7 @@ class _Update(NamedTuple):
         return list(map(is_active, self.weights))
 
 
+@jax.jit
 def _changed(x: Array, chosen: Array, grows: Any, forgets: Any) -> Array:
     """The codes after a phase has chosen what it grows, or what it keeps."""
     grown = jnp.where(x == DROPPED, CONTINUING, ENTERED)
@@ -195,7 +197,7 @@ def prune(
     check_scope(scope)
     leaves, treedef = jax.tree.flatten(masks)
     phase = prune_phase(_given(scores), keep, scope=scope)
-    return treedef.unflatten(run_phases(leaves, [phase])[0])
+    return treedef.unflatten(map(is_active, run_phases(leaves, [phase])))
 
 
 @jax.jit
@@ -212,7 +214,7 @@ def regrow(masks: PyTree, scores: PyTree, number: Array | Sequence[int]) -> PyTr
     """
     leaves, treedef = jax.tree.flatten(masks)
     phase = Phase(_given(scores), True, _unchanged(number))
-    return treedef.unflatten(run_phases(leaves, [phase])[0])
+    return treedef.unflatten(map(is_active, run_phases(leaves, [phase])))
 
 
 @jax.jit
@@ -250,7 +252,7 @@ def prune_and_regrow(
         jnp.asarray(fraction, jnp.uint32),
         layer_weights=layer_weights,
     )
-    return treedef.unflatten(run_phases(leaves, phases)[0])
+    return treedef.unflatten(map(is_active, run_phases(leaves, phases)))
 
 
 def _given(scores: PyTree) -> Callable[[list[Array]], list[Array]]:

@@ -125,6 +125,12 @@ def test_exchange_between_leaves(seed: int, fraction: float) -> None:
     assert_masks(found, exchanged(drawn, drawn.masks, fraction, weights)[0])
 
 
+def decoded(codes: Sequence[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Masks, and which weights continue; no code stands for anything else."""
+    assert all(x.dtype == jnp.int8 for x in codes)
+    return [(x == 1) | (x == 2) for x in codes], [x == 2 for x in codes]
+
+
 @functools.partial(jax.jit, static_argnames=("kept", "scope"))
 def three_phases(
     drawn: Drawn, keep: Any, fraction: Any, first: Any, *, kept: bool, scope: Scope
@@ -142,7 +148,7 @@ def three_phases(
         updates.prune_phase(first_by, keep, scope=scope),
         *updates.exchange_phases(first_by, then_by, fraction),
     ]
-    return updates.run_phases(drawn.masks, phases, first=first)
+    return decoded(updates.run_phases(drawn.masks, phases, first=first))
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["made again", "kept"])
@@ -169,7 +175,7 @@ def test_gradual_pruning_and_exchange(
 @functools.partial(jax.jit, static_argnames="scope")
 def revived(drawn: Drawn, keep: Any, *, scope: Scope) -> Any:
     phase = updates.revive_phase(lambda _: drawn.grow, keep, sizes=SIZES, scope=scope)
-    return updates.run_phases(drawn.masks, [phase])
+    return decoded(updates.run_phases(drawn.masks, [phase]))
 
 
 @pytest.mark.parametrize("scope", SCOPES)

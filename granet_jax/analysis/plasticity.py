@@ -34,6 +34,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from granet_jax import (
+    activity,
     checks,
     choices,
     distributions,
@@ -287,8 +288,11 @@ def _prune(
         fraction = jnp.asarray(schedules.fixed_point(regrow), jnp.uint32)
         drop, grow = ranks[scores.magnitude], ranks[scores.gradient]
         phases += exchange_phases(drop, grow, fraction)
-    new, continuing = run_phases(leaves, phases)
-    return Pruned(treedef.unflatten(new), treedef.unflatten(continuing))
+    codes = treedef.unflatten(run_phases(leaves, phases))
+    continuing = functools.partial(activity.is_continuing, updated=True)
+    return Pruned(
+        jax.tree.map(activity.is_active, codes), jax.tree.map(continuing, codes)
+    )
 
 
 def apply_pruned(
