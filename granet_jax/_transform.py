@@ -348,12 +348,15 @@ def transform(
                 codes = update_masks_compiled(names, leaves, stepped(leaves), *rest)
             return treedef.unflatten(codes)
 
-        given = updates
-        if method.penalty is not None:
+        def penalised(masks_: PyTree) -> PyTree:
+            if method.penalty is None:
+                return updates
             marked = unpack(state.marked)
-            given = _penalised(
-                method.penalty, updates, old, marked, params, state.count
+            return _penalised(
+                method.penalty, updates, masks_, marked, params, state.count
             )
+
+        given = penalised(old)
 
         def finish(
             emitted: PyTree,
@@ -363,11 +366,11 @@ def transform(
         ) -> tuple[PyTree, SparseState]:
             """The result of the step; masks as the state holds them."""
             if method.marks.steps():
+                stepped = list(_stepped(params, emitted, old))
 
                 def mark(_: PyTree) -> PyTree:
                     masks_ = load(new)
                     leaves, treedef = jax.tree.flatten(masks_)
-                    stepped = list(_stepped(params, emitted, masks_))
                     chosen = choose_marked(_names(masks_), leaves, stepped, count)
                     return pack(treedef.unflatten(chosen))
 
@@ -391,12 +394,16 @@ def transform(
             if jax.tree.leaves(reach):
                 inner_updates = masking.map_masked(where_active, reach, inner_updates)
 
+            # Made outside of the loop: `apply_updates` makes the same, which takes the
+            # parameters' place only if nothing later reads those of before.
+            stepped = list(_stepped(params, inner_updates, old))
+
             def choose(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
                 leaves, treedef = jax.tree.flatten(load(now[0]))
                 chosen, marked = choose_masks(
                     _names(old),
                     leaves,
-                    list(_stepped(params, inner_updates, old)),
+                    stepped,
                     None if grads is None else masking.maskable_leaves(grads, old),
                     jax.tree.leaves(accumulator) or None,
                     count,
@@ -427,11 +434,14 @@ def transform(
             # Every weight is on its own in `inner`: to zero what goes in at weights
             # that do not continue is to zero what comes out. The masks change first,
             # and nothing later reads the old ones, so that in other steps all passes
-            # in place. (The inner step is computed again inside, on update steps only:
-            # handing its result in would force it through memory in every step.)
+            # in place. (Penalty and inner step are computed again inside, on update
+            # steps only: handing their results in would force them through memory in
+            # every step.)
             def change(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+                again = penalised(load(now[0]))
+
                 def step(active: PyTree) -> PyTree:
-                    masked = masking.map_masked(where_active, active, given)
+                    masked = masking.map_masked(where_active, active, again)
                     return step_inner(masked, state.inner_state, params)[0]
 
                 codes = change_masks(now[0], step)
