@@ -396,16 +396,20 @@ def unpack_masks(packed: PyTree) -> PyTree:
 
 
 def _unpack(packed: PyTree) -> PyTree:
-    def unpack(x: Any) -> Any:
-        if not is_packed(x):
-            return x
-        places = jnp.arange(7, -1, -1, dtype=jnp.uint8)
-        places = jnp.expand_dims(places, range(x.bits.ndim))
-        digits = (x.bits[..., None] >> places) & 1
-        mask = digits.astype(bool).reshape(*x.bits.shape[:-1], 8 * x.bits.shape[-1])
-        return mask[..., : x.shape[-1]] if x.shape else mask[..., 0]
+    return jax.tree.map(
+        lambda x: _unpack_leaf(x) if is_packed(x) else x, packed, is_leaf=is_packed
+    )
 
-    return jax.tree.map(unpack, packed, is_leaf=is_packed)
+
+# Compiled: outside jit it would be several operations a leaf, and what is spread over
+# processes may be asked, too.
+@jax.jit
+def _unpack_leaf(x: PackedMask) -> Array:
+    places = jnp.arange(7, -1, -1, dtype=jnp.uint8)
+    places = jnp.expand_dims(places, range(x.bits.ndim))
+    digits = (x.bits[..., None] >> places) & 1
+    mask = digits.astype(bool).reshape(*x.bits.shape[:-1], 8 * x.bits.shape[-1])
+    return mask[..., : x.shape[-1]] if x.shape else mask[..., 0]
 
 
 def is_packed(x: Any) -> bool:

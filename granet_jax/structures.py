@@ -477,7 +477,7 @@ def _boxed(structure: Structure, x: Array) -> tuple[Array, tuple[int, ...]]:
     split, axes = _split(structure, x.shape)
     sharding = jax.typeof(x).sharding
     if split == x.shape or not masking.is_explicit(sharding):
-        return x.reshape(split) if split != x.shape else x, axes
+        return x.reshape(split), axes
     # On Explicit mesh axes it is to be said how the result is sharded: as `x` is, but
     # along an axis whose boxes lie across devices.
     spec: list[Any] = []
@@ -507,7 +507,7 @@ def _unboxed(x: Array, like: Array) -> Array:
     """What `_boxed` split, with the shape and the sharding of `like`."""
     sharding = jax.typeof(like).sharding
     if not masking.is_explicit(sharding):
-        return x.reshape(like.shape) if x.shape != like.shape else x
+        return x.reshape(like.shape)
     if x.shape == like.shape:
         return jax.sharding.reshard(x, sharding)
     return lax.reshape(x, like.shape, out_sharding=sharding)

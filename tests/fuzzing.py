@@ -124,6 +124,7 @@ class Compiled:
             updates, state = self.tx.update(grads, state, params, **extra)
             return optax.apply_updates(params, updates), state, updates
 
+        self.init = jax.jit(self.tx.init, compiler_options=lab.options)
         self.step = jax.jit(step, compiler_options=lab.options)
 
 
@@ -158,6 +159,7 @@ class Lab:
         self.carries = flags or [len(x.shape) >= 2 for x in self.shapes]
         self.where = None if flags is None else self.structure.unflatten(flags)
         self.reference = INNERS[inner]()
+        self.reference_init = jax.jit(self.reference.init, compiler_options=options)
         self.reference_step = jax.jit(self.reference.update, compiler_options=options)
         self.compiled = functools.cache(lambda i: Compiled(self, methods[i]))
         self.luck = functools.lru_cache(maxsize=64)(self._luck)
@@ -211,7 +213,7 @@ class Reference:
 
     def __init__(self, lab: Lab, params: PyTree):
         self.lab = lab
-        self.state: Any = lab.reference.init(params)
+        self.state: Any = lab.reference_init(params)
 
     def _tree(self, arrays: list[Any]) -> PyTree:
         return jax.tree.unflatten(self.lab.structure, arrays)
@@ -240,7 +242,7 @@ class Reference:
         self.state = jax.tree.map(kept, self.state, is_leaf=self._matches)
 
     def restart(self, params: list) -> None:
-        fresh = jax.device_get(self.lab.reference.init(self._tree(params)))
+        fresh = jax.device_get(self.lab.reference_init(self._tree(params)))
         self.state = jax.tree.map(
             lambda x, new: new if self._matches(x) else x,
             self.state,
@@ -281,7 +283,7 @@ class Run:
         lab = self.lab
         self.now = now = lab.compiled(method)
         here = jax.tree.map(jnp.asarray, jax.device_get(self.params))
-        state: Any = now.tx.init(here)
+        state: Any = now.init(here)
         drawn = self.host(self.params)
         recipe = now.recipe
         pairs = list(zip(drawn, lab.carries, strict=True))

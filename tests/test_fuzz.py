@@ -132,6 +132,7 @@ class Machine(stateful.RuleBasedStateMachine):
 
     lab: Lab
     moving: tuple[int, ...] = ()
+    saved = False
 
     @stateful.initialize(
         data=st.data(), seed=SEED, kind=KIND, apply_first=st.booleans()
@@ -151,8 +152,11 @@ class Machine(stateful.RuleBasedStateMachine):
         for i in range(number):
             self.run.step(seed + i, kind)
 
+    # Once a run: it takes as long as ten steps.
+    @stateful.precondition(lambda self: not self.saved)
     @stateful.rule()
     def save_and_restore(self) -> None:
+        self.saved = True
         self.run.save_and_restore()
 
     @stateful.rule(devices=st.sampled_from([8, 2, 4, 1]))
