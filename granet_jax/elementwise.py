@@ -10,10 +10,11 @@ computed several times as once and kept.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -24,89 +25,87 @@ class _Fact(NamedTuple):
     Attributes:
       shape: None if the value does not depend on masked arrays at all; else the shape
         of the masked array on whose entries it depends, position by position.
-      zero: whether it is zero wherever the masked arrays are.
+      value: what it is wherever the masked arrays are zero, if that is known: a NumPy
+        scalar. Else None: some finite number, which may or may not be zero. (What
+        comes from outside, a learning rate, is taken for finite, and an epsilon from
+        there for no zero.)
       mixed: it depends on masked arrays in some other way.
     """
 
     shape: tuple[int, ...] | None = None
-    zero: bool = False
+    value: np.generic | None = None
     mixed: bool = False
+
+    @property
+    def zero(self) -> bool:
+        """Whether it is known to be zero wherever the masked arrays are."""
+        return self.value is not None and bool(self.value == 0)
 
 
 _CLEAN = _Fact()
 _MIXED = _Fact(mixed=True)
 
-_ZERO_IF_ALL = frozenset(
-    [
-        "add",
-        "sub",
-        "add_any",
-        "max",
-        "min",
-        "neg",
-        "abs",
-        "sign",
-        "sqrt",
-        "cbrt",
-        "sin",
-        "tan",
-        "tanh",
-        "asin",
-        "atan",
-        "sinh",
-        "asinh",
-        "expm1",
-        "log1p",
-        "erf",
-        "floor",
-        "ceil",
-        "round",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "square",
-        "stop_gradient",
-        "reduce_precision",
-        "real",
-        "conj",
-        "optimization_barrier",
-    ]
+# These pass a value on, in another type or as it is.
+_SAME = frozenset(
+    ["convert_element_type", "copy", "copy_p", "optimization_barrier", "stop_gradient"]
 )
+_RESHAPED = frozenset(["broadcast_in_dim", "reshape", "squeeze"])
+# What operations by position give. (An epsilon that rounds to zero in float16 makes
+# rsqrt(0 + epsilon) infinite, and its product with a zero gradient NaN.)
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "abs": np.abs,
+    "acosh": np.arccosh,
+    "add": np.add,
+    "add_any": np.add,
+    "asin": np.arcsin,
+    "asinh": np.arcsinh,
+    "atan": np.arctan,
+    "atan2": np.arctan2,
+    "cbrt": np.cbrt,
+    "ceil": np.ceil,
+    "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
+    "conj": np.conj,
+    "cos": np.cos,
+    "cosh": np.cosh,
+    "div": np.divide,
+    "erf": lambda x: math.erf(float(x)),
+    "exp": np.exp,
+    "exp2": np.exp2,
+    "expm1": np.expm1,
+    "floor": np.floor,
+    "log": np.log,
+    "log1p": np.log1p,
+    "logistic": lambda x: 1 / (1 + np.exp(-x)),
+    "max": np.maximum,
+    "min": np.minimum,
+    "mul": np.multiply,
+    "neg": np.negative,
+    "pow": np.power,
+    "real": np.real,
+    "rem": np.fmod,
+    "round": np.round,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "sign": np.sign,
+    "sin": np.sin,
+    "sinh": np.sinh,
+    "sqrt": np.sqrt,
+    "square": np.square,
+    "sub": np.subtract,
+    "tan": np.tan,
+    "tanh": np.tanh,
+    **dict.fromkeys(_SAME | _RESHAPED, np.asarray),
+}
+# Zero times what is finite is zero; and divided by what is not known to be zero.
 _ZERO_IF_ANY = frozenset(["mul"])
 _ZERO_IF_FIRST = frozenset(["div", "rem"])
-_NEVER_ZERO = frozenset(
-    [
-        "exp",
-        "exp2",
-        "log",
-        "rsqrt",
-        "logistic",
-        "cos",
-        "cosh",
-        "acosh",
-        "pow",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "and",
-        "or",
-        "not",
-        "xor",
-        "is_finite",
-        "nextafter",
-        "atan2",
-        "clamp",
-    ]
-)
+# Of what these give nothing is said.
+_UNSAID = frozenset(["eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "xor"]) | {
+    *("is_finite", "nextafter", "reduce_precision")
+}
 _BY_POSITION = (
-    _ZERO_IF_ALL
-    | _ZERO_IF_ANY
-    | _ZERO_IF_FIRST
-    | _NEVER_ZERO
-    | frozenset(["integer_pow", "select_n", "broadcast_in_dim", "reshape", "squeeze"])
+    _ARITHMETIC.keys()
+    | _UNSAID
+    | frozenset(["integer_pow", "select_n"])
     | frozenset(["bitcast_convert_type", "shift_left", "iota"])
     | frozenset(["shift_right_logical", "shift_right_arithmetic"])
 )
@@ -132,7 +131,7 @@ def is_elementwise(
     """
     jaxpr: Any = jax.make_jaxpr(function)(*args).jaxpr
     facts = [
-        _Fact(shape=v.aval.shape, zero=True) if masked else _CLEAN
+        _Fact(v.aval.shape, v.aval.dtype.type(0)) if masked else _CLEAN
         for v, masked in zip(jaxpr.invars, masked_in, strict=True)
     ]
     results = _follow(jaxpr, facts)
@@ -178,7 +177,7 @@ def _follow(jaxpr: Any, arguments: Sequence[_Fact]) -> list[_Fact]:
 
     def read(atom: Any) -> _Fact:
         if isinstance(atom, core.Literal):
-            return _Fact(zero=bool(np.all(np.asarray(atom.val) == 0)))
+            return _Fact(value=_constant(np.asarray(atom.val)))
         return known.get(atom, _CLEAN)
 
     for equation in jaxpr.eqns:
@@ -187,9 +186,14 @@ def _follow(jaxpr: Any, arguments: Sequence[_Fact]) -> list[_Fact]:
     return [read(x) for x in jaxpr.outvars]
 
 
+def _constant(x: np.ndarray) -> np.generic | None:
+    same = x.size > 0 and bool(np.all(x == x.reshape(-1)[0]))
+    return x.reshape(-1)[0] if same else None
+
+
 def _apply(equation: Any, facts: list[_Fact]) -> list[_Fact]:
     name = equation.primitive.name
-    outputs = len(equation.outvars)
+    outputs = equation.outvars
     for parameter in _CALLS:
         inner = equation.params.get(parameter)
         if inner is not None and name not in ("while", "scan"):
@@ -197,41 +201,76 @@ def _apply(equation: Any, facts: list[_Fact]) -> list[_Fact]:
     if name == "cond" and facts[0] == _CLEAN:
         branches = [_follow(b.jaxpr, facts[1:]) for b in equation.params["branches"]]
         return [
-            _join(choice, zero=all(f.zero for f in choice))
+            _join(choice, _common([f.value for f in choice]))
             for choice in zip(*branches, strict=True)
         ]
+    if len(outputs) == 1 and name in _BY_POSITION:
+        value = _value(equation, facts)
+        shape = outputs[0].aval.shape
+    else:
+        value = shape = None
     if all(f.shape is None and not f.mixed for f in facts):
-        # Nothing masked goes in. A broadcast zero is a zero.
-        zero = name in ("broadcast_in_dim", "convert_element_type") and facts[0].zero
-        return [_Fact(zero=zero)] * outputs
-    if outputs != 1:
-        return [_MIXED] * outputs
-    shape = equation.outvars[0].aval.shape
-    if any(f.shape is not None and f.shape != shape for f in facts):
+        # Nothing masked goes in.
+        return [_Fact(value=value)] * len(outputs)
+    if shape is None or any(f.shape not in (None, shape) for f in facts):
+        return [_MIXED] * len(outputs)
+    if name in _RESHAPED and equation.invars[0].aval.shape != shape:
         return [_MIXED]
-    if name in _ZERO_IF_ALL:
-        return [_join(facts, zero=all(f.zero for f in facts))]
-    if name in _ZERO_IF_ANY:
-        return [_join(facts, zero=any(f.zero for f in facts))]
-    if name in _ZERO_IF_FIRST:
-        return [_join(facts, zero=facts[0].zero)]
-    if name == "integer_pow":
-        return [_join(facts, zero=facts[0].zero and equation.params["y"] > 0)]
+    return [_join(facts, value)]
+
+
+def _value(equation: Any, facts: list[_Fact]) -> np.generic | None:
+    """What an operation by position gives where the masked arrays are zero."""
+    name, dtype = equation.primitive.name, equation.outvars[0].aval.dtype
+    values = [f.value for f in facts]
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return None
     if name == "select_n":
-        return [_join(facts, zero=all(f.zero for f in facts[1:]))]
-    if name in _NEVER_ZERO:
-        return [_join(facts, zero=False)]
-    if name in ("broadcast_in_dim", "reshape", "squeeze") and (
-        equation.invars[0].aval.shape == shape
-    ):
-        return [facts[0]]
-    return [_MIXED]
+        return _common(values[1:])
+    if name == "integer_pow":
+        name, values = "pow", [*values, np.float64(equation.params["y"])]
+    function = _ARITHMETIC.get(name)
+    if function is None:
+        return None
+    known = [v for v in values if v is not None]
+    if len(known) == len(values):
+        with np.errstate(all="ignore"):
+            return dtype.type(function(*map(_wide, known)))
+    if not all(map(_is_finite, known)):
+        return _NAN
+    zeros = [f.zero for f in facts]
+    if (name in _ZERO_IF_ANY and any(zeros)) or (name in _ZERO_IF_FIRST and zeros[0]):
+        return dtype.type(0)
+    # A power of zero may be infinite; and what divides by zero is.
+    if (name == "pow" and zeros[0]) or (name == "div" and zeros[1]):
+        return _NAN
+    return None
 
 
-def _join(facts: Sequence[_Fact], *, zero: bool) -> _Fact:
+_NAN = np.float64(np.nan)
+
+
+def _wide(x: np.generic) -> np.generic:
+    """In a type that every function of NumPy knows; bfloat16 is none."""
+    return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def _is_finite(x: np.generic) -> bool:
+    return bool(np.isfinite(_wide(x)))
+
+
+def _common(values: Sequence[np.generic | None]) -> np.generic | None:
+    """The value of a choice among several, of which nothing is known."""
+    first, *rest = values
+    if first is not None and all(v is not None and v == first for v in rest):
+        return first
+    return None if all(v is None or _is_finite(v) for v in values) else _NAN
+
+
+def _join(facts: Sequence[_Fact], value: np.generic | None) -> _Fact:
     if any(f.mixed for f in facts):
         return _MIXED
     shapes = {f.shape for f in facts if f.shape is not None}
     if len(shapes) > 1:
         return _MIXED
-    return _Fact(shape=shapes.pop() if shapes else None, zero=zero)
+    return _Fact(shape=shapes.pop() if shapes else None, value=value)

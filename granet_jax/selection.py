@@ -40,8 +40,8 @@ def top_k(
 
     Args:
       scores: arrays of any shape, all floating (they are compared exactly, in the
-        widest of their dtypes) or all of one signed integer dtype (the two lowest and
-        the highest value of which count as their neighbours).
+        widest of their dtypes) or all of one signed integer dtype (where it has more
+        than 8 bits, its two lowest and its highest value count as their neighbours).
       k: how many to select: with scope "layer" one integer per leaf (or one for all),
         with scope "global" a single integer. May be traced. Where fewer candidates
         than k exist, all of them are selected.

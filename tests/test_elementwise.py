@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from granet_jax import scores
@@ -63,6 +64,10 @@ ZERO_STAYS = {
     "a choice of two": lambda x, y: jnp.where(y > 0, x, 2 * x),
     "a branch": lambda x, y: jax.lax.cond(y[0, 0] > 0, jnp.tanh, jnp.negative, x),
     "a nested jit": jax.jit(lambda x, y: jax.jit(jnp.expm1)(x) + x),
+    "a quotient by a root": lambda x, y: x / (jnp.sqrt(x * x) + 1e-8),
+    "a product with a root": lambda x, y: x * jax.lax.rsqrt(x * x + 1e-8),
+    "two that cancel": lambda x, y: jnp.cos(x) - 1.0,
+    "a quotient of powers": lambda x, y: x / (2.0 + x**2) ** 3,
 }
 ZERO_MOVES = {
     "an exponential": lambda x, y: jnp.exp(x),
@@ -75,6 +80,15 @@ ZERO_MOVES = {
         y[0, 0] > 0, lambda x: x, lambda x: x + 1.0, x
     ),
     "a comparison": lambda x, y: (x >= 0).astype(x.dtype),
+    # At zero these are not zero but NaN.
+    "a quotient by its root": lambda x, y: x / jnp.sqrt(x * x),
+    "a product with its inverse": lambda x, y: x * jax.lax.rsqrt(x * x),
+    "a product with its logarithm": lambda x, y: x * jnp.log(jnp.abs(x)),
+    "a product with its power": lambda x, y: x * jnp.abs(x) ** y,
+    "a product with a choice of it": lambda x, y: x * jnp.where(y > 0, y, 1.0 / x),
+    "an epsilon that rounds to zero": lambda x, y: (
+        x * jax.lax.rsqrt(x.astype(jnp.float16) ** 2 + 1e-8).astype(x.dtype)
+    ),
 }
 ENTRIES_MIX = {
     "a norm": lambda x, y: x / (1.0 + jnp.sum(x**2)),
@@ -112,3 +126,17 @@ def test_an_output_that_is_not_masked_must_not_depend_on_masked_ones() -> None:
     assert is_elementwise(
         lambda x, y: (2.0 * x, 2.0 * y), (X, X), (True, False), (True, False)
     )
+
+
+# With float16 its epsilon of 1e-8 is zero, and the root of a moment's inverse infinite.
+@pytest.mark.parametrize(("dtype", "proved"), [("float32", True), ("float16", False)])
+def test_an_optimizer_whose_epsilon_may_round_to_zero(dtype: str, proved: bool) -> None:
+    inner = optax.rmsprop(0.1, momentum=0.5)
+    params = {"w": jnp.ones((4, 3), dtype)}
+    state = inner.init(params)
+    moments = [x.shape == (4, 3) for x in jax.tree.leaves(state)]
+    arguments, masked = (params, state, params), [True, *moments, True]
+    assert is_elementwise(inner.update, arguments, masked, [True, *moments]) == proved
+    # And so it is.
+    _, after = inner.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    assert proved == all(not x.any() for x in jax.tree.leaves(after) if x.ndim)

@@ -224,11 +224,18 @@ def test_integer_scores() -> None:
 def test_integer_scores_at_the_ends_of_their_range() -> None:
     # The two lowest and the highest value count as their neighbours, as documented.
     low, high = np.iinfo(np.int16).min, np.iinfo(np.int16).max
-    scores = [np.asarray([low, low + 1, low + 2, low + 3, high - 1, high], np.int16)]
-    expected = ([4], [4, 5], [3, 4, 5], [0, 3, 4, 5], [0, 1, 3, 4, 5])
-    for k, indices in enumerate(expected, start=1):
-        (found,) = selection.top_k(scores, k)
-        assert np.flatnonzero(found).tolist() == indices
+    lowest, highest = [low, low + 1, low + 2, low + 3], [high - 2, high - 1, high]
+    scores = [np.asarray(lowest + highest, np.int16)]
+    for k, best in enumerate(([5], [5, 6], [4, 5, 6], [3, 4, 5, 6], [0, 3, 4, 5, 6])):
+        (found,) = selection.top_k(scores, k + 1)
+        assert np.flatnonzero(found).tolist() == best
+
+
+def test_integers_of_8_bits_are_all_told_apart() -> None:
+    rng = np.random.default_rng(0)
+    scores = [rng.permutation(np.arange(-128, 128).astype(np.int8)).reshape(16, 16)]
+    for k in (1, 2, 3, 128, 253, 254, 255, 256):
+        check(scores, [np.ones((16, 16), bool)], k, "global")
 
 
 def test_float64_under_x64() -> None:
