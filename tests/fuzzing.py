@@ -579,7 +579,7 @@ def drawn_method(
                 sparsity,
                 interval=interval,
                 growth=0.125,
-                ceiling=0.5,
+                ceiling=0.25,  # (A product with 3/8 is rounded.)
                 settle_steps=rng.randint(0, 3),
                 **both,
             ),
