@@ -178,6 +178,20 @@ def test_scores_on_eight_devices(kind: AxisType, in_context: bool) -> None:
                 assert x.sharding.is_equivalent_to(leaf.sharding, x.ndim)
 
 
+@pytest.mark.parametrize("kind", list(AxisType)[:2], ids=str)
+def test_a_leaf_on_no_mesh_beside_a_sharded_one(kind: AxisType) -> None:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    rng = np.random.default_rng(0)
+    scores = [rng.integers(0, 9, n).astype(np.float32) for n in ((8, 6), (5, 3))]
+    placed = [jax.device_put(scores[0], NamedSharding(mesh, P("x"))), scores[1]]
+    everything = [np.ones(x.shape, bool) for x in scores]
+    for k in (1, 20, 50):
+        found = selection.top_k(placed, k, scope="global")
+        expected = oracle.best_across(scores, everything, k)
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
 def test_k_as_one_integer_for_all_leaves() -> None:
     scores = [leaf(1, 2, 3), leaf(5, 4)]
     first, second = selection.top_k(scores, 1)
