@@ -107,6 +107,17 @@ def test_moments_of_dense_leaves_stay() -> None:
     assert zeroed[0].count == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_moments_of_pruned_weights_where_an_epsilon_rounds_to_zero(dtype: str) -> None:
+    # In float16 that of rmsprop does, which makes NaN of the gradient zero.
+    params = trees.parameters(dtype)
+    tx = granet_jax.transform(granet_jax.static(0.5), optax.rmsprop(0.1, momentum=0.5))
+    state = tx.init(params)
+    _, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), state, params)
+    found = granet_jax.get_state(state).inner_state
+    trees.assert_same(found, zero_moments(found, granet_jax.get_masks(state)))
+
+
 # --- Traps ------------------------------------------------------------------------
 
 
