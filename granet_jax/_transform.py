@@ -315,6 +315,19 @@ def transform(
         if method.accumulator_decay is not None:
             accumulator = _accumulate(method.accumulator_decay, accumulator, grads, old)
 
+        def begun() -> optax.OptState:
+            """The inner state that the step begins with; made where it is read.
+
+            Moments start anew here, and not where the step before ends: what moved
+            the parameters then would have to be computed from moments that the new
+            ones take the place of, and every step would copy them.
+            """
+            if wrapped is None or not method.resets.steps():
+                return state.inner_state
+            fresh = zero_moments(wrapped.init(params), old)
+            restart = method.resets.contains(state.count) & advances
+            return restart_moments(state.inner_state, fresh, params, restart)
+
         def step_inner(
             gradient: PyTree, inner_state: optax.OptState, params_: PyTree
         ) -> tuple[PyTree, optax.OptState]:
@@ -375,12 +388,6 @@ def transform(
                     return pack(treedef.unflatten(chosen))
 
                 marked = _if(method.marks.contains(count) & advances, mark, marked)
-            if wrapped is not None and method.resets.steps():
-                stepped = optax.apply_updates(params, emitted)
-                fresh = wrapped.init(stepped)
-                fresh = zero_moments(fresh, load(new))
-                restart = method.resets.contains(count) & advances
-                inner_state = restart_moments(inner_state, fresh, params, restart)
             return emitted, SparseState(count, new, inner_state, accumulator, marked)
 
         if method.weights != "sparse":
@@ -390,7 +397,7 @@ def transform(
                 reach = unpack(state.marked)
             if jax.tree.leaves(reach):
                 given = masking.map_masked(where_active, reach, given)
-            inner_updates, inner_state = step_inner(given, state.inner_state, params)
+            inner_updates, inner_state = step_inner(given, begun(), params)
             if jax.tree.leaves(reach):
                 inner_updates = masking.map_masked(where_active, reach, inner_updates)
 
@@ -442,7 +449,7 @@ def transform(
 
                 def step(active: PyTree) -> PyTree:
                     masked = masking.map_masked(where_active, active, again)
-                    return step_inner(masked, state.inner_state, params)[0]
+                    return step_inner(masked, begun(), params)[0]
 
                 codes = change_masks(now[0], step)
                 apart = jax.tree.leaves(now[1])
@@ -463,7 +470,7 @@ def transform(
             masked = masking.map_masked(where_active, keep, given)
             inner_updates, inner_state = step_inner(
                 masked,
-                zero_moments(state.inner_state, keep),
+                zero_moments(begun(), keep),
                 masking.map_masked(where_active, keep, params),
             )
             emitted = masking.map_masked(_emit, keep, inner_updates, params)
@@ -472,7 +479,7 @@ def transform(
         masked = given
         if wrapped is not None:
             masked = masking.map_masked(where_active, old, given)
-        inner_updates, inner_state = step_inner(masked, state.inner_state, params)
+        inner_updates, inner_state = step_inner(masked, begun(), params)
 
         def change_last(now: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
             stored, emitted, inner_state = now

@@ -75,7 +75,8 @@ class Method:
       accumulator_decay: decay of a moving average of the dense gradient, in [0, 1),
         kept in the state for the scores; None for none.
       needs_gradient: whether a score reads the dense gradient.
-      resets: the steps at whose end the moments of all parameters start anew.
+      resets: the steps after which the moments of all parameters start anew: with the
+        step that follows (what is saved in between still has those of before).
       weights: what becomes of weights outside the mask. "sparse": they are zero, and
         the optimizer sees the masked gradient. "projected": it sees the dense one and
         moves all weights; the mask is then chosen among all, and the others become

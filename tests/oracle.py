@@ -178,7 +178,7 @@ class Recipe:
       across: whether the exchange moves weights from leaf to leaf.
       revive: "magnitude" or "gradient", by which weights come back where the sparsity
         falls; None if none do.
-      resets: the steps after which moments start anew.
+      resets: the steps after which moments start anew, as the next one begins.
       weights: "sparse"; "projected", where the optimizer moves all weights and the
         largest stay; or "dense", where all live on.
       refresh: steps from one choice among all weights to the next.
@@ -675,6 +675,9 @@ class Trainer:
         advances = self.step_count < LAST_STEP
         self.step_count += advances
         recipe, t, old = self.recipe, self.step_count, self.masks
+        if advances and t - 1 in recipe.resets:
+            self.optimizer.restart(self.params)
+            self.optimizer.keep(old)
         reach = {"sparse": old, "dense": self.marked}.get(recipe.weights)
         seen = self._pressed(grads)
         if self.steers and reach is not None:
@@ -721,9 +724,6 @@ class Trainer:
             self._move(changes)
             if self.steers and (projects or recipe.marked is not None):
                 self.optimizer.keep(self.masks if projects else self.marked)
-        if t in recipe.resets and advances:
-            self.optimizer.restart(self.params)
-            self.optimizer.keep(self.masks)
 
     def _move(self, changes: list) -> None:
         """To the stepped parameters, or to zero.

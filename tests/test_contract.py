@@ -256,24 +256,25 @@ def check_step(method: str, inner: str, step: Snapshot) -> None:
         reach = jax.tree.map(jnp.ones_like, step.state.masks)
     if record.weights == "dense" and record.marked_sparsity is not None:
         reach = step.state.marked
-    expected_updates, expected_state = reference_step(inner)(
-        masked(reach, penalised(method, step.grads, step.state, step.params)),
-        step.state.inner_state,
-        step.params,
-    )
-    if int(step.new_state.count) in record.resets.steps():
-        fresh = INNERS[inner]().init(optax.apply_updates(step.params, step.updates))
+    inner_state = step.state.inner_state
+    if int(step.state.count) in record.resets.steps():
+        fresh = INNERS[inner]().init(step.params)
         shapes = {
             jax.tree_util.keystr(path): p.shape
             for path, p in jax.tree_util.tree_leaves_with_path(step.params)
         }
-        expected_state = jax.tree_util.tree_map_with_path(
+        inner_state = jax.tree_util.tree_map_with_path(
             lambda path, x, new: (
                 new if shapes.get(jax.tree_util.keystr(path[-2:])) == x.shape else x
             ),
-            expected_state,
+            inner_state,
             fresh,
         )
+    expected_updates, expected_state = reference_step(inner)(
+        masked(reach, penalised(method, step.grads, step.state, step.params)),
+        inner_state,
+        step.params,
+    )
     after = leaves(optax.apply_updates(step.params, step.updates))
     before, updates = leaves(step.params), leaves(step.updates)
     keeps = {}

@@ -106,6 +106,8 @@ class Simulation:
         return dict(zip(MASKED, chosen, strict=True))
 
     def step(self, resets: bool = False) -> None:
+        if resets:
+            self.moments = {n: np.zeros(s, np.float32) for n, s in SHAPES.items()}
         self.count += 1
         grads = draw(self.count)
         old = self.masks
@@ -147,8 +149,6 @@ class Simulation:
                 moved = moved & old[name]  # What enters starts at zero.
             self.params[name] = np.where(moved, self.params[name], np.float32(0))
             self.moments[name] = np.where(moved, self.moments[name], np.float32(0))
-        if resets:
-            self.moments = {n: np.zeros(s, np.float32) for n, s in SHAPES.items()}
 
     def agrees(self, found: tuple[PyTree, PyTree, PyTree]) -> None:
         params, masks, moments = found
@@ -256,7 +256,7 @@ def test_acdc_against_numpy() -> None:
     simulation = Simulation({2: 24, 5: 120, 7: 24, 9: 120, 10: 24}, "hard", 120)
     found = history(method)
     for t in range(1, STEPS + 1):
-        simulation.step(resets=t in (5, 9))
+        simulation.step(resets=t - 1 in (5, 9))
         simulation.agrees(found[t])
     # Masks of compressed phases are fixed, and zeros are exact.
     assert sum(int((found[12][0][n] != 0).sum()) for n in MASKED) <= 24
@@ -291,14 +291,21 @@ def test_acdc_follows_its_timeline() -> None:
 def test_resets_take_what_init_makes_of_the_parameters() -> None:
     # The base iterate of schedule-free optimizers is no zero, but the parameters.
     inner = optax.contrib.schedule_free(optax.sgd(0.25), learning_rate=0.25, b1=0.5)
-    tx = granet_jax.transform(granet_jax.acdc(0.5, (1, 2, 3)), inner)
+    tx = granet_jax.transform(granet_jax.acdc(0.5, (1, 2, 9)), inner)
     params = draw(0)
     state = tx.init(params)
     update = jax.jit(tx.update, compiler_options=QUICK)
-    for t in range(1, 3):
+    for t in range(1, 4):
+        before = params, state
         updates, state = update(draw(t), state, params)
         params = optax.apply_updates(params, updates)
-    assert_same(state.inner_state.z, params)
+    # The second step ends with the old one, and the third begins with the new.
+    params, state = before
+    fresh = state._replace(inner_state=state.inner_state._replace(z=params))
+    assert not np.array_equal(state.inner_state.z["bias"], params["bias"])
+    expected = update(draw(3), fresh._replace(count=fresh.count + 1), params)
+    found = update(draw(3), state, params)
+    assert_same(found[1].inner_state, expected[1].inner_state)
     # An accumulator that does not start from zero is zero where pruned all the same.
     method = dataclasses.replace(
         granet_jax.gmp(0.5, 2, interval=2), resets=schedules.listed((2,))
@@ -306,8 +313,9 @@ def test_resets_take_what_init_makes_of_the_parameters() -> None:
     tx = granet_jax.transform(method, optax.adagrad(0.25))
     params, state = draw(0), tx.init(draw(0))
     update = jax.jit(tx.update, compiler_options=QUICK)
-    for t in range(1, 3):
-        updates, state = update(draw(t), state, params)
+    none = jax.tree.map(np.zeros_like, params)
+    for grads in (draw(1), draw(2), none):
+        updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
     sums = state.inner_state[0].sum_of_squares
     for name in MASKED:
