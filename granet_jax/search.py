@@ -382,7 +382,8 @@ def _chosen(
     that XLA hoists out of the loop and reads in every pass.)
     """
     if x.ndim == 0:
-        return [x > key - (position > 0).astype(x.dtype) for key, position in probes]
+        # The one entry is selected or not by its key: ties of one have no places.
+        return [x > key for key, _ in probes]
     dtype = jnp.dtype(jnp.uint32 if x.size < 2**32 else jnp.uint64)
     start, length = row_starts(x, dtype), jnp.asarray(x.shape[-1], dtype)
     chosen = []

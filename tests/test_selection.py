@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from granet_jax import selection
+from granet_jax import search, selection
 from granet_jax.counting import sum_before
 from granet_jax.keys import sort_keys
 from tests import oracle
@@ -424,6 +425,20 @@ def test_sum_before_is_an_exclusive_sum() -> None:
     counts = jnp.asarray([3, 0, 2, 7], jnp.uint32)
     assert sum_before(counts).tolist() == [0, 3, 3, 5]
     assert sum_before(counts).dtype == jnp.uint32
+
+
+@pytest.mark.parametrize(("rows", "bits"), [(2**31 - 1, 32), (2**31, 64)])
+def test_positions_are_counted_past_32_bits(rows: int, bits: int) -> None:
+    # A position may be that past the last entry, so 2**32 entries take more.
+    def shape(*axes: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(axes, dtype)
+
+    with jax.enable_x64(True):
+        codes, column = shape(rows, 2, dtype=jnp.int8), shape(1, 2, dtype=jnp.int16)
+        probe = shape(dtype=jnp.int8), shape(dtype=jnp.uint64)
+        text = str(jax.make_jaxpr(search._chosen)(codes, column, [probe]))
+    index = re.findall(rf"u(\d+)\[{rows},1\] = iota\[", text)
+    assert index == [str(bits)]
 
 
 def test_counter_dtype() -> None:
