@@ -268,6 +268,23 @@ def test_redistribution_by_hand():
     # A leaf without weight is served only when the others are full.
     assert pour(10, [0, 1, 1], [9, 3, 3]) == [4, 3, 3]
     assert pour(9, [0, 0, 0], [6, 3, 9]) == [4, 1, 4]
+    # Weights are relative, however small.
+    assert pour(8, [0.375, 0.125, 0], [9, 9, 9]) == [6, 2, 0]
+
+
+def test_redistribution_to_what_is_not_finite_or_rounds_up():
+    def pour(number, weights, room):
+        weights = jnp.asarray(weights, jnp.float32)
+        room = jnp.full(weights.shape, room, jnp.uint32)
+        return redistribute(jnp.uint32(number), weights, room).tolist()
+
+    assert pour(5, [math.inf, 1, math.nan], 9) == [0, 5, 0]
+    # In float32 the first share is one more than all there is; the second is one.
+    number = 2**25 + 3
+    assert np.float32(number) == number + 1
+    assert pour(number, [1, 5e-8], 2**26) == [number, 0]
+    # Under `vmap` lanes may ask for what no room can take: that must end.
+    assert pour(5, [1, 1], 1) == [1, 1]
 
 
 def test_mean_score_is_the_mean_up_to_a_common_factor():
@@ -294,6 +311,15 @@ def test_mean_score_ignores_what_is_not_finite():
     dirty = mean_score([mask, mask], [np.float32([1, np.inf, 2, np.nan]), np.ones(4)])
     np.testing.assert_array_equal(clean, dirty)
     assert clean[0] / clean[1] == 0.75
+
+
+@pytest.mark.parametrize("exponent", [-100, -1, 60])
+def test_mean_score_is_relative_to_the_largest(exponent):
+    rng = np.random.default_rng(0)
+    masks = [np.ones(7, bool), np.ones((4, 5), bool)]
+    scores = [rng.random(m.shape, np.float32) for m in masks]
+    scaled = [np.ldexp(s, exponent) for s in scores]
+    np.testing.assert_array_equal(mean_score(masks, scaled), mean_score(masks, scores))
 
 
 @pytest.mark.parametrize("size", [1, 7, 200, 300, 5000])
