@@ -330,6 +330,14 @@ def test_mean_score_has_24_bits_of_the_largest_score(size):
     assert means[0] / means[1] == 2.0**-23
 
 
+@pytest.mark.parametrize("size", [1, 7, 255, 4095])
+def test_mean_score_does_not_overflow(size):
+    """As many as are counted in so many bits, of the largest digits."""
+    almost = np.full(size, np.nextafter(np.float32(2), np.float32(0)))
+    means = mean_score([np.ones(size, bool), np.ones(1, bool)], [almost, almost[:1]])
+    np.testing.assert_allclose(means[0], means[1], rtol=1e-6)
+
+
 def test_a_global_phase_counts_all_leaves_together():
     leaf = jax.ShapeDtypeStruct((2**16, 2**15), jnp.bool_)
     scores = jax.ShapeDtypeStruct(leaf.shape, jnp.int8)
