@@ -427,6 +427,17 @@ def test_sum_before_is_an_exclusive_sum() -> None:
     assert sum_before(counts).dtype == jnp.uint32
 
 
+@pytest.mark.parametrize("scope", selection.SCOPES)
+def test_a_byte_a_score_is_all_that_is_kept(scope: selection.Scope) -> None:
+    scores = [jax.ShapeDtypeStruct((256, 512), jnp.float32)] * 2
+    wanted = jax.ShapeDtypeStruct((), jnp.uint32)
+    compiled = selection.top_k.lower(scores, wanted, scope=scope).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    size = sum(x.size for x in scores)
+    assert size <= memory.temp_size_in_bytes < 1.1 * size
+
+
 @pytest.mark.parametrize(("rows", "bits"), [(2**31 - 1, 32), (2**31, 64)])
 def test_positions_are_counted_past_32_bits(rows: int, bits: int) -> None:
     # A position may be that past the last entry, so 2**32 entries take more.
