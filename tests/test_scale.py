@@ -22,6 +22,8 @@ DEVICES = 8
 KIB = 2**10
 # What a device has of the counts of a leaf: three of 4 bytes.
 COUNTS = 3 * 4
+# What is not of leaves' size: less than the keys of even the smallest tree's weights.
+SLACK = 24 * KIB
 
 
 def enlarged(tree: Any) -> Any:
@@ -139,7 +141,7 @@ def test_a_donated_step_copies_nothing_between_updates(method: str) -> None:
         c for c in programs.copies(text) if not c.looped and c.bytes >= smallest
     ]
     # At an update: a code of a byte a weight; neither keys nor the stepped weights.
-    assert memory.temp_size_in_bytes <= masked + 64 * KIB
+    assert memory.temp_size_in_bytes <= masked + SLACK
 
 
 def test_an_update_that_only_prunes_needs_a_byte_a_weight_too() -> None:
@@ -149,7 +151,7 @@ def test_an_update_that_only_prunes_needs_a_byte_a_weight_too() -> None:
     )
     memory, masked = step.memory_analysis(), sum(masked_sizes(shapes))
     assert memory is not None
-    assert masked < memory.temp_size_in_bytes <= masked + 64 * KIB
+    assert masked < memory.temp_size_in_bytes <= masked + SLACK
 
 
 def test_without_donation_the_copies_are_seen() -> None:
