@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from granet_jax import search, selection
-from granet_jax.counting import sum_before
+from granet_jax.counting import columns, sum_before
 from granet_jax.keys import sort_keys
 from tests import oracle
 
@@ -177,6 +177,20 @@ def test_scores_on_eight_devices(kind: AxisType, in_context: bool) -> None:
             np.testing.assert_array_equal(x, y)
             if kind == AxisType.Explicit:
                 assert x.sharding.is_equivalent_to(leaf.sharding, x.ndim)
+
+
+def test_a_mesh_with_an_axis_of_one_device() -> None:
+    mesh = jax.make_mesh((8, 1), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    rng = np.random.default_rng(0)
+    scores = [rng.integers(0, 9, n).astype(np.float32) for n in ((8, 6), (8, 3))]
+    placed = jax.device_put(
+        scores, [NamedSharding(mesh, P("x", "y")), NamedSharding(mesh, P("x"))]
+    )
+    everything = [np.ones(x.shape, bool) for x in scores]
+    found = selection.top_k(placed, 40, scope="global")
+    expected = oracle.best_across(scores, everything, 40)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("kind", list(AxisType)[:2], ids=str)
@@ -450,6 +464,24 @@ def test_positions_are_counted_past_32_bits(rows: int, bits: int) -> None:
         text = str(jax.make_jaxpr(search._chosen)(codes, column, [probe]))
     index = re.findall(rf"u(\d+)\[{rows},1\] = iota\[", text)
     assert index == [str(bits)]
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        (2**15 - 1, "int16"),
+        (2**15, "uint32"),
+        (2**32 - 1, "uint32"),
+        (2**32, "uint64"),
+    ],
+)
+def test_columns_are_as_narrow_as_their_number_allows(size: int, dtype: str) -> None:
+    # They are compared with numbers up to that of all columns.
+    with jax.enable_x64(True):
+        codes = jax.ShapeDtypeStruct((3, size), jnp.int8)
+        found = jax.eval_shape(lambda: columns(codes))
+    assert found.shape == (1, size)
+    assert found.dtype == dtype
 
 
 def test_counter_dtype() -> None:
