@@ -283,27 +283,36 @@ def test_sculpt_prunes_once_and_starts_moments_anew() -> None:
     )
     found = run(method, 6)
     params, states = [f[0] for f in found], [f[1] for f in found]
+    stepped: dict[str, np.ndarray] = {}
     for t, state in enumerate(states):
-        if t:
-            fresh = [not np.any(m) for m in jax.tree.leaves(moments(state))]
-            assert fresh == [t in (2, 4)] * 3  # The bias too.
         for name in MASKED:
             assert not np.any(params[t][name][~state.masks[name]]) or t == 0
         active = [int(state.masks[name].sum()) for name in MASKED]
         assert active == [36, 24] if t < 4 else sum(active) == 30
+        for name, p in params[t - 1].items() if t else ():
+            # The masks and moments that the step goes by: those of the step before,
+            # the moments started anew where that ended a cycle. The bias's too.
+            masked = name in MASKED
+            mask = states[t - 1].masks[name] if masked else np.ones(p.shape, bool)
+            before = moments(states[t - 1])[name]
+            assert np.any(before) or t == 1
+            before = np.zeros_like(before) if t - 1 in (2, 4) else before
+            grad = np.where(mask, p - draw(t)[name], np.float32(0))
+            trace = np.float32(MOMENTUM) * before + grad
+            stepped[name] = np.where(mask, p - np.float32(RATE) * trace, np.float32(0))
+            # A step that prunes cuts its parameters and moments after that.
+            mask = state.masks[name] if masked else mask
+            expected = np.where(mask, stepped[name], np.float32(0))
+            np.testing.assert_array_equal(params[t][name], expected)
+            expected = np.where(mask, trace, np.float32(0))
+            np.testing.assert_array_equal(moments(state)[name], expected)
         if 0 < t < 4:
             for name in MASKED:
                 np.testing.assert_array_equal(state.masks[name], states[0].masks[name])
-    # The pruning: the largest of what the step leaves, zeros being no candidates.
-    target = draw(4)
-    stepped = {}
-    for name in MASKED:
-        p, m = params[3][name], states[3].masks[name]
-        grad = np.where(m, p - target[name], np.float32(0))
-        trace = np.float32(MOMENTUM) * moments(states[3])[name] + grad
-        stepped[name] = np.where(m, p - np.float32(RATE) * trace, np.float32(0))
-    for name, mask in choose(stepped, 30).items():
-        np.testing.assert_array_equal(states[4].masks[name], mask)
+        if t == 4:
+            # The pruning: the largest of what the step leaves, zeros no candidates.
+            for name, mask in choose(stepped, 30).items():
+                np.testing.assert_array_equal(state.masks[name], mask)
 
 
 def test_a_sparse_view_of_sparse_weights_is_what_they_are() -> None:
