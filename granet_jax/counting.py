@@ -5,9 +5,10 @@ exchange of a few integers.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from granet_jax.masking import is_explicit
 
 
 def count_leaves(flags: Sequence[Sequence[Array]], counter: jnp.dtype) -> list[Array]:
-    """`_count` of every leaf: of each of its arrays, a vector with a row per leaf.
+    """`_count` of all leaves, whatever their shardings.
 
     On Explicit mesh axes it is known how a leaf is sharded: every device counts its
     shards, and one all-reduce adds the counts of all leaves.
@@ -25,21 +26,17 @@ def count_leaves(flags: Sequence[Sequence[Array]], counter: jnp.dtype) -> list[A
     meshes = {jax.typeof(f[0]).sharding.mesh for f in flags}
     kinds = {kind for mesh in meshes for kind in getattr(mesh, "axis_types", ())}
     if len(meshes) > 1 or kinds != {jax.sharding.AxisType.Explicit}:
-        per_leaf = _count(flags, counter)
-        return [jnp.stack(count) for count in zip(*per_leaf, strict=True)]
+        return _count(flags, counter)
     specs = [jax.typeof(f[0]).sharding.spec for f in flags]
     axes = [mesh_axes(spec) for spec in specs]
     names = tuple(dict.fromkeys(name for mine in axes for name in mine))
 
     def count_shards(flags: list[list[Array]]) -> Array:
-        rows = [jnp.stack(list(counts)) for counts in _count(flags, counter)]
-        for i, mine in enumerate(axes):
+        counts = jnp.stack(_count(flags, counter))
+        for name in names:
             # Of devices that hold the same shard of a leaf, the first counts it.
-            for name in names:
-                if name not in mine:
-                    first = lax.axis_index(name) == 0
-                    rows[i] = jnp.where(first, rows[i], jnp.zeros_like(rows[i]))
-        counts = jnp.stack(rows, axis=1)
+            divided = jnp.asarray([name in mine for mine in axes])
+            counts = jnp.where(divided | (lax.axis_index(name) == 0), counts, 0)
         return lax.psum(counts, names) if names else counts
 
     count = jax.shard_map(
@@ -51,10 +48,10 @@ def count_leaves(flags: Sequence[Sequence[Array]], counter: jnp.dtype) -> list[A
     return list(count([list(f) for f in flags]))
 
 
-def _count(
-    flags: Sequence[Sequence[Array]], counter: jnp.dtype
-) -> Sequence[Sequence[Array]]:
-    """How many entries of every array of every leaf are True, one pass over memory.
+def _count(flags: Sequence[Sequence[Array]], counter: jnp.dtype) -> list[Array]:
+    """How many entries are True, one pass over memory: a vector with a row per leaf.
+
+    One for the first array of every leaf, one for the second ...
 
     On accelerators XLA fuses the sums of a leaf with each other and with what makes
     them; and divides each over the devices of Auto mesh axes, which ends in all-reduces
@@ -75,12 +72,22 @@ def _count(
     )
 
 
-def _count_singly(flags: Any, counter: jnp.dtype) -> list[list[Array]]:
-    return [[jnp.sum(x, dtype=counter) for x in leaf] for leaf in flags]
+def _count_singly(flags: Any, counter: jnp.dtype) -> list[Array]:
+    per_leaf = [[jnp.sum(x, dtype=counter) for x in leaf] for leaf in flags]
+    return _vectors(per_leaf, counter)
 
 
-def _count_together(flags: Any, counter: jnp.dtype) -> list[list[Array]]:
-    return [_count_leaf(leaf, counter) for leaf in flags]
+def _count_together(flags: Any, counter: jnp.dtype) -> list[Array]:
+    # Neighbours of one type are converted together: each count of 16 bits on its own
+    # would be one more kernel.
+    per_leaf = [_count_leaf(leaf, counter) for leaf in flags]
+    runs = itertools.groupby(per_leaf, key=lambda counts: counts[0].dtype)
+    parts = [_vectors(list(run), counter) for _, run in runs]
+    return [jnp.concatenate(part) for part in zip(*parts, strict=True)]
+
+
+def _vectors(per_leaf: Sequence[Sequence[Array]], counter: jnp.dtype) -> list[Array]:
+    return [jnp.stack(x).astype(counter) for x in zip(*per_leaf, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames="counter")
@@ -90,7 +97,7 @@ def _count_leaf(leaf: Sequence[Array], counter: jnp.dtype) -> list[Array]:
     First of rows, in 16 bits, then of their sums: processors add twice as many in one
     instruction, and XLA divides the rows over its threads. Rows are as many of the last
     axes as 16 bits count; if those have few entries, the sums of rows would be too
-    large to write out.
+    large to write out. Where all are one row, that is what is returned, in 16 bits.
     """
     shape = leaf[0].shape
     axis, size = len(shape), 1
@@ -100,7 +107,7 @@ def _count_leaf(leaf: Sequence[Array], counter: jnp.dtype) -> list[Array]:
     if axis > 0 and size < _LEAST_IN_ROW:
         return _sums(leaf, range(len(shape)), counter)
     rows = _sums(leaf, range(axis, len(shape)), jnp.dtype(jnp.uint16))
-    return _sums(rows, range(axis), counter)
+    return _sums(rows, range(axis), counter) if axis > 0 else rows
 
 
 _MOST_IN_ROW, _LEAST_IN_ROW = 2**16 - 1, 256
@@ -125,47 +132,65 @@ def mesh_axes(spec: Iterable[Any]) -> list[str]:
     return [name for group in names for name in group if name is not None]
 
 
-def row_starts(x: Array, dtype: jnp.dtype) -> Array:
-    """Row-major index of the first entry of every row, of shape (..., 1)."""
-    index = jnp.zeros((), dtype)
-    for axis in range(x.ndim - 1):
-        stride = math.prod(x.shape[axis + 1 :])
-        index += iota(x, dtype, axis, row=True) * jnp.asarray(stride, dtype)
-    return index
+class Places(NamedTuple):
+    """Where the entries of a leaf are, in row-major order.
 
+    To be made outside of loops that compare with them, once a shape: XLA would hoist
+    them out of a loop leaf by leaf. Columns made within a kernel would besides be
+    compared as 64 bits, however narrow, because LLVM takes the loop's counter for them;
+    processors without AVX-512 do that a few at a time.
 
-def columns(like: jax.ShapeDtypeStruct) -> Array:
-    """The index along the last axis, of shape (1, ..., n), as narrow as it can be.
-
-    To be made outside of loops that compare it with numbers: XLA then reads it. Made
-    within a kernel it would be compared as 64 bits, however narrow, because LLVM takes
-    the loop's counter for it; processors without AVX-512 do that a few at a time.
+    Attributes:
+      start: index of the first entry of every row, of shape (..., 1).
+      column: index along the last axis, of shape (1, ..., n), as narrow as it can be.
     """
+
+    start: Array
+    column: Array
+
+
+def places(like: Any) -> Places:
+    """The places of the entries of a leaf, by its shape and sharding.
+
+    An index may be that past the last entry, so 2**32 of them take 64 bits.
+    """
+    dtype = jnp.dtype(jnp.uint32 if like.size < 2**32 else jnp.uint64)
+    start = jnp.zeros((), dtype)
     if not like.shape:
-        return jnp.zeros((), jnp.int16)
+        return Places(start, jnp.zeros((), jnp.int16))
+    last = len(like.shape) - 1
+    for axis in range(last):
+        stride = jnp.asarray(math.prod(like.shape[axis + 1 :]), dtype)
+        start += iota(like, dtype, axis, along=range(last)) * stride
     size = like.shape[-1]
     narrow = jnp.int16 if size < 2**15 else jnp.uint32 if size < 2**32 else jnp.uint64
-    shape = (1,) * (len(like.shape) - 1) + (size,)
+    return Places(start, iota(like, jnp.dtype(narrow), last, along=(last,)))
+
+
+def iota(
+    like: Any, dtype: jnp.dtype, axis: int, *, along: Collection[int] | None = None
+) -> Array:
+    """The index along `axis` of every entry.
+
+    Args:
+      like: anything with a shape and a sharding as in an array's type.
+      dtype: of the index.
+      axis: that it goes along.
+      along: the axes to have entries along; of the others, the first entries only.
+        Default: all.
+    """
+    sizes = [n if along is None or i in along else 1 for i, n in enumerate(like.shape)]
     sharding = like.sharding
     if sharding is None or not is_explicit(sharding):
-        return lax.broadcasted_iota(narrow, shape, len(shape) - 1)
-    spec = jax.sharding.PartitionSpec(*[None] * (len(shape) - 1), sharding.spec[-1])
-    along = sharding.update(spec=spec)
-    return lax.broadcasted_iota(narrow, shape, len(shape) - 1, out_sharding=along)
-
-
-def iota(x: Array, dtype: jnp.dtype, axis: int, *, row: bool = False) -> Array:
-    """The index along `axis` of every entry of `x`, or of every first of a row."""
-    shape = (*x.shape[:-1], 1) if row else x.shape
-    sharding = jax.typeof(x).sharding
-    if not is_explicit(sharding):
-        return lax.broadcasted_iota(dtype, shape, axis)
+        return lax.broadcasted_iota(dtype, sizes, axis)
     # On Explicit mesh axes an array's sharding is part of its type, and an iota has
     # none to inherit.
-    if row:
-        spec = jax.sharding.PartitionSpec(*sharding.spec[: x.ndim - 1], None)
-        sharding = sharding.update(spec=spec)
-    return lax.broadcasted_iota(dtype, shape, axis, out_sharding=sharding)
+    spec = [
+        name if along is None or i in along else None
+        for i, name in enumerate(sharding.spec)
+    ]
+    sharding = sharding.update(spec=jax.sharding.PartitionSpec(*spec))
+    return lax.broadcasted_iota(dtype, sizes, axis, out_sharding=sharding)
 
 
 def sum_before(counts: Array) -> Array:

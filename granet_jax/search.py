@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from granet_jax.counting import columns, count_leaves, row_starts, sum_before
+from granet_jax.counting import Places, count_leaves, places, sum_before
 
 
 def search(
@@ -60,7 +60,7 @@ def search(
     lowest = jnp.asarray(jnp.iinfo(key_type).min, key_type)
     sizes = jnp.asarray([x.size for x in like], counter)
     # (One for leaves of one shape: what loops carry takes time to compile.)
-    of_shape = functools.cache(columns)
+    of_shape = functools.cache(places)
     rows = list(zip(_unknown_range(leaves), map(of_shape, like), strict=True))
     bits = 8 * key_type.itemsize
 
@@ -232,7 +232,7 @@ def _next_stage(s: _Search, across: Array | bool) -> _Search:
 def _advance(
     s: _Search,
     codes: Sequence[Array],
-    rows: Sequence[tuple[Array, Array]],
+    rows: Sequence[tuple[Array, Places]],
     phase: PhaseOfSearch,
     counter: jnp.dtype,
 ) -> _Search:
@@ -372,23 +372,23 @@ def _at(vector: Array, row: Array) -> Array:
 
 @jax.jit
 def _chosen(
-    x: Array, column: Array, probes: Sequence[tuple[Array, Array]]
+    x: Array, places: Places, probes: Sequence[tuple[Array, Array]]
 ) -> list[Array]:
     """Of each probe (key, position), the entries above it.
 
     Those are the ones above the key, and of those equal to it the ones before the
     position. (How many of each row are before it is computed first, and compared with
-    the place within the row, from `columns`: an index of every entry would be an array
-    that XLA hoists out of the loop and reads in every pass.)
+    the place within the row: an index of every entry would be an array that XLA hoists
+    out of the loop and reads in every pass.)
     """
     if x.ndim == 0:
         # The one entry is selected or not by its key: ties of one have no places.
         return [x > key for key, _ in probes]
-    dtype = jnp.dtype(jnp.uint32 if x.size < 2**32 else jnp.uint64)
-    start, length = row_starts(x, dtype), jnp.asarray(x.shape[-1], dtype)
+    start, column = places
+    length = jnp.asarray(x.shape[-1], start.dtype)
     chosen = []
     for key, position in probes:
-        position = position.astype(dtype)
+        position = position.astype(start.dtype)
         left = jnp.minimum(position - jnp.minimum(start, position), length)
         chosen.append(x > key - (column < left.astype(column.dtype)).astype(x.dtype))
     return chosen

@@ -407,7 +407,7 @@ _FEW = 16
 
 
 def _best_by_comparison(keys: Array, number: Array, axis: int) -> Array:
-    place = iota(keys, jnp.dtype(jnp.uint32), axis)
+    place = iota(jax.typeof(keys), jnp.dtype(jnp.uint32), axis)
     better = jnp.zeros_like(keys, jnp.uint32)
     for j in range(keys.shape[axis]):
         other = lax.slice_in_dim(keys, j, j + 1, axis=axis)
@@ -426,7 +426,7 @@ def _best_by_bisection(keys: Array, number: Array, axes: tuple[int, ...]) -> Arr
     )
     index, size = jnp.zeros_like(keys, jnp.uint32), 1
     for axis in reversed(axes):
-        along = iota(keys, jnp.dtype(jnp.uint32), axis)
+        along = iota(jax.typeof(keys), jnp.dtype(jnp.uint32), axis)
         index, size = index + along * jnp.uint32(size), size * keys.shape[axis]
 
     def count(flags: Array) -> Array:

@@ -102,7 +102,8 @@ def run_phases(
             return flags[0] if same else jnp.asarray(flags)[index]
 
         grows = of_phase([p.grows for p in phases])
-        forgets = of_phase([p.forgets for p in phases])
+        # (Nothing grows after the last: what it drops is inactive.)
+        forgets = of_phase([*(p.forgets for p in phases[:-1]), True])
 
         def number(candidates: Array) -> tuple[Array, Array]:
             return lax.switch(
@@ -138,7 +139,7 @@ def run_phases(
         end = len(phases)
         value = lax.while_loop(lambda carry: carry[0] < end, run, start)[1]
     # (Not made anew of masks: for some shapes LLVM then takes ten seconds a kernel.)
-    return [jnp.maximum(x, INACTIVE) for x in value.weights]
+    return value.weights
 
 
 class _Update(NamedTuple):
