@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from granet_jax.masking import is_explicit
 
 
 def count_leaves(flags: Sequence[Sequence[Array]], counter: jnp.dtype) -> list[Array]:
-    """`_count` of all leaves, whatever their shardings.
+    """`_count` of all stacks, whatever their shardings.
 
     On Explicit mesh axes it is known how a leaf is sharded: every device counts its
     shards, and one all-reduce adds the counts of all leaves.
@@ -29,13 +30,14 @@ def count_leaves(flags: Sequence[Sequence[Array]], counter: jnp.dtype) -> list[A
         return _count(flags, counter)
     specs = [jax.typeof(f[0]).sharding.spec for f in flags]
     axes = [mesh_axes(spec) for spec in specs]
+    lengths = [len(f[0]) for f in flags]
     names = tuple(dict.fromkeys(name for mine in axes for name in mine))
 
     def count_shards(flags: list[list[Array]]) -> Array:
         counts = jnp.stack(_count(flags, counter))
         for name in names:
             # Of devices that hold the same shard of a leaf, the first counts it.
-            divided = jnp.asarray([name in mine for mine in axes])
+            divided = np.repeat([name in mine for mine in axes], lengths)
             counts = jnp.where(divided | (lax.axis_index(name) == 0), counts, 0)
         return lax.psum(counts, names) if names else counts
 
@@ -51,7 +53,7 @@ def count_leaves(flags: Sequence[Sequence[Array]], counter: jnp.dtype) -> list[A
 def _count(flags: Sequence[Sequence[Array]], counter: jnp.dtype) -> list[Array]:
     """How many entries are True, one pass over memory: a vector with a row per leaf.
 
-    One for the first array of every leaf, one for the second ...
+    One for the first array of every stack of leaves (`stacks`), one for the second ...
 
     On accelerators XLA fuses the sums of a leaf with each other and with what makes
     them; and divides each over the devices of Auto mesh axes, which ends in all-reduces
@@ -73,41 +75,44 @@ def _count(flags: Sequence[Sequence[Array]], counter: jnp.dtype) -> list[Array]:
 
 
 def _count_singly(flags: Any, counter: jnp.dtype) -> list[Array]:
-    per_leaf = [[jnp.sum(x, dtype=counter) for x in leaf] for leaf in flags]
-    return _vectors(per_leaf, counter)
+    def count(x: Array) -> Array:
+        return jnp.sum(x, axis=range(1, x.ndim), dtype=counter)
+
+    return _vectors([list(map(count, stack)) for stack in flags], counter)
 
 
 def _count_together(flags: Any, counter: jnp.dtype) -> list[Array]:
     # Neighbours of one type are converted together: each count of 16 bits on its own
     # would be one more kernel.
-    per_leaf = [_count_leaf(leaf, counter) for leaf in flags]
-    runs = itertools.groupby(per_leaf, key=lambda counts: counts[0].dtype)
+    per_stack = [_count_stack(stack, counter) for stack in flags]
+    runs = itertools.groupby(per_stack, key=lambda counts: counts[0].dtype)
     parts = [_vectors(list(run), counter) for _, run in runs]
     return [jnp.concatenate(part) for part in zip(*parts, strict=True)]
 
 
-def _vectors(per_leaf: Sequence[Sequence[Array]], counter: jnp.dtype) -> list[Array]:
-    return [jnp.stack(x).astype(counter) for x in zip(*per_leaf, strict=True)]
+def _vectors(counts: Sequence[Sequence[Array]], counter: jnp.dtype) -> list[Array]:
+    return [jnp.concatenate(x).astype(counter) for x in zip(*counts, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames="counter")
-def _count_leaf(leaf: Sequence[Array], counter: jnp.dtype) -> list[Array]:
-    """The sums of several boolean arrays of one shape, in one pass.
+def _count_stack(stack: Sequence[Array], counter: jnp.dtype) -> list[Array]:
+    """The sums of each leaf of several boolean stacks of one shape, in one pass.
 
     First of rows, in 16 bits, then of their sums: processors add twice as many in one
     instruction, and XLA divides the rows over its threads. Rows are as many of the last
     axes as 16 bits count; if those have few entries, the sums of rows would be too
-    large to write out. Where all are one row, that is what is returned, in 16 bits.
+    large to write out. Where each leaf is one row, that is what is returned, in 16
+    bits.
     """
-    shape = leaf[0].shape
+    shape = stack[0].shape
     axis, size = len(shape), 1
-    while axis > 0 and size * shape[axis - 1] <= _MOST_IN_ROW:
+    while axis > 1 and size * shape[axis - 1] <= _MOST_IN_ROW:
         axis -= 1
         size *= shape[axis]
-    if axis > 0 and size < _LEAST_IN_ROW:
-        return _sums(leaf, range(len(shape)), counter)
-    rows = _sums(leaf, range(axis, len(shape)), jnp.dtype(jnp.uint16))
-    return _sums(rows, range(axis), counter) if axis > 0 else rows
+    if axis > 1 and size < _LEAST_IN_ROW:
+        return _sums(stack, range(1, len(shape)), counter)
+    rows = _sums(stack, range(axis, len(shape)), jnp.dtype(jnp.uint16))
+    return _sums(rows, range(1, axis), counter) if axis > 1 else rows
 
 
 _MOST_IN_ROW, _LEAST_IN_ROW = 2**16 - 1, 256
@@ -155,7 +160,7 @@ def places(like: Any) -> Places:
     An index may be that past the last entry, so 2**32 of them take 64 bits.
     """
     dtype = jnp.dtype(jnp.uint32 if like.size < 2**32 else jnp.uint64)
-    start = jnp.zeros((), dtype)
+    start = jnp.zeros((1,) * len(like.shape), dtype)
     if not like.shape:
         return Places(start, jnp.zeros((), jnp.int16))
     last = len(like.shape) - 1
@@ -193,11 +198,15 @@ def iota(
     return lax.broadcasted_iota(dtype, sizes, axis, out_sharding=sharding)
 
 
-def sum_before(counts: Array) -> Array:
+def sum_before(counts: Array, order: np.ndarray | None = None) -> Array:
     """Exclusive cumulative sum of a short vector, in its dtype.
 
     As one masked sum: `cumsum` takes ten times as long to compile.
+
+    Args:
+      counts: the vector.
+      order: the place of every entry in what is summed. Default: as they are.
     """
-    position = jnp.arange(counts.size)
+    position = jnp.asarray(np.arange(counts.size) if order is None else order)
     earlier = position[None, :] < position[:, None]
     return jnp.sum(jnp.where(earlier, counts, 0), axis=1, dtype=counts.dtype)

@@ -1,6 +1,7 @@
 """Integers that order as scores do."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,22 +21,10 @@ def sort_keys(
     `granet_jax.selection.top_k` for the arguments and the errors.
     """
     scores = [jnp.asarray(x) for x in scores]
-    floating = all(jnp.issubdtype(x.dtype, jnp.floating) for x in scores)
-    integer = len({x.dtype for x in scores}) == 1 and jnp.issubdtype(
-        scores[0].dtype, jnp.signedinteger
-    )
-    if not (floating or integer):
-        raise TypeError(
-            "scores must all be floating, or all of one signed integer dtype; got "
-            f"{sorted({str(x.dtype) for x in scores})}."
-        )
-    if floating:
-        common = jnp.result_type(*[x.dtype for x in scores])
-        if width > common.itemsize:
-            common = jnp.promote_types(common, f"float{8 * width}")
+    common = _common_dtype([x.dtype for x in scores], width)
+    if jnp.issubdtype(common, jnp.floating):
         keys = [_float_key(x.astype(common)) for x in scores]
     else:
-        common = jnp.promote_types(scores[0].dtype, f"int{8 * width}")
         ends = jnp.iinfo(common)
         keys = [jnp.clip(x.astype(common), ends.min + 2, ends.max - 1) for x in scores]
     if among is None:
@@ -45,6 +34,28 @@ def sort_keys(
         jnp.where(candidate, key, lowest)
         for key, candidate in zip(keys, among, strict=True)
     ]
+
+
+def key_dtype(dtypes: Sequence[Any], *, width: int = 2) -> jnp.dtype:
+    """The dtype of the keys of scores of these dtypes, see `sort_keys`."""
+    return jnp.dtype(f"int{8 * _common_dtype(dtypes, width).itemsize}")
+
+
+def _common_dtype(dtypes: Sequence[Any], width: int) -> jnp.dtype:
+    """What scores are compared in."""
+    distinct = {jnp.dtype(x) for x in dtypes}
+    if all(jnp.issubdtype(x, jnp.floating) for x in distinct):
+        common = jnp.result_type(*distinct)
+        if width <= common.itemsize:
+            return common
+        return jnp.promote_types(common, f"float{8 * width}")
+    (first, *others) = distinct
+    if not others and jnp.issubdtype(first, jnp.signedinteger):
+        return jnp.promote_types(first, f"int{8 * width}")
+    raise TypeError(
+        "scores must all be floating, or all of one signed integer dtype; got "
+        f"{sorted(map(str, distinct))}."
+    )
 
 
 @jax.jit

@@ -8,14 +8,17 @@ leaves.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from granet_jax.counting import Places, count_leaves, places, sum_before
+from granet_jax.stacks import Stack, blank, part_of, stacks_of, with_part
 
 
 def search(
@@ -24,7 +27,8 @@ def search(
     phase: Callable[[Array, Any], "PhaseOfSearch"],
     *,
     phases: tuple[Array | int, int],
-    like: Sequence[jax.ShapeDtypeStruct],
+    like: Sequence[Any],
+    key_type: jnp.dtype,
     counter: jnp.dtype,
 ) -> Any:
     """Selections one after the other, each as `top_k` on keys, in one loop.
@@ -48,20 +52,18 @@ def search(
       makers: from the value to the keys of all leaves, by `sort_keys`.
       phase: from the number of a phase (int32 scalar) and the value to the selection.
       phases: the first, which may be traced, and the one to stop before.
-      like: shapes, dtypes and shardings of the keys.
+      like: types of the leaves (`jax.typeof`): their shapes and shardings.
+      key_type: dtype of the keys.
       counter: from `counter_dtype`.
 
     Returns:
       The value after the last phase.
     """
     leaves = len(like)
-    key_type = like[0].dtype
     unsigned = jnp.dtype(f"uint{8 * key_type.itemsize}")
     lowest = jnp.asarray(jnp.iinfo(key_type).min, key_type)
-    sizes = jnp.asarray([x.size for x in like], counter)
-    # (One for leaves of one shape: what loops carry takes time to compile.)
-    of_shape = functools.cache(places)
-    rows = list(zip(_unknown_range(leaves), map(of_shape, like), strict=True))
+    rows = _rows_of(stacks_of(like))
+    sizes = jnp.asarray([like[leaf].size for leaf in rows.leaves], counter)
     bits = 8 * key_type.itemsize
 
     def stage(carry: tuple[Array, Array, Any, _Search]) -> Any:
@@ -69,10 +71,14 @@ def search(
         now = phase(index, value)
 
         def codes(maker: Callable[[Any], Sequence[Array]]) -> list[Array]:
-            return [
-                _code(x, _at(s.base, i), s.shift)
-                for (i, _), x in zip(rows, maker(value), strict=True)
-            ]
+            keys = maker(value)
+            made = []
+            for stack, first in zip(rows.stacks, rows.starts, strict=True):
+                x = blank(stack, jnp.int8)
+                for leaf, n in zip(stack.leaves, rows.numbers, strict=False):
+                    x = _with_codes(x, n, keys[leaf], s.base, first + n, s.shift)
+                made.append(x)
+            return made
 
         s = _next_stage(_restarted(s, start), now.across)
         branches: list[Callable[[], list[Array]]]
@@ -81,7 +87,7 @@ def search(
         if len(branches) == 1:
             # Without a branch XLA would make the keys before the loop, to keep them.
             which = 1 - more.astype(jnp.int32)
-            branches.append(lambda: _blank(like))
+            branches.append(lambda: [blank(x, jnp.int8) for x in rows.stacks])
         made = lax.switch(which, branches)
         s = lax.while_loop(
             lambda s: ~s.settled & ~s.done,
@@ -90,9 +96,13 @@ def search(
         )
 
         def finish(value: Any) -> Any:
-            pairs = zip(rows, made, strict=True)
-            chosen = [_chosen(x, at, [s.result.of(i)])[0] for (i, at), x in pairs]
-            return now.finish(value, chosen, s.candidates)
+            chosen = {}
+            of_stacks = zip(rows.stacks, rows.starts, rows.places, made, strict=True)
+            for stack, first, at, x in of_stacks:
+                for leaf, n in zip(stack.leaves, rows.numbers, strict=False):
+                    chosen[leaf] = _selected(x, n, at, s.result, first + n)
+            in_order = [chosen[leaf] for leaf in range(leaves)]
+            return now.finish(value, in_order, rows.by_leaf(s.candidates))
 
         # (In a loop of one trip or none, which passes its value through in place.)
         _, value = lax.while_loop(
@@ -159,12 +169,54 @@ class _Probe(NamedTuple):
     code: Array
     position: Array
 
-    def of(self, row: Array) -> tuple[Array, Array]:
-        return _at(self.code, row), _at(self.position, row)
+    def rows(self, start: Array, number: int) -> "_Probe":
+        part = functools.partial(
+            lax.dynamic_slice_in_dim, start_index=start, slice_size=number
+        )
+        return _Probe(part(self.code), part(self.position))
+
+
+class _Rows(NamedTuple):
+    """The leaves in the order of a search, which is that of their stacks.
+
+    Attributes:
+      stacks: what passes read.
+      starts: for every stack, the row of its first leaf; unknown to the compiler, as
+        are `numbers`, see `_unknown`.
+      numbers: 0, 1, 2, ... as many as a stack may have leaves.
+      places: for every stack, those in a leaf, as a stack of one.
+      leaves: for every row, the number of the leaf.
+    """
+
+    stacks: list[Stack]
+    starts: Sequence[Array]
+    numbers: Sequence[Array]
+    places: list[Places]
+    leaves: np.ndarray
+
+    def by_leaf(self, vector: Array) -> Array:
+        return vector[np.argsort(self.leaves)]
+
+    def by_row(self, vector: Array) -> Array:
+        return vector[self.leaves]
+
+
+def _rows_of(stacks: list[Stack]) -> _Rows:
+    lengths = [len(stack.leaves) for stack in stacks]
+    starts = [0, *itertools.accumulate(lengths[:-1])]
+    unknown = _unknown([*starts, *range(max(lengths))])
+    of_shape = functools.cache(places)
+    return _Rows(
+        stacks,
+        unknown[: len(stacks)],
+        unknown[len(stacks) :],
+        [jax.tree.map(lambda x: x[None], of_shape(stack.like)) for stack in stacks],
+        np.concatenate([stack.leaves for stack in stacks]),
+    )
 
 
 class _Search(NamedTuple):
-    """State of the search: scalars, and vectors with a row per leaf.
+    """State of the search: scalars, and vectors with a row per leaf (`_Rows`).
 
     count(key >= low) >= wanted >= count(key >= high); and, once low and high are one
     apart or one of them is exact (`found`), the leaf selects `share` of its keys in
@@ -204,12 +256,16 @@ _BELOW, _FIRST, _ABOVE = -128, -127, 1
 
 
 @jax.jit
-def _code(key: Array, base: Array, shift: Array) -> Array:
-    """The codes of a leaf's keys, see `search`."""
+def _with_codes(
+    x: Array, number: Array, key: Array, bases: Array, row: Array, shift: Array
+) -> Array:
+    """A stack with the codes of a leaf's keys in place, see `search`."""
+    base = lax.dynamic_index_in_dim(bases, row, keepdims=False)
     part = _width(base, key) >> shift
     part = jnp.minimum(part, jnp.asarray(_ABOVE - _FIRST, part.dtype))
     code = part.astype(jnp.int32) + _FIRST
-    return jnp.where(key < base, _BELOW, code).astype(jnp.int8)
+    code = jnp.where(key < base, _BELOW, code).astype(jnp.int8)
+    return with_part(x, number, code)
 
 
 def _restarted(s: _Search, start: _Search) -> _Search:
@@ -232,7 +288,7 @@ def _next_stage(s: _Search, across: Array | bool) -> _Search:
 def _advance(
     s: _Search,
     codes: Sequence[Array],
-    rows: Sequence[tuple[Array, Places]],
+    rows: _Rows,
     phase: PhaseOfSearch,
     counter: jnp.dtype,
 ) -> _Search:
@@ -242,15 +298,18 @@ def _advance(
     probes = list(map(_Probe, s.middles, starts))
     counts = count_leaves(
         [
-            _chosen(x, at, [probe.of(i) for probe in probes])
-            for (i, at), x in zip(rows, codes, strict=True)
+            _chosen(x, at, [p.rows(start, len(stack.leaves)) for p in probes])
+            for stack, start, at, x in zip(
+                rows.stacks, rows.starts, rows.places, codes, strict=True
+            )
         ],
         counter,
     )
 
     def count_candidates(s: _Search, counts: list[Array]) -> _Search:
         count = counts[0]
-        wanted = jnp.minimum(phase.number(count), _of_group(count, phase.across))
+        wanted = rows.by_row(phase.number(rows.by_leaf(count)))
+        wanted = jnp.minimum(wanted, _of_group(count, phase.across))
         return s._replace(
             started=jnp.ones((), bool), candidates=count, wanted=wanted, count_low=count
         )
@@ -280,17 +339,17 @@ def _advance(
         return new
 
     s = lax.cond(s.started, narrow, count_candidates, s, counts)
-    return _probed(_judged(s, phase.across))
+    return _probed(_judged(s, phase.across, rows.leaves))
 
 
-def _judged(s: _Search, across: Array | bool) -> _Search:
+def _judged(s: _Search, across: Array | bool, leaves: np.ndarray) -> _Search:
     """With what follows from the bounds and their counts."""
     found = _of_group(s.count_low, across) == s.wanted
     found |= _of_group(s.count_high, across) == s.wanted
     found |= _width(s.low, s.high) <= 1
     ties = s.count_low - s.count_high
     remaining = s.wanted - _of_group(s.count_high, across)
-    before = jnp.where(across, sum_before(ties), 0)
+    before = jnp.where(across, sum_before(ties, leaves), 0)
     share = jnp.where(remaining > before, remaining - before, 0)
     share = jnp.minimum(share, ties)
     # All or none of the ties: no position to be found.
@@ -348,12 +407,8 @@ def _of_group(per_leaf: Array, across: Array | bool) -> Array:
     return jnp.where(across, jnp.sum(per_leaf, dtype=per_leaf.dtype), per_leaf)
 
 
-def _blank(like: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
-    return [jnp.zeros(x.shape, jnp.int8, device=x.sharding) for x in like]
-
-
-def _unknown_range(stop: int) -> Sequence[Array]:
-    """The numbers below `stop`, as scalars whose values the compiler does not know.
+def _unknown(known: Sequence[int]) -> Sequence[Array]:
+    """Integers as scalars whose values the compiler does not know.
 
     XLA compiles kernels that compute the same once (on CPU), and those of leaves of one
     shape differ in nothing but their row of the vectors of a search. As a constant the
@@ -361,37 +416,45 @@ def _unknown_range(stop: int) -> Sequence[Array]:
     that nothing can foresee. (Where the barrier is no obstacle to constant folding,
     there are as many kernels as leaves, and all else is the same.)
     """
-    known = tuple(jnp.asarray(i, jnp.uint32) for i in range(stop))
+    values = tuple(jnp.asarray(i, jnp.uint32) for i in known)
     always = lax.optimization_barrier(jnp.ones((), bool))
-    return lax.cond(always, lambda: known, lambda: (jnp.zeros((), jnp.uint32),) * stop)
-
-
-def _at(vector: Array, row: Array) -> Array:
-    return lax.dynamic_index_in_dim(vector, row, keepdims=False)
+    zeros = (jnp.zeros((), jnp.uint32),) * len(values)
+    return lax.cond(always, lambda: values, lambda: zeros)
 
 
 @jax.jit
-def _chosen(
-    x: Array, places: Places, probes: Sequence[tuple[Array, Array]]
-) -> list[Array]:
-    """Of each probe (key, position), the entries above it.
+def _chosen(x: Array, places: Places, probes: Sequence[_Probe]) -> list[Array]:
+    """Of each probe, the entries of a stack above it.
 
-    Those are the ones above the key, and of those equal to it the ones before the
+    Those are the ones above its code, and of those equal to it the ones before its
     position. (How many of each row are before it is computed first, and compared with
     the place within the row: an index of every entry would be an array that XLA hoists
     out of the loop and reads in every pass.)
     """
-    if x.ndim == 0:
-        # The one entry is selected or not by its key: ties of one have no places.
-        return [x > key for key, _ in probes]
-    start, column = places
-    length = jnp.asarray(x.shape[-1], start.dtype)
     chosen = []
-    for key, position in probes:
-        position = position.astype(start.dtype)
-        left = jnp.minimum(position - jnp.minimum(start, position), length)
-        chosen.append(x > key - (column < left.astype(column.dtype)).astype(x.dtype))
+    for probe in probes:
+        of_leaf = (-1, *(1,) * (x.ndim - 1))
+        key, position = (v.reshape(of_leaf) for v in probe)
+        if x.ndim == 1:
+            # The one entry is selected or not by its key: ties of one have no places.
+            chosen.append(x > key)
+            continue
+        length = jnp.asarray(x.shape[-1], places.start.dtype)
+        position = position.astype(places.start.dtype)
+        left = position - jnp.minimum(places.start, position)
+        left = jnp.minimum(left, length).astype(places.column.dtype)
+        chosen.append(x > key - (places.column < left).astype(x.dtype))
     return chosen
+
+
+@jax.jit
+def _selected(
+    x: Array, number: Array, places: Places, result: _Probe, row: Array
+) -> Array:
+    """The entries of one leaf of a stack that the search selects."""
+    probe = result.rows(row, 1)
+    (chosen,) = _chosen(part_of(x, number), places, [probe])
+    return chosen[0]
 
 
 def _quarters(width: Array) -> list[Array]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from granet_jax.keys import sort_keys
+from granet_jax.keys import key_dtype, sort_keys
 from granet_jax.search import PhaseOfSearch, search
 
 Scope = Literal["layer", "global"]
@@ -62,7 +62,6 @@ def top_k(
         return []
     counter = counter_dtype([jnp.size(x) for x in scores], scope)
     wanted = jnp.broadcast_to(jnp.asarray(k).astype(counter), (len(scores),))
-    like = jax.eval_shape(sort_keys, scores, among)
     only = PhaseOfSearch(
         maker=0,
         across=scope == "global",
@@ -70,11 +69,12 @@ def top_k(
         finish=lambda _, chosen, *rest: chosen,
     )
     return search(
-        [jnp.zeros(x.shape, bool, device=x.sharding) for x in like],
+        [jnp.zeros_like(x, bool) for x in scores],
         [lambda _: sort_keys(scores, among)],
         lambda *_: only,
         phases=(0, 1),
-        like=like,
+        like=[jax.typeof(x) for x in scores],
+        key_type=key_dtype([x.dtype for x in scores]),
         counter=counter,
     )
 

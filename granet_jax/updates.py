@@ -25,7 +25,7 @@ from granet_jax.activity import (
     is_active,
 )
 from granet_jax.counting import sum_before
-from granet_jax.keys import sort_keys
+from granet_jax.keys import key_dtype, sort_keys
 from granet_jax.search import PhaseOfSearch, search
 from granet_jax.selection import Scope, check_scope, counter_dtype
 
@@ -92,7 +92,8 @@ def run_phases(
 
     makers = [maker(s, grows) for s, (_, grows) in zip(traced, ranks, strict=True)]
     value = _Update(list(map(encode, masks, masks)), jnp.zeros((len(masks),), counter))
-    like = jax.eval_shape(makers[0], value)
+    like = [jax.typeof(m) for m in masks]
+    key_type = key_dtype([x.dtype for x in shapes[0]], width=width)
     which = [ranks.index((p.scores, p.grows)) for p in phases]
 
     def phase(index: Array, value: _Update) -> PhaseOfSearch:
@@ -122,7 +123,7 @@ def run_phases(
             finish,
         )
 
-    select = functools.partial(search, like=like, counter=counter)
+    select = functools.partial(search, like=like, key_type=key_type, counter=counter)
     # What is cheap is made in every stage of a selection, and never kept.
     if all(elementwise.is_light(scores.jaxpr) for scores in traced):
         value = select(value, makers, phase, phases=(first, len(phases)))

@@ -22,8 +22,9 @@ from tests import oracle
 
 FLOATS = ("float32", "bfloat16", "float16")
 # One compilation per dtype and scope: shapes are fixed, values and k vary.
-SHAPES = [(5, 4), (), (0, 3), (1,), (2, 3, 2)]
-SIZES = [20, 1, 0, 1, 12]
+# (Leaves of one shape, not all neighbours, are searched as one array.)
+SHAPES = [(5, 4), (), (0, 3), (1,), (2, 3, 2), (5, 4), (), (5, 4)]
+SIZES = list(map(math.prod, SHAPES))
 SIZE = sum(SIZES)
 # Ordinary numbers, and all that orders or rounds in its own way. The smallest
 # denormal and the largest number are those of the dtype under test.
