@@ -55,7 +55,7 @@ def _is_auto(mesh: Any) -> bool:
 
 
 def blank(stack: Stack, dtype: Any) -> Array:
-    """Zeros, of shape (leaves, *shape of each)."""
+    """Zeros for all leaves of a stack, which go along the first axis."""
     shape = (len(stack.leaves), *stack.like.shape)
     sharding = stack.like.sharding
     if not is_explicit(sharding):
