@@ -61,7 +61,9 @@ def blank(stack: Stack, dtype: Any) -> Array:
     if not is_explicit(sharding):
         return jnp.zeros(shape, dtype)
     spec = jax.sharding.PartitionSpec(None, *sharding.spec)
-    return jnp.zeros(shape, dtype, device=sharding.update(spec=spec))
+    sharding = sharding.update(spec=spec)
+    # (Where no mesh is set, `jnp.zeros` of jax 0.12 leaves out an abstract sharding.)
+    return jax.sharding.reshard(jnp.zeros(shape, dtype, device=sharding), sharding)
 
 
 def with_part(whole: Array, number: Array, part: Array) -> Array:
