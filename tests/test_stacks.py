@@ -105,9 +105,11 @@ def test_a_pass_is_as_many_kernels_as_there_are_shapes() -> None:
 
 
 def test_a_stack_takes_no_more_memory_than_its_leaves() -> None:
-    shapes = [(256, 512), (64, 64)] * 6
+    shapes = [(256, 256), (64, 64)] * 6
     scores = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     wanted = jax.ShapeDtypeStruct((), jnp.uint32)
+    stacked = [[*range(0, 12, 2)], [*range(1, 12, 2)]]
+    assert leaves_of(scores) == stacked
     compiled = selection.top_k.lower(scores, wanted, scope="global").compile()
     memory = compiled.memory_analysis()
     assert memory is not None
