@@ -205,12 +205,16 @@ def _rows_of(stacks: list[Stack]) -> _Rows:
     lengths = [len(stack.leaves) for stack in stacks]
     starts = [0, *itertools.accumulate(lengths[:-1])]
     unknown = _unknown([*starts, *range(max(lengths))])
-    of_shape = functools.cache(places)
+
+    @functools.cache  # One a shape: what loops carry takes time to compile.
+    def of_shape(like: Any) -> Places:
+        return jax.tree.map(lambda x: x[None], places(like))
+
     return _Rows(
         stacks,
         unknown[: len(stacks)],
         unknown[len(stacks) :],
-        [jax.tree.map(lambda x: x[None], of_shape(stack.like)) for stack in stacks],
+        [of_shape(stack.like) for stack in stacks],
         np.concatenate([stack.leaves for stack in stacks]),
     )
 
