@@ -439,10 +439,6 @@ def _chosen(x: Array, places: Places, probes: Sequence[_Probe]) -> list[Array]:
     for probe in probes:
         of_leaf = (-1, *(1,) * (x.ndim - 1))
         key, position = (v.reshape(of_leaf) for v in probe)
-        if x.ndim == 1:
-            # The one entry is selected or not by its key: ties of one have no places.
-            chosen.append(x > key)
-            continue
         length = jnp.asarray(x.shape[-1], places.start.dtype)
         position = position.astype(places.start.dtype)
         left = position - jnp.minimum(places.start, position)

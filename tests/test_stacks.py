@@ -63,6 +63,11 @@ def test_on_auto_axes_none(other: AxisType, *, context: bool) -> None:
         assert leaves_of([np.zeros((8, 8), np.float32)] * 3) == [[0], [1], [2]]
 
 
+def test_on_an_auto_axis_of_two_devices_none() -> None:
+    mesh = jax.make_mesh((2, 1), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    assert leaves_of(placed(mesh, [P("x"), P(None, "x")])) == [[0], [1]]
+
+
 def test_on_auto_axes_of_one_device_as_on_none() -> None:
     mesh = jax.make_mesh((1, 1), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     assert leaves_of(placed(mesh, SPECS)) == [[0, 1, 2, 3, 4, 5]]
