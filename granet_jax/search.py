@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 
 from granet_jax.counting import Places, count_leaves, places, sum_before
-from granet_jax.stacks import Stack, blank, part_of, stacks_of, with_part
+from granet_jax.stacks import Stack, blank, unknown
 
 
 def search(
@@ -27,7 +27,7 @@ def search(
     phase: Callable[[Array, Any], "PhaseOfSearch"],
     *,
     phases: tuple[Array | int, int],
-    like: Sequence[Any],
+    stacks: list[Stack],
     key_type: jnp.dtype,
     counter: jnp.dtype,
 ) -> Any:
@@ -49,21 +49,22 @@ def search(
 
     Args:
       value: pytree, what selections read and change.
-      makers: from the value to the keys of all leaves, by `sort_keys`.
+      makers: from the value to the keys of all stacks, by `sort_keys`.
       phase: from the number of a phase (int32 scalar) and the value to the selection.
       phases: the first, which may be traced, and the one to stop before.
-      like: types of the leaves (`jax.typeof`): their shapes and shardings.
+      stacks: the leaves.
       key_type: dtype of the keys.
       counter: from `counter_dtype`.
 
     Returns:
       The value after the last phase.
     """
-    leaves = len(like)
+    rows = _rows_of(stacks)
+    leaves = len(rows.leaves)
     unsigned = jnp.dtype(f"uint{8 * key_type.itemsize}")
     lowest = jnp.asarray(jnp.iinfo(key_type).min, key_type)
-    rows = _rows_of(stacks_of(like))
-    sizes = jnp.asarray([like[leaf].size for leaf in rows.leaves], counter)
+    lengths = [len(stack.leaves) for stack in stacks]
+    sizes = jnp.asarray(np.repeat([x.like.size for x in stacks], lengths), counter)
     bits = 8 * key_type.itemsize
 
     def stage(carry: tuple[Array, Array, Any, _Search]) -> Any:
@@ -71,14 +72,8 @@ def search(
         now = phase(index, value)
 
         def codes(maker: Callable[[Any], Sequence[Array]]) -> list[Array]:
-            keys = maker(value)
-            made = []
-            for stack, first in zip(rows.stacks, rows.starts, strict=True):
-                x = blank(stack, jnp.int8)
-                for leaf, n in zip(stack.leaves, rows.numbers, strict=False):
-                    x = _with_codes(x, n, keys[leaf], s.base, first + n, s.shift)
-                made.append(x)
-            return made
+            keys = zip(maker(value), rows.starts, strict=True)
+            return [_codes(key, s.base, start, s.shift) for key, start in keys]
 
         s = _next_stage(_restarted(s, start), now.across)
         branches: list[Callable[[], list[Array]]]
@@ -87,7 +82,7 @@ def search(
         if len(branches) == 1:
             # Without a branch XLA would make the keys before the loop, to keep them.
             which = 1 - more.astype(jnp.int32)
-            branches.append(lambda: [blank(x, jnp.int8) for x in rows.stacks])
+            branches.append(lambda: [blank(stack, jnp.int8) for stack in stacks])
         made = lax.switch(which, branches)
         s = lax.while_loop(
             lambda s: ~s.settled & ~s.done,
@@ -96,13 +91,11 @@ def search(
         )
 
         def finish(value: Any) -> Any:
-            chosen = {}
-            of_stacks = zip(rows.stacks, rows.starts, rows.places, made, strict=True)
-            for stack, first, at, x in of_stacks:
-                for leaf, n in zip(stack.leaves, rows.numbers, strict=False):
-                    chosen[leaf] = _selected(x, n, at, s.result, first + n)
-            in_order = [chosen[leaf] for leaf in range(leaves)]
-            return now.finish(value, in_order, rows.by_leaf(s.candidates))
+            chosen = [
+                _chosen(x, at, [s.result.rows(start, len(x))])[0]
+                for x, at, start in zip(made, rows.places, rows.starts, strict=True)
+            ]
+            return now.finish(value, chosen, rows.by_leaf(s.candidates))
 
         # (In a loop of one trip or none, which passes its value through in place.)
         _, value = lax.while_loop(
@@ -153,7 +146,7 @@ class PhaseOfSearch(NamedTuple):
       across: whether to rank across leaves; may be traced.
       number: from the number of candidates per leaf to how many to select per leaf
         (where `across`, of all leaves, the same in every row).
-      finish: from the value, the selected entries of every leaf and the number of
+      finish: from the value, the selected entries of every stack and the number of
         candidates per leaf to the new value.
     """
 
@@ -180,17 +173,12 @@ class _Rows(NamedTuple):
     """The leaves in the order of a search, which is that of their stacks.
 
     Attributes:
-      stacks: what passes read.
-      starts: for every stack, the row of its first leaf; unknown to the compiler, as
-        are `numbers`, see `_unknown`.
-      numbers: 0, 1, 2, ... as many as a stack may have leaves.
+      starts: for every stack, the row of its first leaf; unknown to the compiler.
       places: for every stack, those in a leaf, as a stack of one.
       leaves: for every row, the number of the leaf.
     """
 
-    stacks: list[Stack]
     starts: Sequence[Array]
-    numbers: Sequence[Array]
     places: list[Places]
     leaves: np.ndarray
 
@@ -204,16 +192,13 @@ class _Rows(NamedTuple):
 def _rows_of(stacks: list[Stack]) -> _Rows:
     lengths = [len(stack.leaves) for stack in stacks]
     starts = [0, *itertools.accumulate(lengths[:-1])]
-    unknown = _unknown([*starts, *range(max(lengths))])
 
     @functools.cache  # One a shape: what loops carry takes time to compile.
     def of_shape(like: Any) -> Places:
         return jax.tree.map(lambda x: x[None], places(like))
 
     return _Rows(
-        stacks,
-        unknown[: len(stacks)],
-        unknown[len(stacks) :],
+        unknown(starts),
         [of_shape(stack.like) for stack in stacks],
         np.concatenate([stack.leaves for stack in stacks]),
     )
@@ -260,16 +245,14 @@ _BELOW, _FIRST, _ABOVE = -128, -127, 1
 
 
 @jax.jit
-def _with_codes(
-    x: Array, number: Array, key: Array, bases: Array, row: Array, shift: Array
-) -> Array:
-    """A stack with the codes of a leaf's keys in place, see `search`."""
-    base = lax.dynamic_index_in_dim(bases, row, keepdims=False)
-    part = _width(base, key) >> shift
+def _codes(keys: Array, bases: Array, start: Array, shift: Array) -> Array:
+    """The codes of a stack's keys, see `search`."""
+    base = lax.dynamic_slice_in_dim(bases, start, len(keys))
+    base = base.reshape((-1, *(1,) * (keys.ndim - 1)))
+    part = _width(base, keys) >> shift
     part = jnp.minimum(part, jnp.asarray(_ABOVE - _FIRST, part.dtype))
     code = part.astype(jnp.int32) + _FIRST
-    code = jnp.where(key < base, _BELOW, code).astype(jnp.int8)
-    return with_part(x, number, code)
+    return jnp.where(keys < base, _BELOW, code).astype(jnp.int8)
 
 
 def _restarted(s: _Search, start: _Search) -> _Search:
@@ -302,10 +285,8 @@ def _advance(
     probes = list(map(_Probe, s.middles, starts))
     counts = count_leaves(
         [
-            _chosen(x, at, [p.rows(start, len(stack.leaves)) for p in probes])
-            for stack, start, at, x in zip(
-                rows.stacks, rows.starts, rows.places, codes, strict=True
-            )
+            _chosen(x, at, [p.rows(start, len(x)) for p in probes])
+            for x, at, start in zip(codes, rows.places, rows.starts, strict=True)
         ],
         counter,
     )
@@ -411,21 +392,6 @@ def _of_group(per_leaf: Array, across: Array | bool) -> Array:
     return jnp.where(across, jnp.sum(per_leaf, dtype=per_leaf.dtype), per_leaf)
 
 
-def _unknown(known: Sequence[int]) -> Sequence[Array]:
-    """Integers as scalars whose values the compiler does not know.
-
-    XLA compiles kernels that compute the same once (on CPU), and those of leaves of one
-    shape differ in nothing but their row of the vectors of a search. As a constant the
-    row would be part of the code; so it is made an argument, the result of a choice
-    that nothing can foresee. (Where the barrier is no obstacle to constant folding,
-    there are as many kernels as leaves, and all else is the same.)
-    """
-    values = tuple(jnp.asarray(i, jnp.uint32) for i in known)
-    always = lax.optimization_barrier(jnp.ones((), bool))
-    zeros = (jnp.zeros((), jnp.uint32),) * len(values)
-    return lax.cond(always, lambda: values, lambda: zeros)
-
-
 @jax.jit
 def _chosen(x: Array, places: Places, probes: Sequence[_Probe]) -> list[Array]:
     """Of each probe, the entries of a stack above it.
@@ -445,16 +411,6 @@ def _chosen(x: Array, places: Places, probes: Sequence[_Probe]) -> list[Array]:
         left = jnp.minimum(left, length).astype(places.column.dtype)
         chosen.append(x > key - (places.column < left).astype(x.dtype))
     return chosen
-
-
-@jax.jit
-def _selected(
-    x: Array, number: Array, places: Places, result: _Probe, row: Array
-) -> Array:
-    """The entries of one leaf of a stack that the search selects."""
-    probe = result.rows(row, 1)
-    (chosen,) = _chosen(part_of(x, number), places, [probe])
-    return chosen[0]
 
 
 def _quarters(width: Array) -> list[Array]:

@@ -18,6 +18,7 @@ from jax import Array
 
 from granet_jax.keys import key_dtype, sort_keys
 from granet_jax.search import PhaseOfSearch, search
+from granet_jax.stacks import stacked, stacks_of, unstacked
 
 Scope = Literal["layer", "global"]
 
@@ -68,15 +69,19 @@ def top_k(
         number=lambda _: wanted,
         finish=lambda _, chosen, *rest: chosen,
     )
-    return search(
-        [jnp.zeros_like(x, bool) for x in scores],
-        [lambda _: sort_keys(scores, among)],
+    stacks = stacks_of([jax.typeof(x) for x in scores])
+    ranked = stacked(stacks, scores)
+    candidates = None if among is None else stacked(stacks, among)
+    chosen = search(
+        [jnp.zeros_like(x, bool) for x in ranked],
+        [lambda _: sort_keys(ranked, candidates)],
         lambda *_: only,
         phases=(0, 1),
-        like=[jax.typeof(x) for x in scores],
+        stacks=stacks,
         key_type=key_dtype([x.dtype for x in scores]),
         counter=counter,
     )
+    return unstacked(stacks, chosen)
 
 
 def check_scope(scope: str) -> None:

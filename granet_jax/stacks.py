@@ -1,12 +1,11 @@
-"""Leaves of one shape in one array: a pass over it is one kernel for all of them.
+"""Leaves of one shape in one array: what is done to it is one kernel for all of them.
 
 What a loop does to every leaf is compiled, and on accelerators launched, leaf by leaf;
-but deep networks have few shapes. What makes a leaf's part writes it in place, so that
-a stack takes no more memory than its leaves.
+but deep networks have few shapes, and their many small leaves little memory.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from granet_jax.masking import is_explicit
 
 
 class Stack(NamedTuple):
-    """Leaves of one shape, sharded alike.
+    """Leaves of one shape and dtype, sharded alike.
 
     Attributes:
       leaves: their numbers, ascending.
@@ -28,23 +27,30 @@ class Stack(NamedTuple):
     like: Any
 
 
-def stacks_of(like: Sequence[Any]) -> list[Stack]:
+def stacks_of(
+    like: Sequence[Any], kinds: Sequence[Hashable] | None = None
+) -> list[Stack]:
     """Which leaves go into one stack, by their types.
 
     On Auto mesh axes only the compiler knows how a leaf is sharded: of two of one shape
     it might have to send one to other devices. So each is a stack of its own there; and
-    so are large leaves, since XLA does not divide what a kernel writes in place over
-    the threads of a CPU, and they leave little to be saved.
+    so are large leaves, of which copies are not to be kept, and which leave little to
+    be saved.
+
+    Args:
+      like: types of the leaves (`jax.typeof`).
+      kinds: one for every leaf; those of another kind go into another stack.
     """
     stacks: dict[Any, Stack] = {}
     for number, x in enumerate(like):
         alone = x.size > _MOST_IN_LEAF or _is_auto(x.sharding.mesh)
-        key = x.shape, x.sharding, number if alone else None
+        kind = None if kinds is None else kinds[number]
+        key = x.shape, x.dtype, x.sharding, kind, number if alone else None
         stacks.setdefault(key, Stack([], x)).leaves.append(number)
     return list(stacks.values())
 
 
-_MOST_IN_LEAF = 2**16
+_MOST_IN_LEAF = 2**14
 
 
 def _is_auto(mesh: Any) -> bool:
@@ -66,13 +72,44 @@ def blank(stack: Stack, dtype: Any) -> Array:
     return jax.sharding.reshard(jnp.zeros(shape, dtype, device=sharding), sharding)
 
 
-def with_part(whole: Array, number: Array, part: Array) -> Array:
-    """A stack in which the leaf at `number` is `part`, in place under `jit`."""
-    if len(whole) == 1:
-        return part[None]
-    return lax.dynamic_update_index_in_dim(whole, part, number, 0)
+def stacked(stacks: Sequence[Stack], arrays: Sequence[Array]) -> list[Array]:
+    """The arrays of all leaves, those of a stack along the first axis of one array."""
+    return [
+        jnp.stack([arrays[leaf] for leaf in stack.leaves])
+        if len(stack.leaves) > 1
+        else arrays[stack.leaves[0]][None]
+        for stack in stacks
+    ]
 
 
-def part_of(whole: Array, number: Array) -> Array:
-    """The leaf at `number`, as a stack of one."""
-    return whole if len(whole) == 1 else lax.dynamic_slice_in_dim(whole, number, 1)
+def unstacked(stacks: Sequence[Stack], arrays: Sequence[Array]) -> list[Array]:
+    """The arrays of all leaves, from those of stacks."""
+    numbers = unknown(range(max(len(stack.leaves) for stack in stacks)))
+    found = {}
+    for stack, x in zip(stacks, arrays, strict=True):
+        if len(stack.leaves) == 1:
+            found[stack.leaves[0]] = x[0]
+            continue
+        for leaf, number in zip(stack.leaves, numbers, strict=False):
+            found[leaf] = _part(x, number)
+    return [found[leaf] for leaf in range(len(found))]
+
+
+@jax.jit
+def _part(x: Array, number: Array) -> Array:
+    return lax.dynamic_index_in_dim(x, number, keepdims=False)
+
+
+def unknown(known: Sequence[int]) -> Sequence[Array]:
+    """Integers as scalars whose values the compiler does not know.
+
+    XLA compiles kernels that compute the same once (on CPU), and those of leaves of one
+    shape differ in nothing but their place. As a constant the place would be part of
+    the code; so it is made an argument, the result of a choice that nothing can
+    foresee. (Where the barrier is no obstacle to constant folding, there are as many
+    kernels as leaves, and all else is the same.)
+    """
+    values = tuple(jnp.asarray(i, jnp.uint32) for i in known)
+    always = lax.optimization_barrier(jnp.ones((), bool))
+    zeros = (jnp.zeros((), jnp.uint32),) * len(values)
+    return lax.cond(always, lambda: values, lambda: zeros)

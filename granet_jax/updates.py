@@ -26,8 +26,10 @@ from granet_jax.activity import (
 )
 from granet_jax.counting import sum_before
 from granet_jax.keys import key_dtype, sort_keys
+from granet_jax.programs import is_by_leaf, of_stack, programs_of
 from granet_jax.search import PhaseOfSearch, search
 from granet_jax.selection import Scope, check_scope, counter_dtype
+from granet_jax.stacks import stacked, stacks_of, unstacked
 
 PyTree = Any
 
@@ -82,17 +84,40 @@ def run_phases(
     traced, shapes = zip(*(trace(scores)(masks) for scores, _ in ranks), strict=True)
     width = max(x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
-    def maker(scores: Any, grows: bool) -> Callable[[_Update], list[Array]]:
+    programs = [programs_of(scores.jaxpr) for scores in traced]
+    # What is cheap is made in every stage of a selection, and never kept.
+    cheap = all(
+        elementwise.is_light(scores.jaxpr) and is_by_leaf(scores.jaxpr, parts)
+        for scores, parts in zip(traced, programs, strict=True)
+    )
+    kinds = [tuple(p.kind for p in parts) for parts in zip(*programs, strict=True)]
+    stacks = stacks_of([jax.typeof(m) for m in masks], kinds if cheap else None)
+
+    def maker(scores: Any, parts: Any, grows: bool) -> Callable[[_Update], list[Array]]:
+        of_stacks = (
+            [of_stack(scores, parts, stack) for stack in stacks] if cheap else []
+        )
+
         def keys(value: _Update) -> list[Array]:
-            among = [~m for m in value.present] if grows else value.present
-            found = jaxpr_as_fun(scores)(*value.present)
+            present = value.present
+            if cheap:
+                found = [f(x) for f, x in zip(of_stacks, present, strict=True)]
+            else:
+                of_leaves = jaxpr_as_fun(scores)(*unstacked(stacks, present))
+                found = stacked(stacks, of_leaves)
+            among = [~m for m in present] if grows else present
             return sort_keys(found, among, width=width)
 
         return keys
 
-    makers = [maker(s, grows) for s, (_, grows) in zip(traced, ranks, strict=True)]
-    value = _Update(list(map(encode, masks, masks)), jnp.zeros((len(masks),), counter))
-    like = [jax.typeof(m) for m in masks]
+    makers = [
+        maker(scores, parts, grows)
+        for scores, parts, (_, grows) in zip(traced, programs, ranks, strict=True)
+    ]
+    together = stacked(stacks, masks)
+    value = _Update(
+        list(map(encode, together, together)), jnp.zeros((len(masks),), counter)
+    )
     key_type = key_dtype([x.dtype for x in shapes[0]], width=width)
     which = [ranks.index((p.scores, p.grows)) for p in phases]
 
@@ -123,9 +148,10 @@ def run_phases(
             finish,
         )
 
-    select = functools.partial(search, like=like, key_type=key_type, counter=counter)
-    # What is cheap is made in every stage of a selection, and never kept.
-    if all(elementwise.is_light(scores.jaxpr) for scores in traced):
+    select = functools.partial(
+        search, stacks=stacks, key_type=key_type, counter=counter
+    )
+    if cheap:
         value = select(value, makers, phase, phases=(first, len(phases)))
     else:
 
@@ -140,14 +166,14 @@ def run_phases(
         end = len(phases)
         value = lax.while_loop(lambda carry: carry[0] < end, run, start)[1]
     # (Not made anew of masks: for some shapes LLVM then takes ten seconds a kernel.)
-    return value.weights
+    return unstacked(stacks, value.weights)
 
 
 class _Update(NamedTuple):
     """What the phases of an update change.
 
     Attributes:
-      weights: the codes (`activity`) of all weights, one array per mask.
+      weights: the codes (`activity`) of all weights, one array per stack.
       handed: what one phase hands on to the next.
     """
 
@@ -156,7 +182,7 @@ class _Update(NamedTuple):
 
     @property
     def present(self) -> list[Array]:
-        """The masks."""
+        """The masks, of every stack."""
         return list(map(is_active, self.weights))
 
 

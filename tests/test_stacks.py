@@ -33,7 +33,7 @@ def test_leaves_of_one_shape_are_a_stack() -> None:
 
 
 def test_large_leaves_are_not_stacked() -> None:
-    shapes = [(2, 2**15), (1, 2**16 + 1), (2, 2**15), (1, 2**16 + 1)]
+    shapes = [(2, 2**13), (1, 2**14 + 1), (2, 2**13), (1, 2**14 + 1)]
     assert leaves_of([jnp.zeros(shape) for shape in shapes]) == [[0, 2], [1], [3]]
 
 
@@ -109,12 +109,44 @@ def test_a_pass_is_as_many_kernels_as_there_are_shapes() -> None:
     assert len({reductions(n) for n in (1, 2, 7)}) == 1
 
 
-def test_a_stack_takes_no_more_memory_than_its_leaves() -> None:
-    shapes = [(256, 256), (64, 64)] * 6
+def test_leaves_of_another_kind_or_dtype_are_another_stack() -> None:
+    like = [jax.typeof(jnp.zeros((2, 3), jnp.int8))] * 5
+    like[3] = jax.typeof(jnp.zeros((2, 3), bool))
+    made = stacks.stacks_of(like, ["a", "b", "a", "a", "b"])
+    assert [stack.leaves for stack in made] == [[0, 2], [1, 4], [3]]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_what_is_stacked_is_found_again(kind: AxisType) -> None:
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    rng = np.random.default_rng(0)
+    values = [rng.normal(size=(8, 8)) for _ in SPECS] + [rng.normal(size=3)] * 2
+    places = [NamedSharding(mesh, spec) for spec in [*SPECS, P(), P()]]
+    arrays = jax.device_put(values, places)
+
+    @jax.jit
+    def again(arrays: list[jax.Array]) -> tuple[Any, Any]:
+        made = stacks.stacks_of([jax.typeof(x) for x in arrays])
+        together = stacks.stacked(made, arrays)
+        for stack, x in zip(made, together, strict=True):
+            blank = stacks.blank(stack, jnp.int8)
+            assert x.shape == blank.shape == (len(stack.leaves), *stack.like.shape)
+            if kind == AxisType.Explicit:
+                assert jax.typeof(x).sharding == jax.typeof(blank).sharding
+        return together, stacks.unstacked(made, together)
+
+    _, found = jax.block_until_ready(again(arrays))
+    for ours, theirs, array in zip(found, values, arrays, strict=True):
+        np.testing.assert_array_equal(ours, np.asarray(array))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+        if kind == AxisType.Explicit:
+            assert ours.sharding.is_equivalent_to(array.sharding, ours.ndim)
+
+
+def test_large_leaves_of_one_shape_take_a_byte_a_score() -> None:
+    shapes = [(256, 256)] * 6
     scores = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     wanted = jax.ShapeDtypeStruct((), jnp.uint32)
-    stacked = [[*range(0, 12, 2)], [*range(1, 12, 2)]]
-    assert leaves_of(scores) == stacked
     compiled = selection.top_k.lower(scores, wanted, scope="global").compile()
     memory = compiled.memory_analysis()
     assert memory is not None
