@@ -70,24 +70,15 @@ def _program(equations: list[Any], output: Any, arguments: set[Any]) -> Program:
     kind: list[Hashable] = []
     for equation in equations:
         read = tuple(map(told, equation.invars))
-        kind.append((equation.primitive, _hashable(equation.params), read))
+        # (JAX holds parameters to be hashable. A jitted function's jaxpr is one object
+        # for all leaves of one type.)
+        params = frozenset(equation.params.items())
+        kind.append((equation.primitive, params, read))
         for made in equation.outvars:
             numbers[made] = len(numbers)
     kind.append(told(output))
     kind.extend((v.aval, v in arguments) for v in inputs)
     return Program(equations, inputs, output, tuple(kind))
-
-
-def _hashable(x: Any) -> Hashable:
-    # (What is told apart by its identity is held by the equations, and stays itself: a
-    # jitted function's jaxpr is one object for all leaves of one type.)
-    if isinstance(x, dict):
-        return tuple((name, _hashable(x[name])) for name in sorted(x))
-    try:
-        hash(x)
-    except TypeError:
-        return id(x)
-    return type(x), x
 
 
 def is_by_leaf(jaxpr: core.Jaxpr, programs: Sequence[Program]) -> bool:
