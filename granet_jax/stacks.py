@@ -74,12 +74,7 @@ def blank(stack: Stack, dtype: Any) -> Array:
 
 def stacked(stacks: Sequence[Stack], arrays: Sequence[Array]) -> list[Array]:
     """The arrays of all leaves, those of a stack along the first axis of one array."""
-    return [
-        jnp.stack([arrays[leaf] for leaf in stack.leaves])
-        if len(stack.leaves) > 1
-        else arrays[stack.leaves[0]][None]
-        for stack in stacks
-    ]
+    return [jnp.stack([arrays[leaf] for leaf in stack.leaves]) for stack in stacks]
 
 
 def unstacked(stacks: Sequence[Stack], arrays: Sequence[Array]) -> list[Array]:

@@ -84,6 +84,16 @@ def test_inputs_of_other_types_and_one_read_twice_are_of_another_kind() -> None:
     ]
 
 
+def test_parameters_tell_kinds_apart() -> None:
+    x = numbers(0)
+    assert kinds(lambda _: [x[0] ** 3, x[1] ** 5, x[2] ** 3, x[3] ** 5]) == [0, 1, 0, 1]
+
+
+def test_an_argument_is_not_what_is_outside() -> None:
+    x, outside = numbers(0), jnp.ones(SHAPE, bool)
+    assert kinds(lambda masks: [masks[0] * x[0], outside * x[1]], 2) == [0, 1]
+
+
 def test_what_reads_the_arguments_of_others_is_told() -> None:
     def by_leaf(function: Function) -> bool:
         jaxpr = traced(function).jaxpr
