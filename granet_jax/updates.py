@@ -26,12 +26,13 @@ from granet_jax.activity import (
 )
 from granet_jax.counting import sum_before
 from granet_jax.keys import key_dtype, sort_keys
-from granet_jax.programs import is_by_leaf, of_stack, programs_of
+from granet_jax.programs import Program, is_by_leaf, of_stack, programs_of
 from granet_jax.search import PhaseOfSearch, search
 from granet_jax.selection import Scope, check_scope, counter_dtype
 from granet_jax.stacks import stacked, stacks_of, unstacked
 
 PyTree = Any
+Scores = Callable[[list[Array]], Sequence[Array]]
 
 
 class Phase(NamedTuple):
@@ -50,7 +51,7 @@ class Phase(NamedTuple):
         again, or else continues with its value and moments.
     """
 
-    scores: Callable[[list[Array]], Sequence[Array]]
+    scores: Scores
     grows: bool
     number: Callable[[Array, Array], tuple[Array, Array]]
     scope: Scope = "layer"
@@ -84,41 +85,39 @@ def run_phases(
     traced, shapes = zip(*(trace(scores)(masks) for scores, _ in ranks), strict=True)
     width = max(x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
-    programs = [programs_of(scores.jaxpr) for scores in traced]
     # What is cheap is made in every stage of a selection, and never kept.
-    cheap = all(
-        elementwise.is_light(scores.jaxpr) and is_by_leaf(scores.jaxpr, parts)
-        for scores, parts in zip(traced, programs, strict=True)
-    )
-    kinds = [tuple(p.kind for p in parts) for parts in zip(*programs, strict=True)]
-    stacks = stacks_of([jax.typeof(m) for m in masks], kinds if cheap else None)
+    cheap, kinds = all(elementwise.is_light(scores.jaxpr) for scores in traced), None
+    programs: list[list[Program]] = []
+    if cheap:
+        programs = [programs_of(scores.jaxpr) for scores in traced]
+        cheap = all(map(is_by_leaf, (scores.jaxpr for scores in traced), programs))
+    if cheap:
+        kinds = [tuple(p.kind for p in parts) for parts in zip(*programs, strict=True)]
+    stacks = stacks_of([jax.typeof(m) for m in masks], kinds)
 
-    def maker(scores: Any, parts: Any, grows: bool) -> Callable[[_Update], list[Array]]:
-        of_stacks = (
-            [of_stack(scores, parts, stack) for stack in stacks] if cheap else []
-        )
+    def by_stack(scores: Any, parts: list[Program]) -> Scores:
+        functions = [of_stack(scores, parts, stack) for stack in stacks]
+        return lambda present: [f(x) for f, x in zip(functions, present, strict=True)]
 
+    def by_leaf(scores: Any) -> Scores:
+        function = jaxpr_as_fun(scores)
+        return lambda present: stacked(stacks, function(*unstacked(stacks, present)))
+
+    def maker(scores: Scores, grows: bool) -> Callable[[_Update], list[Array]]:
         def keys(value: _Update) -> list[Array]:
-            present = value.present
-            if cheap:
-                found = [f(x) for f, x in zip(of_stacks, present, strict=True)]
-            else:
-                of_leaves = jaxpr_as_fun(scores)(*unstacked(stacks, present))
-                found = stacked(stacks, of_leaves)
-            among = [~m for m in present] if grows else present
-            return sort_keys(found, among, width=width)
+            among = [~m for m in value.present] if grows else value.present
+            return sort_keys(scores(value.present), among, width=width)
 
         return keys
 
-    makers = [
-        maker(scores, parts, grows)
-        for scores, parts, (_, grows) in zip(traced, programs, ranks, strict=True)
-    ]
+    ranked = map(by_stack, traced, programs) if cheap else map(by_leaf, traced)
+    makers = [maker(s, grows) for s, (_, grows) in zip(ranked, ranks, strict=True)]
     together = stacked(stacks, masks)
     value = _Update(
         list(map(encode, together, together)), jnp.zeros((len(masks),), counter)
     )
-    key_type = key_dtype([x.dtype for x in shapes[0]], width=width)
+    # (Of all, so that scores of mixed kinds are refused before a stack mixes them.)
+    key_type, *_ = [key_dtype([x.dtype for x in s], width=width) for s in shapes]
     which = [ranks.index((p.scores, p.grows)) for p in phases]
 
     def phase(index: Array, value: _Update) -> PhaseOfSearch:
