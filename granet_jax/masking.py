@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 
 PyTree = Any
@@ -42,19 +42,34 @@ class Sparsity(NamedTuple):
 class PackedMask:
     """A mask at 1 bit a weight.
 
-    Eight neighbours along the last axis are a byte, the first of them its highest bit,
-    and the last byte of a row is padded with zeros: so a packed mask is sharded as its
-    parameter is, and neither packing nor reading it moves anything between devices
-    (as long as the shards of the last axis hold multiples of eight).
+    Eight neighbours along one axis are a byte, the first of them its highest bit, and
+    where their number is no multiple of eight the last byte is padded with zeros: so a
+    packed mask is sharded as its parameter is, and neither packing nor reading it moves
+    anything between devices (as long as the shards of that axis hold multiples of
+    eight).
 
     Attributes:
-      bits: uint8, of the mask's shape with ceil(n / 8) for the length n of the last
-        axis; (1,) for a scalar.
+      bits: uint8, of the mask's shape with ceil(n / 8) for the length n of that axis;
+        (1,) for a scalar.
       shape: the mask's shape (static).
     """
 
     bits: Array
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def axis(self) -> int:
+        """The axis whose neighbours share bytes: -2, or -1 where that is smaller."""
+        return _packed_axis(self.shape)
+
+
+def _packed_axis(shape: tuple[int, ...]) -> int:
+    # Weights that lie side by side, along the last axis, then have the same bit of
+    # bytes that do: a step reads them with vector instructions, from the cache.
+    if len(shape) < 2:
+        return -1
+    *_, rows, columns = shape
+    return -2 if -(-rows // 8) * columns <= rows * -(-columns // 8) else -1
 
 
 def is_explicit(sharding: Any) -> bool:
@@ -371,16 +386,19 @@ def pack_masks(masks: PyTree) -> PyTree:
     """
 
     def pack(mask: Array) -> PackedMask:
+        axis = _packed_axis(mask.shape)
         sharding = jax.typeof(mask).sharding
         if is_explicit(sharding) and mask.ndim:
-            shard = sharding.shard_shape(mask.shape)[-1]
-            if shard < mask.shape[-1] and shard % 8:
+            shard = sharding.shard_shape(mask.shape)[axis]
+            if shard < mask.shape[axis] and shard % 8:
                 # On Explicit mesh axes, the eight of a byte must be in one shard.
-                rows = jax.sharding.PartitionSpec(*sharding.spec[:-1], None)
+                axes = list(sharding.spec)
+                axes[axis] = None
+                spec = jax.sharding.PartitionSpec(*axes)
                 mask = jax.sharding.reshard(
-                    mask, jax.sharding.NamedSharding(sharding.mesh, rows)
+                    mask, jax.sharding.NamedSharding(sharding.mesh, spec)
                 )
-        return PackedMask(jnp.packbits(jnp.atleast_1d(mask), axis=-1), mask.shape)
+        return PackedMask(_pack_leaf(jnp.atleast_1d(mask), axis), mask.shape)
 
     return jax.tree.map(pack, given_masks(masks))
 
@@ -401,15 +419,38 @@ def _unpack(packed: PyTree) -> PyTree:
     )
 
 
+def _pack_leaf(mask: Array, axis: int) -> Array:
+    # (Not `jnp.packbits`: along the axis -2 it transposes, XLA then lays out the bits
+    # that a state holds in that order, and every step reads them across.)
+    padding = [(0, 0)] * mask.ndim
+    padding[axis] = (0, -mask.shape[axis] % 8)
+    shape = list(mask.shape)
+    shape[axis : axis + 1 or None] = [-(-mask.shape[axis] // 8), 8]
+    digits = jnp.pad(mask, padding).reshape(shape).astype(jnp.uint8)
+    return jnp.sum(digits << _places(digits.ndim, axis), axis=axis, dtype=jnp.uint8)
+
+
+def _places(ndim: int, axis: int) -> Array:
+    """The places of eight neighbours in their byte, along an axis of their own."""
+    shape = [1] * ndim
+    shape[axis] = 8
+    return jnp.arange(7, -1, -1, dtype=jnp.uint8).reshape(shape)
+
+
 # Compiled: outside jit it would be several operations a leaf, and what is spread over
 # processes may be asked, too.
 @jax.jit
 def _unpack_leaf(x: PackedMask) -> Array:
-    places = jnp.arange(7, -1, -1, dtype=jnp.uint8)
-    places = jnp.expand_dims(places, range(x.bits.ndim))
-    digits = (x.bits[..., None] >> places) & 1
-    mask = digits.astype(bool).reshape(*x.bits.shape[:-1], 8 * x.bits.shape[-1])
-    return mask[..., : x.shape[-1]] if x.shape else mask[..., 0]
+    axis = x.axis
+    digits = jnp.expand_dims(x.bits, axis)
+    digits = (digits >> _places(digits.ndim, axis)) & 1
+    # (Counted from the end: under `vmap`, bits of all lanes come in one array.)
+    shape = list(x.bits.shape)
+    shape[axis] *= 8
+    mask = digits.astype(bool).reshape(shape)
+    if not x.shape:
+        return mask[..., 0]
+    return lax.slice_in_dim(mask, 0, x.shape[axis], axis=axis)
 
 
 def is_packed(x: Any) -> bool:
