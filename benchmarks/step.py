@@ -3,11 +3,12 @@
     python -m benchmarks.step            # 25.5 M parameters, some minutes
     python -m benchmarks.step --quick    # small tree: checks the results only
 
-Each step is jitted over the whole tree with donated buffers. There is no forward pass
-and next to no backward pass, so the ratio is the worst case. Gradients come in two
-ways: "inside", made in the same program, as in most training loops, by a matrix product
-over a batch of 32; and "argument", handed to a program that has only the optimizer
-(an argument belongs to the caller, so a program that may change it copies it first).
+Each step is jitted over the whole tree with donated buffers, and timed from several
+starts, each in other memory. There is no forward pass and next to no backward pass, so
+the ratio is the worst case. Gradients come in two ways: "inside", made in the same
+program, as in most training loops, by a matrix product over a batch of 32; and
+"argument", handed to a program that has only the optimizer (an argument belongs to the
+caller, so a program that may change it copies it first).
 
 Other methods than GraNet are timed with SGD and gradients from inside. Those with dense
 weights choose the masks anew: straight_through in every step, N:M here, and top_kast in
@@ -108,15 +109,12 @@ class Run:
           shapes: tree of shapes of the parameters.
           gradients: where they come from, "inside" or "argument".
         """
-        params = jax.tree.map(jnp.asarray, resnet50.draw(shapes, seed=0))
-        factors = _gradient_factors(params)
-        make_grads = partial(_gradients, jax.eval_shape(lambda: params))
+        self._tx, self._shapes = tx, shapes
+        self.begin()
+        factors = _gradient_factors(self.params)
+        make_grads = partial(_gradients, jax.eval_shape(lambda: self.params))
         inside = gradients == "inside"
         self._given = factors if inside else jax.jit(make_grads)(factors)
-        self.opt_state = tx.init(params)
-        # The first step prunes.
-        self.params = params
-        self.steps = 0
 
         def step(params: PyTree, opt_state: PyTree, given: PyTree) -> PyTree:
             grads = make_grads(given) if inside else given
@@ -128,6 +126,14 @@ class Run:
         lowered = jitted.lower(self.params, self.opt_state, self._given)
         self._step = lowered.compile()
         self.compile_seconds = time.perf_counter() - start
+
+    def begin(self) -> None:
+        """Begins from the start, in other memory than before."""
+        params = jax.tree.map(jnp.asarray, resnet50.draw(self._shapes, seed=0))
+        self.opt_state = self._tx.init(params)
+        # The first step prunes.
+        self.params = params
+        self.steps = 0
 
     def __call__(self) -> PyTree:
         """One optimizer step."""
@@ -261,7 +267,10 @@ def _maskable(tree: PyTree) -> list[jax.Array]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Checks the sparse steps against the dense one, then times them."""
     parser = commands.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="timings of each")
+    parser.add_argument("--starts", type=int, default=3, help="times to start anew")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="timings of each, a start"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="steps per timing")
     options = parser.parse_args(arguments)
     if (options.rounds + 1) * options.repeats + 3 > STEPS_BEFORE_UPDATE:
@@ -286,12 +295,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check(f"{label}, {kind}", contender, runs[kind], moved, start)
         print(f"{label}: {', '.join(contenders)} agree with dense", flush=True)
         if not options.quick:
-            seconds = timing.interleaved(
-                runs, rounds=options.rounds, repeats=options.repeats
-            )
+            seconds = _timed(runs, options)
             results[label] = _summary(seconds, runs)
     if results:
         _report(options, results, _maskable_size(shapes))
+
+
+def _timed(runs: dict[str, Run], options: argparse.Namespace) -> timing.Rounds:
+    """Seconds of a step, in every round of every start.
+
+    How fast a pass over an array is also depends on where it lies: from one start, one
+    of two runs of the same program may be some percent slower throughout.
+    """
+    seconds: timing.Rounds = {name: [] for name in runs}
+    for _ in range(options.starts):
+        for run in runs.values():
+            run.begin()
+        found = timing.interleaved(runs, rounds=options.rounds, repeats=options.repeats)
+        for name, times in found.items():
+            seconds[name] += times
+    return seconds
 
 
 def _summary(seconds: timing.Rounds, runs: dict[str, Run]) -> dict[str, Any]:

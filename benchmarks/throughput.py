@@ -189,10 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{options.model}: the minimal loop and the trainer agree")
     if options.quick:
         return
-    names = list(contenders)
-    for i in range(options.rounds):
-        turn = i % len(names)
-        for name in names[turn:] + names[:turn]:
+    for order in timing.turns(list(contenders), options.rounds):
+        for name in order:
             seconds[name].append(contenders[name]()[0])
     report(seconds, options)
 

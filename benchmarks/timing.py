@@ -5,11 +5,12 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 Rounds = dict[str, list[float]]
 
@@ -19,9 +20,9 @@ def interleaved(
 ) -> Rounds:
     """Seconds per call of every contender, one number a round.
 
-    The contenders take turns within a round, in an order that rotates from round to
-    round, so that a change in the machine's load touches all of them alike. One call
-    of each, compilation included, goes before and is not timed.
+    The contenders take `turns` within a round, so that a change in the machine's load
+    touches all of them alike. One call of each, compilation included, goes before and
+    is not timed.
 
     Args:
       contenders: functions without arguments; what they return is waited for.
@@ -35,9 +36,8 @@ def interleaved(
     for name in names:
         jax.block_until_ready(contenders[name]())
     seconds: Rounds = {name: [] for name in names}
-    for i in range(rounds):
-        turn = i % len(names)
-        for name in names[turn:] + names[:turn]:
+    for order in turns(names, rounds):
+        for name in order:
             result = None
             start = time.perf_counter()
             for _ in range(repeats):
@@ -45,6 +45,17 @@ def interleaved(
             jax.block_until_ready(result)
             seconds[name].append((time.perf_counter() - start) / repeats)
     return seconds
+
+
+def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
+    """The order of the contenders in each round.
+
+    Drawn anew for every round, so that what one leaves behind, in caches say, is not
+    always the same one's to find; and the same orders in every run.
+    """
+    rng = np.random.default_rng(0)
+    for _ in range(rounds):
+        yield list(rng.permutation(names))
 
 
 def ratio_of_medians(seconds: Rounds, name: str, baseline: str) -> float:
