@@ -304,12 +304,22 @@ def test_packed_by_hand() -> None:
     packed = granet_jax.pack_masks(mask.T)
     assert packed.bits.tolist() == [[0b10000000, 0b00110000]]
     assert (packed.shape, packed.axis) == ((5, 2), -2)
-    packed = granet_jax.pack_masks(np.eye(8, dtype=bool)[::2])
-    assert packed.axis == -1
     packed = granet_jax.pack_masks(np.eye(16, dtype=bool)[::2])
     assert packed.axis == -2
     expected = [1 << (7 - i // 2) if i % 2 == 0 else 0 for i in range(16)]
     assert packed.bits.tolist() == [expected]
+
+
+def test_the_axis_that_shares_bytes() -> None:
+    for shape in itertools.product(range(1, 35), repeat=2):
+        rows, columns = (
+            np.packbits(np.zeros(shape, bool), axis=axis).size for axis in (-2, -1)
+        )
+        for lead in ((), (3,)):
+            packed = granet_jax.PackedMask(jnp.zeros(()), (*lead, *shape))
+            assert packed.axis == (-2 if rows <= columns else -1), shape
+    for shape in ((), (9,)):
+        assert granet_jax.PackedMask(jnp.zeros(()), shape).axis == -1
 
 
 def test_packing_under_jit() -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import optax
 import orbax.checkpoint
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import granet_jax
 from granet_jax import structures
@@ -252,3 +254,34 @@ def test_on_eight_devices_as_on_one(layout: str) -> None:
         with LAYOUTS[layout].context():
             spread = jax.block_until_ready(step(*spread, place(mean_grads(t))))
         assert_same(jax.device_get(spread), jax.device_get(alone))
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "expected"),
+    [
+        ((16, 4), P("x", "y"), P("x", "y")),
+        ((32, 4), P("x", "y"), P("x", "y")),
+        ((12, 6), P("x", "y"), P(None, "y")),
+        ((14, 6), P("x", "y"), P(None, "y")),
+        ((18, 6), P("x", "y"), P(None, "y")),
+        ((24, 4), P("x", "y"), P(None, "y")),
+        ((15, 6), P(None, "y"), P(None, "y")),
+        ((2, 32), P("x", "y"), P("x", "y")),
+        ((2, 24), P("x", "y"), P("x", None)),
+        ((32,), P("y"), P("y")),
+        ((24,), P("y"), P(None)),
+    ],
+    ids=str,
+)
+def test_explicit_axes_stay_where_shards_hold_whole_bytes(
+    shape: tuple[int, ...], spec: P, expected: P
+) -> None:
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    mask = np.random.default_rng(0).random(shape) < 0.5
+    placed = jax.device_put(mask, NamedSharding(mesh, spec))
+    packed = jax.jit(granet_jax.pack_masks)(placed)
+    assert packed.bits.sharding == NamedSharding(mesh, expected)
+    np.testing.assert_array_equal(
+        packed.bits, np.packbits(mask, axis=packed.axis), strict=True
+    )
+    np.testing.assert_array_equal(granet_jax.unpack_masks(packed), mask, strict=True)
