@@ -46,8 +46,7 @@ def is_continuing(codes: Array, updated: Array | bool) -> Array:
     return codes >= jnp.where(updated, CONTINUING, ENTERED)
 
 
-# Compiled, so that outside jit the number to compare with is not sent to the device,
-# and what is spread over processes may be asked, too.
+# Compiled, so that outside jit the number to compare with is not sent to the device.
 _is_active = jax.jit(is_active, inline=True)
 
 

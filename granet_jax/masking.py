@@ -437,8 +437,7 @@ def _places(ndim: int, axis: int) -> Array:
     return jnp.arange(7, -1, -1, dtype=jnp.uint8).reshape(shape)
 
 
-# Compiled: outside jit it would be several operations a leaf, and what is spread over
-# processes may be asked, too.
+# Compiled: outside jit it would be several operations a leaf.
 @jax.jit
 def _unpack_leaf(x: PackedMask) -> Array:
     axis = x.axis
