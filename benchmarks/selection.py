@@ -4,9 +4,10 @@
     python -m benchmarks.selection --quick    # small tree: checks the masks only
 
 Contenders, on the same scores and in the same run: `granet_jax.selection.top_k`, the
-concatenate-argsort-scatter formulation of jaxpruner, a sort, and NumPy's introselect on
-the host; and the updates of GraNet and RigL, by this library and by argsort. Timings
-are printed and never asserted; that all agree on the masks is.
+concatenate-argsort-scatter formulation of jaxpruner, the same by `jax.lax.top_k`, a
+sort, and NumPy's introselect on the host; and the updates of GraNet and RigL, by this
+library and by argsort. Timings are printed and never asserted; that all agree on the
+masks is.
 
 A stage of a selection reads the scores, of 4 bytes (in an update the masks, too), and
 writes codes of a byte; a pass reads the codes; the end reads codes (and masks) and
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
+from jax import Array, lax
 
 import granet_jax
 from benchmarks import commands, programs, resnet50, timing
@@ -84,6 +85,13 @@ def select_argsort(scores: Leaves, k: int | Array) -> Leaves:
     return _split(jnp.zeros(flat.size, bool).at[order].set(chosen), scores)
 
 
+def select_lax_top_k(scores: Leaves, k: int) -> Leaves:
+    """JAX's own: ranks the top k only, and scatters ones to them."""
+    flat = jnp.concatenate([s.reshape(-1) for s in scores])
+    _, chosen = lax.top_k(flat, k)
+    return _split(jnp.zeros(flat.size, bool).at[chosen].set(True), scores)
+
+
 def select_sort(scores: Leaves, k: int) -> Leaves:
     """Threshold from a full sort; selects more than k where scores tie at it."""
     flat = jnp.concatenate([s.reshape(-1) for s in scores])
@@ -91,11 +99,29 @@ def select_sort(scores: Leaves, k: int) -> Leaves:
     return [s >= threshold for s in scores]
 
 
-def select_introselect(scores: Sequence[np.ndarray], k: int) -> list[np.ndarray]:
-    """Threshold from `numpy.partition`, on the host; as `select_sort` with ties."""
-    flat = np.concatenate([s.reshape(-1) for s in scores])
-    threshold = np.partition(flat, flat.size - k)[flat.size - k]
-    return [s >= threshold for s in scores]
+class Introselect:
+    """Threshold from NumPy's `partition`, on the host; as `select_sort` with ties.
+
+    In memory that is there already, as what JAX allocates mostly is: new memory of this
+    size takes up to ten times as long to get as the selection, or next to nothing, by
+    what has been allocated before.
+    """
+
+    def __init__(self, scores: Sequence[Array]) -> None:
+        """Takes memory for copies of the scores, and for masks."""
+        self._scores = [np.asarray(s) for s in scores]
+        total = sum(s.size for s in self._scores)
+        self._flat = np.empty(total, self._scores[0].dtype)
+        self._masks = [np.empty(s.shape, bool) for s in self._scores]
+
+    def __call__(self, k: int) -> list[np.ndarray]:
+        """The masks, which the next call overwrites."""
+        np.concatenate([s.reshape(-1) for s in self._scores], out=self._flat)
+        self._flat.partition(self._flat.size - k)
+        threshold = self._flat[-k]
+        for score, mask in zip(self._scores, self._masks, strict=True):
+            np.greater_equal(score, threshold, out=mask)
+        return self._masks
 
 
 def granet_ours(masks: Leaves, weights: Leaves, grads: Leaves, *, keep: int) -> Leaves:
@@ -166,17 +192,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         return
 
-    host = [np.asarray(s) for s in scores]
+    introselect = Introselect(scores)
     select = jax.jit(select_ours, static_argnums=1)
     select_by_argsort = jax.jit(select_argsort, static_argnums=1)
+    select_by_lax_top_k = jax.jit(select_lax_top_k, static_argnums=1)
     select_by_sort = jax.jit(select_sort, static_argnums=1)
     copy = _copy(scores)
     seconds = timing.interleaved(
         {
             "select: granet_jax": lambda: select(scores, keep),
             "select: argsort": lambda: select_by_argsort(scores, keep),
+            "select: lax.top_k": lambda: select_by_lax_top_k(scores, keep),
             "select: sort": lambda: select_by_sort(scores, keep),
-            "select: NumPy introselect": lambda: select_introselect(host, keep),
+            "select: NumPy introselect": lambda: introselect(keep),
             **{
                 f"update: {name}, {how}": partial(update, masks, weights, grads)
                 for how, updates_ in {"granet_jax": ours, "argsort": argsort}.items()
@@ -247,7 +275,8 @@ def _load(shapes: resnet50.Shapes) -> tuple[Leaves, Leaves, Leaves, Leaves]:
 def _check_selection(scores: Leaves, k: int) -> None:
     ours = jax.jit(select_ours, static_argnums=1)(scores, k)
     assert _count(ours) == k, (_count(ours), k)
-    _assert_equal(ours, jax.jit(select_argsort, static_argnums=1)(scores, k))
+    for other in (select_argsort, select_lax_top_k):
+        _assert_equal(ours, jax.jit(other, static_argnums=1)(scores, k))
     # The thresholds take every tie: ours, and nothing but scores equal to the lowest.
     lowest = min(
         np.asarray(s)[np.asarray(m)].min(initial=np.inf)
@@ -255,7 +284,7 @@ def _check_selection(scores: Leaves, k: int) -> None:
     )
     for other in (
         jax.jit(select_sort, static_argnums=1)(scores, k),
-        select_introselect([np.asarray(s) for s in scores], k),
+        Introselect(scores)(k),
     ):
         _assert_equal([s >= lowest for s in scores], other)
 

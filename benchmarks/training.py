@@ -1,6 +1,8 @@
 r"""Seconds of a training step of ResNet-20, sparse over dense, by the trainer.
 
     python -m benchmarks.training            # 128 images of 32 x 32; some minutes
+    python -m benchmarks.training --model resnet-50 --size 224 --classes 1000 \
+        --precision bfloat16                 # on a GPU
     python -m benchmarks.training --quick    # small network: checks the masks only
 
 The contenders, in turns, are the trainer's own steps, forward and backward pass
@@ -78,20 +80,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Checks the masks, then times the steps."""
     parser = commands.parser(__doc__)
     parser.add_argument("--model", default="resnet-20", choices=models.NAMES)
+    parser.add_argument("--precision", default="float32")
     parser.add_argument("--size", type=int, default=32, help="pixels, square")
     parser.add_argument("--channels", type=int, default=3)
+    parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=31, help="steps of each")
     options = parser.parse_args(arguments)
     if options.quick:
         options.model, options.batch_size = "lenet-5", 16
 
-    dataset = random_images(options.size, options.channels, 8 * options.batch_size)
+    dataset = random_images(
+        options.size, options.channels, 8 * options.batch_size, options.classes
+    )
 
     def run(method: Any, interval: int | None) -> Run:
         config = Config(
             method=method,
             model=options.model,
+            precision=options.precision,
             steps=STEPS,
             data=DataConfig(batch_size=options.batch_size),
             masks=MaskConfig(interval=interval),
