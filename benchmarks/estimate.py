@@ -19,9 +19,9 @@ from benchmarks import commands, scale, timing
 
 # Read or written for each weight: in a pass its code; in a stage what the code is made
 # of (parameter, gradient, momentum, activity), and the code; at the end of a phase the
-# code and activity. A selection among float32 scores has five stages.
+# code and activity. A selection among float32 scores has four stages.
 BYTES_A_PASS = 1
-BYTES_A_PHASE = 5 * (3 * 4 + 1 + 1) + 3
+BYTES_A_PHASE = 4 * (3 * 4 + 1 + 1) + 3
 CHIPS = (4, 64, 1024)
 INTERVALS = (100, 1000)
 # Assumed: of starting a collective in a loop, and of every link on its way.

@@ -145,10 +145,11 @@ def make_mesh(devices: int, axes: str) -> Mesh:
 def search_passes(largest_leaf: int, *, bits: int = 32) -> int:
     """Most passes of one selection, see `granet_jax.search.search`.
 
-    One that counts the candidates; those of the search over keys of `bits` bits, stage
-    after stage, over 128 codes but for the first stage; and those of the search over
-    positions among ties in a leaf. A search ends when its range is one wide, and each
-    pass leaves the largest of four parts of it.
+    One that counts the candidates; those of the search over keys of `bits` bits, and
+    one more where a key is among the largest (of floats over 1e38), which the first
+    stage leaves with twice as many others; and those of the search over positions among
+    ties in a leaf. A search ends when its range is one wide, and each pass leaves the
+    largest of four parts of it.
     """
 
     def search(width: int) -> int:
@@ -159,8 +160,7 @@ def search_passes(largest_leaf: int, *, bits: int = 32) -> int:
             passes += 1
         return passes
 
-    later, first = divmod(bits - 1, 7)
-    return 1 + search(2 ** (first + 1)) + later * search(2**7) + search(largest_leaf)
+    return 1 + search(2**bits) + 1 + search(largest_leaf)
 
 
 def collectives(program: str) -> list[Collective]:

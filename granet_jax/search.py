@@ -1,10 +1,10 @@
 """The search for the k-th largest of integer keys, of all leaves in lockstep.
 
-It goes over seven bits of the keys at a time, in stages that reduce each key to a code
+It goes over eight bits of the keys at a time, in stages that reduce each key to a code
 of one byte; every pass over those bytes counts the codes above three thresholds at
-once, in one fused compare-and-sum, and leaves a quarter of the range (5 stages and 19
-passes for float32). A global threshold is the same loop with the counts summed over the
-leaves.
+once, in one fused compare-and-sum, and leaves a quarter of the range (4 stages and 17
+passes for float32). Where keys tie, further stages go over the positions of the tied.
+A global threshold is the same loop with the counts summed over the leaves.
 """
 
 import functools
@@ -34,18 +34,22 @@ def search(
     """Selections one after the other, each as `top_k` on keys, in one loop.
 
     The lockstep search: a row is a leaf, or, across leaves, all rows share one
-    threshold. Keys are never kept. A search goes from stage to stage, over seven bits
+    threshold. Keys are never kept. A search goes from stage to stage, over eight bits
     of the keys in each; a stage makes them anew, where they fuse with what reduces them
-    to codes of one byte: which of 128 equal parts of what is left of the row's range a
-    key lies in, or below or above it. The passes of a stage read the codes. (One
+    to codes of one byte: which of 256 equal parts of what is left of the row's range a
+    key lies in. What is below counts to the first part and what is above to the last:
+    how many are above either end is known. The passes of a stage read the codes. (One
     function makes the keys in all stages, in one loop: two kernels might round the same
     score differently, one with a fused multiply-add, and what one counts the other
     would not select.)
 
-    The count of candidates, the search over codes and the one over positions of ties
-    are one loop with one counting expression: entries above a code, and of those equal
-    to it the ones before a position. (One expression, and one loop for all selections,
-    because compiling them for every leaf is what the compile time of an update is.)
+    Where one key is left of a row's range, and some but not all of its entries are to
+    be selected, the row's range becomes one of positions: of entries with that key by
+    where they are, earlier ones first, in parts as those of keys.
+
+    The count of candidates and the search over codes are one loop with one counting
+    expression. (And one loop for all selections: compiling it for every leaf is what
+    the compile time of an update is.)
 
     Args:
       value: pytree, what selections read and change.
@@ -61,21 +65,25 @@ def search(
     """
     rows = _rows_of(stacks)
     leaves = len(rows.leaves)
-    unsigned = jnp.dtype(f"uint{8 * key_type.itemsize}")
     lowest = jnp.asarray(jnp.iinfo(key_type).min, key_type)
     lengths = [len(stack.leaves) for stack in stacks]
     sizes = jnp.asarray(np.repeat([x.like.size for x in stacks], lengths), counter)
-    bits = 8 * key_type.itemsize
+    # Bounds are keys, counted from the lowest, or positions.
+    wide = jnp.dtype(f"uint{8 * max(key_type.itemsize, counter.itemsize)}")
 
     def stage(carry: tuple[Array, Array, Any, _Search]) -> Any:
         more, index, value, s = carry
         now = phase(index, value)
 
         def codes(maker: Callable[[Any], Sequence[Array]]) -> list[Array]:
-            keys = zip(maker(value), rows.starts, strict=True)
-            return [_codes(key, s.base, start, s.shift) for key, start in keys]
+            made = zip(maker(value), rows.places, rows.starts, strict=True)
+            return [
+                _codes(keys, at, ranges.rows(start, len(keys)))
+                for keys, at, start in made
+            ]
 
-        s = _next_stage(_restarted(s, start), now.across)
+        s = _next_stage(_restarted(s, start), now.across, sizes, rows.leaves)
+        ranges = _Range.of(s, lowest, sizes)
         branches: list[Callable[[], list[Array]]]
         branches = [functools.partial(codes, maker) for maker in makers]
         which = now.maker
@@ -87,13 +95,13 @@ def search(
         s = lax.while_loop(
             lambda s: ~s.settled & ~s.done,
             lambda s: _advance(s, made, rows, now, counter),
-            _probed(s._replace(settled=jnp.zeros((), bool))),
+            s,
         )
 
         def finish(value: Any) -> Any:
             chosen = [
-                _chosen(x, at, [s.result.rows(start, len(x))])[0]
-                for x, at, start in zip(made, rows.places, rows.starts, strict=True)
+                _above(x, [s.result], start)[0]
+                for x, start in zip(made, rows.starts, strict=True)
             ]
             return now.finish(value, chosen, rows.by_leaf(s.candidates))
 
@@ -106,29 +114,26 @@ def search(
         index += s.done
         return index < phases[1], index, value, s
 
-    nowhere = _Probe(jnp.zeros((leaves,), jnp.int8), jnp.zeros_like(sizes))
     # Entries that are no candidates have the lowest key, and are never selected. The
     # first pass counts the others; only then is known how many are wanted.
     start = _Search(
-        shift=jnp.asarray(-(-bits // _STAGE_BITS) * _STAGE_BITS, unsigned),
-        base=jnp.full((leaves,), lowest + 1),
+        shift=jnp.zeros((leaves,), wide),
+        base=jnp.zeros((leaves,), wide),
+        offset=jnp.zeros((leaves,), jnp.int32),
         started=jnp.zeros((), bool),
         settled=jnp.zeros((), bool),
         done=jnp.zeros((), bool),
         candidates=jnp.zeros_like(sizes),
         wanted=jnp.zeros_like(sizes),
-        low=jnp.full((leaves,), lowest + 1),
-        high=jnp.full((leaves,), jnp.iinfo(key_type).max, key_type),
+        alone=jnp.zeros((leaves,), bool),
+        tied=jnp.zeros((leaves,), bool),
+        key=jnp.zeros((leaves,), wide),
+        low=jnp.ones((leaves,), wide),
+        high=jnp.full((leaves,), 2 ** (8 * key_type.itemsize) - 1, wide),
         count_low=sizes,
         count_high=jnp.zeros_like(sizes),
-        found=jnp.zeros((leaves,), bool),
-        share=jnp.zeros_like(sizes),
-        first=jnp.zeros_like(sizes),
-        last=sizes,
-        count_first=jnp.zeros_like(sizes),
-        count_last=sizes,
-        middles=[nowhere.code] * 3,
-        result=nowhere,
+        middles=[jnp.zeros((leaves,), jnp.int8)] * 3,
+        result=jnp.zeros((leaves,), jnp.int8),
     )
     first = jnp.asarray(phases[0], jnp.int32)
     # (Loops that look at one value to end make XLA search all that it comes from for a
@@ -154,19 +159,6 @@ class PhaseOfSearch(NamedTuple):
     across: Array | bool
     number: Callable[[Array], Array]
     finish: Callable[[Any, list[Array], Array], Any]
-
-
-class _Probe(NamedTuple):
-    """What entries are compared with: a code and a position for every row."""
-
-    code: Array
-    position: Array
-
-    def rows(self, start: Array, number: int) -> "_Probe":
-        part = functools.partial(
-            lax.dynamic_slice_in_dim, start_index=start, slice_size=number
-        )
-        return _Probe(part(self.code), part(self.position))
 
 
 class _Rows(NamedTuple):
@@ -207,10 +199,12 @@ def _rows_of(stacks: list[Stack]) -> _Rows:
 class _Search(NamedTuple):
     """State of the search: scalars, and vectors with a row per leaf (`_Rows`).
 
-    count(key >= low) >= wanted >= count(key >= high); and, once low and high are one
-    apart or one of them is exact (`found`), the leaf selects `share` of its keys in
-    [low, high), of which at most `share` lie before `first`, and at least `share`
-    before `last`. Codes stand for 2**shift keys each, from `base` on; `settled` says
+    A bound is a key, counted from the lowest; in rows that are `tied` a position,
+    counted from behind, of entries with the key `key`. At or above `low` there are
+    `count_low` entries, no fewer than wanted; at or above `high`, `count_high`, no more
+    than wanted. (Rows that are `alone` are not ranked across leaves any more: it is
+    known how many are wanted of each.) Codes stand for 2**shift bounds each, from
+    `base` on; where `offset` is 1 the lowest is for what is below. `settled` says
     that the next stage can begin, and `done` that none need. `middles` are the codes
     that the next pass compares with, and `result` what selects once all is done: they
     are of the state since XLA would compute them in the kernel of every leaf again.
@@ -218,41 +212,76 @@ class _Search(NamedTuple):
 
     shift: Array
     base: Array
+    offset: Array
     started: Array
     settled: Array
     done: Array
     candidates: Array
     wanted: Array
+    alone: Array
+    tied: Array
+    key: Array
     low: Array
     high: Array
     count_low: Array
     count_high: Array
-    found: Array
-    share: Array
-    first: Array
-    last: Array
-    count_first: Array
-    count_last: Array
     middles: list[Array]
-    result: _Probe
+    result: Array
 
 
-# Codes, int8: below the range of the stage (or no candidate), the first part of it, and
-# above.
-_STAGE_BITS = 7
+class _Range(NamedTuple):
+    """What a stage makes codes of, a row per leaf.
 
-_BELOW, _FIRST, _ABOVE = -128, -127, 1
+    Attributes:
+      key: the first, or, where tied, the only one.
+      shift: codes stand for 2**shift keys or positions each.
+      offset: the code of the first, from the lowest code on.
+      tied: whether they are positions.
+      limit: where tied, that entries of a leaf up to this number lie in or above.
+    """
+
+    key: Array
+    shift: Array
+    offset: Array
+    tied: Array
+    limit: Array
+
+    @classmethod
+    def of(cls, s: _Search, lowest: Array, sizes: Array) -> "_Range":
+        # (Unsigned numbers to signed keys of as many bits, which wraps around.)
+        key = jnp.where(s.tied, s.key, s.base).astype(f"uint{8 * lowest.itemsize}")
+        key = lax.bitcast_convert_type(key, lowest.dtype) + lowest
+        limit = sizes.astype(s.base.dtype) - jnp.where(s.tied, s.base, 0)
+        return cls(key, s.shift, s.offset, s.tied, limit)
+
+    def rows(self, start: Array, number: int) -> "_Range":
+        return _Range(*(lax.dynamic_slice_in_dim(x, start, number) for x in self))
+
+
+# The codes, int8: that of part 0, and one more than that of part 255.
+_STAGE_BITS = 8
+_FIRST, _END = -128, 128
 
 
 @jax.jit
-def _codes(keys: Array, bases: Array, start: Array, shift: Array) -> Array:
-    """The codes of a stack's keys, see `search`."""
-    base = lax.dynamic_slice_in_dim(bases, start, len(keys))
-    base = base.reshape((-1, *(1,) * (keys.ndim - 1)))
-    part = _width(base, keys) >> shift
-    part = jnp.minimum(part, jnp.asarray(_ABOVE - _FIRST, part.dtype))
-    code = part.astype(jnp.int32) + _FIRST
-    return jnp.where(keys < base, _BELOW, code).astype(jnp.int8)
+def _codes(keys: Array, at: Places, ranges: _Range) -> Array:
+    """The codes of a stack's keys, see `search`.
+
+    (How far each row of entries is from the end of the range is computed first, and
+    compared with the place within the row: an index of every entry would be an array
+    that XLA hoists out of the loop and reads in every stage.)
+    """
+    of_leaf = (-1, *(1,) * (keys.ndim - 1))
+    key, shift, offset, tied, limit = (x.reshape(of_leaf) for x in ranges)
+    left = limit - jnp.minimum(at.start.astype(limit.dtype), limit)
+    column = at.column.astype(limit.dtype)
+    within = tied & (keys == key)
+    part = jnp.where(within, left - 1 - column, _width(key, keys).astype(limit.dtype))
+    part = jnp.where(tied & (keys > key), _END - _FIRST, part >> shift)
+    below = (keys < key) | (within & (column >= left))
+    last = _END - 1 - _FIRST - offset
+    part = jnp.minimum(part, last.astype(part.dtype)).astype(jnp.int32) + offset
+    return (jnp.where(below, 0, part) + _FIRST).astype(jnp.int8)
 
 
 def _restarted(s: _Search, start: _Search) -> _Search:
@@ -260,15 +289,49 @@ def _restarted(s: _Search, start: _Search) -> _Search:
     return jax.tree.map(lambda new, old: jnp.where(s.done, new, old), start, s)
 
 
-def _next_stage(s: _Search, across: Array | bool) -> _Search:
-    # Where the upper bound is exact the range is empty, and lies above it.
-    above = s.started & (_of_group(s.count_high, across) == s.wanted)
-    low = jnp.where(above, s.high, s.low)
-    return s._replace(
-        base=low,
-        low=low,
-        count_low=jnp.where(above, s.count_high, s.count_low),
-        shift=s.shift - jnp.asarray(_STAGE_BITS, s.shift.dtype),
+def _next_stage(
+    s: _Search, across: Array | bool, sizes: Array, leaves: np.ndarray
+) -> _Search:
+    # Of a key's entries as many as are wanted: across leaves, those of the first.
+    exact_low, exact_high = _exact(s, across)
+    ties = s.count_low - s.count_high
+    remaining = s.wanted - _of_group(s, s.count_high, across)
+    before = jnp.where(across, sum_before(ties, leaves), 0)
+    share = jnp.where(remaining > before, remaining - before, 0)
+    share = jnp.minimum(share, ties)
+    one = ~exact_low & ~exact_high & ~s.tied & (s.high - s.low <= 1)
+    s = s._replace(
+        wanted=jnp.where(one, s.count_high + share, s.wanted), alone=s.alone | one
+    )
+
+    # Where a bound is exact, it is all that is left of the range.
+    exact_low, exact_high = _exact(s, across)
+    exact = exact_low | exact_high
+    bound = jnp.where(exact_high, s.high, s.low)
+    count = jnp.where(exact_high, s.count_high, s.count_low)
+    tied = one & ~exact
+    s = s._replace(
+        tied=s.tied | tied,
+        key=jnp.where(tied, s.low, s.key),
+        low=jnp.where(tied, 0, bound),
+        high=jnp.where(
+            tied, sizes.astype(bound.dtype), jnp.where(exact, bound, s.high)
+        ),
+        count_low=count,
+        count_high=jnp.where(exact, count, s.count_high),
+    )
+    # As few bounds a code as cover the range. (The first part cannot be told from what
+    # is below it. So where its lower bound is what selects, or, at the start, what
+    # candidates are counted by, it begins one code later.)
+    width = jnp.maximum(s.high - s.low, 1) - 1
+    bits = 8 * width.dtype.itemsize - lax.clz(width)
+    return _judged(
+        s._replace(
+            base=s.low,
+            shift=jnp.maximum(bits, _STAGE_BITS) - _STAGE_BITS,
+            offset=(exact | ~s.started).astype(jnp.int32),
+        ),
+        across,
     )
 
 
@@ -280,13 +343,10 @@ def _advance(
     counter: jnp.dtype,
 ) -> _Search:
     """One pass over memory, and what the next one compares with."""
-    # (Positions, other than codes, make faster kernels if they are computed there.)
-    starts = [jnp.where(s.found, place, 0) for place in _places(s)]
-    probes = list(map(_Probe, s.middles, starts))
     counts = count_leaves(
         [
-            _chosen(x, at, [p.rows(start, len(x)) for p in probes])
-            for x, at, start in zip(codes, rows.places, rows.starts, strict=True)
+            _above(x, s.middles, start)
+            for x, start in zip(codes, rows.starts, strict=True)
         ],
         counter,
     )
@@ -294,123 +354,92 @@ def _advance(
     def count_candidates(s: _Search, counts: list[Array]) -> _Search:
         count = counts[0]
         wanted = rows.by_row(phase.number(rows.by_leaf(count)))
-        wanted = jnp.minimum(wanted, _of_group(count, phase.across))
+        wanted = jnp.minimum(wanted, _of_group(s, count, phase.across))
         return s._replace(
             started=jnp.ones((), bool), candidates=count, wanted=wanted, count_low=count
         )
 
     def narrow(s: _Search, counts: list[Array]) -> _Search:
-        new, in_keys = s, ~s.found
-        ties = [count - s.count_high for count in counts]
-        probes = list(zip(_middles(s), _places(s), counts, ties, strict=True))
-        for middle, place, count, tied in probes:
-            up = in_keys & (_of_group(count, phase.across) >= s.wanted)
-            within = ~in_keys & (tied <= s.share)
+        new = s
+        probes = [
+            (_bound_of(s, code), _of_group(s, count, phase.across), count)
+            for code, count in zip(_middles(s), counts, strict=True)
+        ]
+        for bound, found, count in probes:
+            # (Of a range of one part it is the lower bound, which cannot be counted.)
+            up = (bound > s.low) & (found >= s.wanted)
             new = new._replace(
-                low=jnp.where(up, middle, new.low),
+                low=jnp.where(up, bound, new.low),
                 count_low=jnp.where(up, count, new.count_low),
-                first=jnp.where(within, place, new.first),
-                count_first=jnp.where(within, tied, new.count_first),
             )
-        for middle, place, count, tied in probes[::-1]:
-            down = in_keys & (_of_group(count, phase.across) < s.wanted)
-            beyond = ~in_keys & (tied > s.share)
+        for bound, found, count in probes[::-1]:
+            down = (bound > s.low) & (found < s.wanted)
             new = new._replace(
-                high=jnp.where(down, middle, new.high),
+                high=jnp.where(down, bound, new.high),
                 count_high=jnp.where(down, count, new.count_high),
-                last=jnp.where(beyond, place, new.last),
-                count_last=jnp.where(beyond, tied, new.count_last),
             )
         return new
 
     s = lax.cond(s.started, narrow, count_candidates, s, counts)
-    return _probed(_judged(s, phase.across, rows.leaves))
+    return _judged(s, phase.across)
 
 
-def _judged(s: _Search, across: Array | bool, leaves: np.ndarray) -> _Search:
+def _judged(s: _Search, across: Array | bool) -> _Search:
     """With what follows from the bounds and their counts."""
-    found = _of_group(s.count_low, across) == s.wanted
-    found |= _of_group(s.count_high, across) == s.wanted
-    found |= _width(s.low, s.high) <= 1
-    ties = s.count_low - s.count_high
-    remaining = s.wanted - _of_group(s.count_high, across)
-    before = jnp.where(across, sum_before(ties, leaves), 0)
-    share = jnp.where(remaining > before, remaining - before, 0)
-    share = jnp.minimum(share, ties)
-    # All or none of the ties: no position to be found.
-    all_or_none = (share == 0) | (share == ties)
-    placed = all_or_none | (s.count_first == share) | (s.count_last == share)
-    done = jnp.all(found & placed)
-    settled = (s.shift > 0) & jnp.all(found | (_parts_of(s, s.low, s.high) <= 1))
-    # All keys from `low` on, or those from `high` on, or the ties before a position.
+    exact_low, exact_high = _exact(s, across)
+    exact = exact_low | exact_high
     low, high = _code_of(s, s.low), _code_of(s, s.high)
-    key = jnp.where(share == ties, low - 1, jnp.where(share == 0, high - 1, low))
-    place = jnp.where(s.count_last == share, s.last, s.first)
+    above = [jnp.where(s.started, code, _FIRST + 1) for code in _middles(s)]
     return s._replace(
-        found=found,
-        share=share,
-        done=done,
-        settled=settled,
-        result=_Probe(key, jnp.where(all_or_none, 0, place)),
+        done=jnp.all(exact),
+        settled=s.started & jnp.all(exact | (high - low <= 1)),
+        middles=[_below(code) for code in above],
+        result=_below(jnp.where(exact_high, high, low)),
     )
 
 
-def _probed(s: _Search) -> _Search:
-    """With the codes that the next pass compares with."""
-    # With the key of a group found, it searches the positions of its ties.
-    low = _code_of(s, s.low)
-    middles = [
-        jnp.where(s.found, low, jnp.where(s.started, _code_of(s, key) - 1, _BELOW))
-        for key in _middles(s)
-    ]
-    return s._replace(middles=middles)
+def _exact(s: _Search, across: Array | bool) -> tuple[Array, Array]:
+    """Whether the lower bound, and the upper one, selects what is wanted."""
+    low, high = (_of_group(s, x, across) for x in (s.count_low, s.count_high))
+    return s.started & (low == s.wanted), s.started & (high == s.wanted)
 
 
 def _middles(s: _Search) -> list[Array]:
-    between = _quarters(_parts_of(s, s.low, s.high))
-    return [s.low + (part << s.shift).astype(s.low.dtype) for part in between]
+    """Codes that divide the range in four; the lowest of it where there are fewer."""
+    low, high = _code_of(s, s.low), _code_of(s, s.high)
+    return [low + part for part in _quarters(high - low)]
 
 
-def _places(s: _Search) -> list[Array]:
-    return [s.first + part for part in _quarters(s.last - s.first)]
-
-
-def _parts_of(s: _Search, low: Array, high: Array) -> Array:
-    """How many parts, of the size that a code stands for, a range reaches into."""
-    width = _width(low, high)
+def _code_of(s: _Search, bound: Array) -> Array:
+    """The lowest code, as int32, of which all entries are at or above a bound."""
+    width = bound - s.base
     whole = width >> s.shift
-    return whole + (whole << s.shift != width)
+    parts = whole + (whole << s.shift != width)
+    return jnp.minimum(parts.astype(jnp.int32) + s.offset + _FIRST, _END)
 
 
-def _code_of(s: _Search, key: Array) -> Array:
-    """The lowest code of which all keys are at or above a bound of the stage."""
-    return _parts_of(s, s.base, key).astype(jnp.int8) + jnp.int8(_FIRST)
+def _bound_of(s: _Search, code: Array) -> Array:
+    """The lowest bound with a code."""
+    return s.base + ((code - _FIRST - s.offset).astype(s.base.dtype) << s.shift)
 
 
-def _of_group(per_leaf: Array, across: Array | bool) -> Array:
+def _below(code: Array) -> Array:
+    """What is compared with: one code less, as int8."""
+    return jnp.maximum(code - 1, _FIRST).astype(jnp.int8)
+
+
+def _of_group(s: _Search, per_leaf: Array, across: Array | bool) -> Array:
     """The count of what is ranked together, in every row."""
-    return jnp.where(across, jnp.sum(per_leaf, dtype=per_leaf.dtype), per_leaf)
+    total = jnp.sum(per_leaf, dtype=per_leaf.dtype)
+    return jnp.where(across & ~s.alone, total, per_leaf)
 
 
 @jax.jit
-def _chosen(x: Array, places: Places, probes: Sequence[_Probe]) -> list[Array]:
-    """Of each probe, the entries of a stack above it.
-
-    Those are the ones above its code, and of those equal to it the ones before its
-    position. (How many of each row are before it is computed first, and compared with
-    the place within the row: an index of every entry would be an array that XLA hoists
-    out of the loop and reads in every pass.)
-    """
-    chosen = []
-    for probe in probes:
-        of_leaf = (-1, *(1,) * (x.ndim - 1))
-        key, position = (v.reshape(of_leaf) for v in probe)
-        length = jnp.asarray(x.shape[-1], places.start.dtype)
-        position = position.astype(places.start.dtype)
-        left = position - jnp.minimum(places.start, position)
-        left = jnp.minimum(left, length).astype(places.column.dtype)
-        chosen.append(x > key - (places.column < left).astype(x.dtype))
-    return chosen
+def _above(x: Array, codes: Sequence[Array], start: Array) -> list[Array]:
+    """Of each row of codes, the entries of a stack above them."""
+    of_leaf = (-1, *(1,) * (x.ndim - 1))
+    mine = [lax.dynamic_slice_in_dim(code, start, len(x)) for code in codes]
+    return [x > code.reshape(of_leaf) for code in mine]
 
 
 def _quarters(width: Array) -> list[Array]:

@@ -15,8 +15,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from granet_jax import search, selection
-from granet_jax.counting import Places, places, sum_before
+from granet_jax import selection
+from granet_jax.counting import places, sum_before
 from granet_jax.keys import sort_keys
 from tests import oracle
 
@@ -460,12 +460,11 @@ def test_positions_are_counted_past_32_bits(rows: int, bits: int) -> None:
         return jax.ShapeDtypeStruct(axes, dtype)
 
     with jax.enable_x64(True):
-        codes = shape(rows, 2, dtype=jnp.int8)
-        found = jax.eval_shape(lambda: places(codes))
+        scores = shape(rows, 2, dtype=jnp.bfloat16)
+        found = jax.eval_shape(lambda: places(scores))
         assert (found.start.shape, found.start.dtype) == ((rows, 1), f"uint{bits}")
-        probe = shape(dtype=jnp.int8), shape(dtype=jnp.uint64)
-        text = str(jax.make_jaxpr(search._chosen)(codes, Places(*found), [probe]))
-    assert set(re.findall(rf":u(\d+)\[{rows},1\] = (?:min|sub)", text)) == {str(bits)}
+        text = str(jax.make_jaxpr(selection.top_k)([scores], 1))
+    assert set(re.findall(rf":u(\d+)\[1,{rows},1\] = (?:min|sub)", text)) == {str(bits)}
 
 
 @pytest.mark.parametrize(
