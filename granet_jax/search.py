@@ -202,12 +202,13 @@ class _Search(NamedTuple):
     A bound is a key, counted from the lowest; in rows that are `tied` a position,
     counted from behind, of entries with the key `key`. At or above `low` there are
     `count_low` entries, no fewer than wanted; at or above `high`, `count_high`, no more
-    than wanted. (Rows that are `alone` are not ranked across leaves any more: it is
-    known how many are wanted of each.) Codes stand for 2**shift bounds each, from
-    `base` on; where `offset` is 1 the lowest is for what is below. `settled` says
-    that the next stage can begin, and `done` that none need. `middles` are the codes
-    that the next pass compares with, and `result` what selects once all is done: they
-    are of the state since XLA would compute them in the kernel of every leaf again.
+    than wanted. (Rows that are `alone` are not ranked across leaves any more: of the
+    one key that is left it is known how many are wanted of each.) Codes stand for
+    2**shift bounds each, from `base` on; where `offset` is 1 the lowest is for what is
+    below. `settled` says that the next stage can begin, and `done` that none need.
+    `middles` are the codes that the next pass compares with, and `result` what selects
+    once all is done: they are of the state since XLA would compute them in the kernel
+    of every leaf again.
     """
 
     shift: Array
@@ -292,24 +293,12 @@ def _restarted(s: _Search, start: _Search) -> _Search:
 def _next_stage(
     s: _Search, across: Array | bool, sizes: Array, leaves: np.ndarray
 ) -> _Search:
-    # Of a key's entries as many as are wanted: across leaves, those of the first.
-    exact_low, exact_high = _exact(s, across)
-    ties = s.count_low - s.count_high
-    remaining = s.wanted - _of_group(s, s.count_high, across)
-    before = jnp.where(across, sum_before(ties, leaves), 0)
-    share = jnp.where(remaining > before, remaining - before, 0)
-    share = jnp.minimum(share, ties)
-    one = ~exact_low & ~exact_high & ~s.tied & (s.high - s.low <= 1)
-    s = s._replace(
-        wanted=jnp.where(one, s.count_high + share, s.wanted), alone=s.alone | one
-    )
-
     # Where a bound is exact, it is all that is left of the range.
     exact_low, exact_high = _exact(s, across)
     exact = exact_low | exact_high
     bound = jnp.where(exact_high, s.high, s.low)
     count = jnp.where(exact_high, s.count_high, s.count_low)
-    tied = one & ~exact
+    tied = s.alone & ~s.tied & ~exact
     s = s._replace(
         tied=s.tied | tied,
         key=jnp.where(tied, s.low, s.key),
@@ -332,6 +321,7 @@ def _next_stage(
             offset=(exact | ~s.started).astype(jnp.int32),
         ),
         across,
+        leaves,
     )
 
 
@@ -381,20 +371,35 @@ def _advance(
         return new
 
     s = lax.cond(s.started, narrow, count_candidates, s, counts)
-    return _judged(s, phase.across)
+    return _judged(s, phase.across, rows.leaves)
 
 
-def _judged(s: _Search, across: Array | bool) -> _Search:
+def _judged(s: _Search, across: Array | bool, leaves: np.ndarray) -> _Search:
     """With what follows from the bounds and their counts."""
+    # Of the entries with one key as many as are wanted: across leaves, of the first.
+    ties = s.count_low - s.count_high
+    remaining = s.wanted - _of_group(s, s.count_high, across)
+    before = jnp.where(across, sum_before(ties, leaves), 0)
+    share = jnp.where(remaining > before, remaining - before, 0)
+    share = jnp.minimum(share, ties)
+    exact_low, exact_high = _exact(s, across)
+    one = s.started & ~s.alone & ~exact_low & ~exact_high & (s.high - s.low <= 1)
+    s = s._replace(
+        wanted=jnp.where(one, s.count_high + share, s.wanted), alone=s.alone | one
+    )
+
     exact_low, exact_high = _exact(s, across)
     exact = exact_low | exact_high
     low, high = _code_of(s, s.low), _code_of(s, s.high)
+    # What selects must be told by its code from what is below, and from what is above.
+    code = jnp.where(exact_high, high, low)
+    told = (code > _FIRST) & ((code < _END) | (s.count_high == 0))
     above = [jnp.where(s.started, code, _FIRST + 1) for code in _middles(s)]
     return s._replace(
-        done=jnp.all(exact),
+        done=jnp.all(exact & told),
         settled=s.started & jnp.all(exact | (high - low <= 1)),
         middles=[_below(code) for code in above],
-        result=_below(jnp.where(exact_high, high, low)),
+        result=_below(code),
     )
 
 
