@@ -145,11 +145,13 @@ def make_mesh(devices: int, axes: str) -> Mesh:
 def search_passes(largest_leaf: int, *, bits: int = 32) -> int:
     """Most passes of one selection, see `granet_jax.search.search`.
 
-    One that counts the candidates; those of the search over keys of `bits` bits, and
-    one more where a key is among the largest (of floats over 1e38), which the first
-    stage leaves with twice as many others; and those of the search over positions among
-    ties in a leaf. A search ends when its range is one wide, and each pass leaves the
-    largest of four parts of it.
+    Those of stages of eight bits of keys of `bits` bits, in which a pass leaves the
+    largest of four parts of the range. (The first pass counts the candidates, and
+    leaves half.) Two more in stages of fewer keys a code than have 16 bits in common,
+    where the first passes compare with what is to be expected, which may leave nearly
+    all. One more where a key is among the largest (of floats over 1e38), which the
+    first stage leaves with twice as many others. And those of stages of positions,
+    among ties in a leaf.
     """
 
     def search(width: int) -> int:
@@ -160,7 +162,9 @@ def search_passes(largest_leaf: int, *, bits: int = 32) -> int:
             passes += 1
         return passes
 
-    return 1 + search(2**bits) + 1 + search(largest_leaf)
+    shifts = range(bits - 16, -1, -8)
+    stages = sum(search(2**8) + 2 * (shift < bits - 16) for shift in shifts)
+    return 1 + search(2**7) + stages + 1 + search(largest_leaf)
 
 
 def collectives(program: str) -> list[Collective]:

@@ -181,10 +181,9 @@ def test_without_donation_the_copies_are_seen() -> None:
     assert sum(copied) >= sum(masked_sizes(shapes))
 
 
-@pytest.mark.parametrize("scope", selection.SCOPES)
-def test_passes_stay_within_their_bound(
-    scope: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry for every pass over memory of what is traced in the test."""
     passes = []
     count = search.count_leaves
 
@@ -193,6 +192,16 @@ def test_passes_stay_within_their_bound(
         return count(*arguments)
 
     monkeypatch.setattr(search, "count_leaves", counted)
+    return passes
+
+
+def untraced(scope: str) -> Any:
+    """`top_k`, not to be found among what is compiled without the counter."""
+    return jax.jit(functools.partial(inspect.unwrap(selection.top_k), scope=scope))
+
+
+@pytest.mark.parametrize("scope", selection.SCOPES)
+def test_passes_stay_within_their_bound(scope: str, passes: list[int]) -> None:
     rng = np.random.default_rng(0)
     heavy = rng.standard_cauchy((2, 500)).astype("f4")
     tied = np.where(rng.random((30, 30)) < 0.5, np.float32(1e-30), np.float32(3e30))
@@ -204,8 +213,7 @@ def test_passes_stay_within_their_bound(
         "largest keys": [huge, np.full((30, 30), np.inf, "f4")],
     }
     most = []
-    # Untraced as yet under the counter, so not to be found among what is compiled.
-    select = jax.jit(functools.partial(inspect.unwrap(selection.top_k), scope=scope))
+    select = untraced(scope)
     for leaves in cases.values():
         for k in (1, 17, 34):
             passes.clear()
@@ -213,16 +221,35 @@ def test_passes_stay_within_their_bound(
             jax.effects_barrier()
             assert len(passes) <= scale.search_passes(max(x.size for x in leaves))
             most.append(len(passes))
-    # Counting and the search over keys take 17 where nothing ends it early.
-    assert max(most) > 17
+    # Counting and the search over keys take 22 where nothing ends them early.
+    assert max(most) > 22
+
+
+@pytest.mark.parametrize("scope", selection.SCOPES)
+def test_few_passes_where_entries_lie_evenly(scope: str, passes: list[int]) -> None:
+    """The last wanted is near where it is expected in the last two stages."""
+    rng = np.random.default_rng(0)
+    scores = [jnp.asarray(rng.random(2**18, "f4")) for _ in range(2)]
+    select = untraced(scope)
+    most = []
+    for density in (0.05, 0.1, 0.2, 0.5, 0.7):
+        passes.clear()
+        jax.block_until_ready(select(scores, round(density * 2**18)))
+        jax.effects_barrier()
+        most.append(len(passes))
+    # Four in each of the first two stages, about two in each of the others; a quarter
+    # of the range a pass would take 16.
+    assert max(most) <= 14
+    assert sum(most) <= 12 * len(most)
 
 
 def test_search_passes() -> None:
-    # A quarter of the range a pass; one more for the largest keys.
-    assert scale.search_passes(1) == 1 + 16 + 1
+    # A quarter of the range a pass, half in the first; four for two that guess twice;
+    # one more for the largest keys.
+    assert scale.search_passes(1) == 1 + 16 + 4 + 1
     assert scale.search_passes(1, bits=16) == 1 + 8 + 1
-    assert scale.search_passes(4**5) == 1 + 16 + 1 + 5
-    assert scale.search_passes(4**5 + 1) == 1 + 16 + 1 + 6
+    assert scale.search_passes(4**5) == 1 + 16 + 4 + 1 + 5
+    assert scale.search_passes(4**5 + 1) == 1 + 16 + 4 + 1 + 6
 
 
 def test_parser_of_programs() -> None:
