@@ -362,21 +362,20 @@ def _advance(
         )
 
     s = lax.cond(s.started, lambda s, _: s, count_candidates, s, counts[0])
-    new = s._replace(guesses=jnp.maximum(s.guesses, 1) - 1)
+    new = s._replace(guesses=s.guesses - 1)
     probes = [
         (_bound_of(s, code), _of_group(s, count, phase.across), count)
         for code, count in zip(s.middles, counts, strict=True)
     ]
-    # (Of a range of few parts it may be an end of it that was compared with.)
-    probes = [((x > s.low) & (x < s.high), x, *counted) for x, *counted in probes]
-    for inside, bound, found, count in probes:
-        up = inside & (found >= s.wanted)
+    # (Of a range of few parts it may be an end of it that is found again.)
+    for bound, found, count in probes:
+        up = found >= s.wanted
         new = new._replace(
             low=jnp.where(up, bound, new.low),
             count_low=jnp.where(up, count, new.count_low),
         )
-    for inside, bound, found, count in probes[::-1]:
-        down = inside & (found < s.wanted)
+    for bound, found, count in probes[::-1]:
+        down = found < s.wanted
         new = new._replace(
             high=jnp.where(down, bound, new.high),
             count_high=jnp.where(down, count, new.count_high),
@@ -411,7 +410,7 @@ def _judged(s: _Search, across: Array | bool, leaves: np.ndarray) -> _Search:
         for expected, quarter in zip(_expected(s, across), quarters, strict=True)
     ]
     # The first pass counts the candidates, too.
-    middles[0] = jnp.where(s.started, middles[0], _below(jnp.asarray(_FIRST + 1)))
+    middles[0] = jnp.where(s.started, middles[0], jnp.asarray(_FIRST, jnp.int8))
     return s._replace(
         done=jnp.all(exact & told),
         settled=s.started & jnp.all(exact | (high - low <= 1)),
@@ -442,9 +441,8 @@ def _expected(s: _Search, across: Array | bool) -> list[Array]:
     width = high - low
     place = width * ((count_low - s.wanted).astype(jnp.float32) / entries)
     deviation = width / (2 * jnp.sqrt(entries))
-    aside = (1.25 * deviation).astype(jnp.int32)
-    aside = jnp.clip(aside, 1, jnp.maximum(width, 4) >> 2)
-    middle = low + jnp.clip(jnp.round(place), 0, width).astype(jnp.int32)
+    aside = jnp.clip((1.25 * deviation).astype(jnp.int32), 1, width >> 2)
+    middle = low + jnp.round(place).astype(jnp.int32)
     return [jnp.clip(middle + x, low + 1, high - 1) for x in (-aside, 0, aside)]
 
 

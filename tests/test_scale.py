@@ -226,6 +226,26 @@ def test_passes_stay_within_their_bound(scope: str, passes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("scope", selection.SCOPES)
+def test_the_bound_of_passes_is_reached(scope: str, passes: list[int]) -> None:
+    """Where the last wanted is never where it is expected, and ties."""
+    # Of negative numbers of which half the bits are the same: the others, counted from
+    # the lowest. Most are at the ends, of all and of those of one code in its stage.
+    wanted = 238 * 256 + 71
+    ends = [0, 2**16 - 1] * 300 + [238 * 256, 238 * 256 + 255] * 80
+    low_bits = np.array(ends + [wanted] * 256 + [0] * 8)
+    magnitude = 2**31 - (0x479C << 16) - low_bits
+    scores = (magnitude + 2**31).astype(np.uint32).view(np.float32)
+    assert np.all(np.diff(scores[np.argsort(low_bits)]) >= 0)
+    larger = low_bits > wanted
+    (chosen,) = untraced(scope)([jnp.asarray(scores)], int(larger.sum()) + 1)
+    jax.effects_barrier()
+    # All but the one of the largest scores.
+    assert len(passes) == scale.search_passes(scores.size) - 1
+    expected = larger | (np.arange(scores.size) == len(ends))
+    np.testing.assert_array_equal(chosen, expected)
+
+
+@pytest.mark.parametrize("scope", selection.SCOPES)
 def test_few_passes_where_entries_lie_evenly(scope: str, passes: list[int]) -> None:
     """The last wanted is near where it is expected in the last two stages."""
     rng = np.random.default_rng(0)

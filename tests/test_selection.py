@@ -153,6 +153,16 @@ def test_ties_by_leaf_order_then_row_major_index() -> None:
     assert second.tolist() == [True, False, False]
 
 
+def test_a_leaf_that_gets_no_share_of_ties() -> None:
+    """Wherever the key of the ties lies in the parts that a stage makes of a range."""
+    for bits in range(2**8):
+        tie = np.array(0x3F800000 + bits, np.uint32).view(np.float32)
+        scores = [np.array([tie]), np.array([tie, 2], "f4")]
+        one, other = selection.top_k(scores, 2, scope="global")
+        assert one.tolist() == [True]
+        assert other.tolist() == [False, True]
+
+
 @pytest.mark.parametrize("kind", list(AxisType)[:2], ids=str)
 @pytest.mark.parametrize("in_context", [False, True], ids=["", "a mesh is set"])
 def test_scores_on_eight_devices(kind: AxisType, in_context: bool) -> None:
