@@ -328,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = commands.parser(__doc__)
     parser.add_argument("--trees", nargs="+", default=USUAL, choices=trees.TREES)
     parser.add_argument("--methods", nargs="+", default=["granet"], choices=METHODS)
-    parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 8])
+    parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--axes", nargs="+", default=[*AXES], choices=AXES)
     parser.add_argument("--timeout", type=float, default=1800, help="seconds a case")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)

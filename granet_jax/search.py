@@ -428,10 +428,9 @@ def _exact(s: _Search, across: Array | bool) -> tuple[Array, Array]:
 def _expected(s: _Search, across: Array | bool) -> list[Array]:
     """The code of the last wanted if entries lie evenly, and one to each side of it.
 
-    They are 1.25 standard deviations away: the largest that the place of the last
-    wanted has among as many entries drawn at random. (Of 1, 1.2, 1.5, 2 and 3, the
-    second and third need the fewest passes, by layer and globally, over scores of
-    normal, Student's t (1.5 degrees of freedom) and log-normal numbers.)
+    They are 1.25 standard deviations away, the largest that the place of the last
+    wanted has among as many entries drawn at random: four times in five,
+    or more often, it lies between them.
     """
     low, high = _code_of(s, s.low), _code_of(s, s.high)
     count_low, count_high = (

@@ -84,17 +84,21 @@ def test_resnet50_sends_less_than_64_kib_an_update(
 
 
 def test_what_is_sent_does_not_depend_on_the_number_of_devices() -> None:
-    found = {
-        mesh_shape: scale.collectives(compiled("small", "rigl", "auto", mesh_shape)[2])
-        for mesh_shape in ((2, 1), (8, 1), (4, 2))
-    }
     leaves = len(masked_sizes(resnet50.small_shapes()))
     # The first convolution has 3 inputs, which the mesh does not divide.
     one = scale.Collective("all-reduce", (leaves - 1) * COUNTS, True)
     both = scale.Collective("all-reduce", leaves * COUNTS, True)
-    assert found[2, 1] == found[8, 1] == [one]
+
+    def sent(axes: str, *mesh_shape: int) -> list[scale.Collective]:
+        return sorted(scale.collectives(compiled("small", "rigl", axes, mesh_shape)[2]))
+
+    assert sent("auto", 1, 1) == []
+    assert sent("auto", 2, 1) == sent("auto", 4, 1) == sent("auto", 8, 1) == [one]
     # On CPU one along each axis of a mesh; all leaves divide along the second.
-    assert sorted(found[4, 2]) == sorted([one, both])
+    assert sent("auto", 2, 2) == sent("auto", 4, 2) == sorted([one, both])
+    # (One device to itself.)
+    for mesh_shape in ((1, 1), (2, 1), (4, 1), (2, 2), (8, 1), (4, 2)):
+        assert sent("explicit", *mesh_shape) == [both], mesh_shape
 
 
 @pytest.mark.parametrize("method", scale.METHODS)
