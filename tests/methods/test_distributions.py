@@ -1,0 +1,153 @@
+"""Uniform, ER and ERK: exact sums, the papers' proportions, and published figures."""
+
+import math
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import pytest
+
+from benchmarks import resnet50
+from granet_jax import distributions
+from tests.helpers import oracle
+
+shapes = st.lists(
+    st.lists(st.integers(0, 12), min_size=1, max_size=4).map(tuple),
+    min_size=1,
+    max_size=8,
+).filter(lambda s: sum(map(math.prod, s)) > 0)
+sparsities = st.floats(0.0, 1.0) | st.sampled_from([0.0, 0.5, 0.8, 0.9, 0.98, 1.0])
+
+
+@hypothesis.given(shapes, sparsities, st.sampled_from(distributions.DISTRIBUTIONS))
+@hypothesis.settings(max_examples=500)
+def test_counts_sum_to_the_total_exactly(
+    shapes: Any, sparsity: float, distribution: str
+) -> None:
+    sizes = [math.prod(s) for s in shapes]
+    found = distributions.counts(shapes, sparsity, distribution)
+    assert sum(found) == math.floor((1.0 - sparsity) * sum(sizes) + 0.5)
+    assert all(0 <= n <= size for n, size in zip(found, sizes, strict=True))
+    assert all(isinstance(n, int) for n in found)
+    # Within one weight of the distribution's own real number, where there is room.
+    densities = distributions.densities(shapes, sparsity, distribution)
+    for n, density, size in zip(found, densities, sizes, strict=True):
+        assert abs(n - density * size) < 1 + 1e-6 * size
+
+
+@hypothesis.given(shapes, st.floats(0.01, 0.99), st.sampled_from(["er", "erk"]))
+@hypothesis.settings(max_examples=300)
+def test_densities_satisfy_their_definition(
+    shapes: Any, sparsity: float, distribution: str
+) -> None:
+    shapes = [s for s in shapes if math.prod(s)]
+    sizes = [math.prod(s) for s in shapes]
+    found = distributions.densities(shapes, sparsity, distribution)
+    active = sum(d * n for d, n in zip(found, sizes, strict=True))
+    assert math.isclose(active, (1 - sparsity) * sum(sizes), rel_tol=1e-9)
+    # Proportional to the rule, or dense where that asks for more than 1.
+    dims = [s if distribution == "erk" else s[-2:] for s in shapes]
+    raw = [sum(d) / math.prod(d) for d in dims]
+    ratios = [d / p for d, p in zip(found, raw, strict=True)]
+    epsilon = max(ratios)
+    for density, p in zip(found, raw, strict=True):
+        assert math.isclose(density, min(1.0, epsilon * p), rel_tol=1e-9)
+
+
+@hypothesis.given(
+    shapes, st.floats(0.0, 0.99), st.sampled_from(distributions.DISTRIBUTIONS)
+)
+@hypothesis.settings(max_examples=300)
+def test_against_the_oracle(shapes: Any, sparsity: float, distribution: str) -> None:
+    shapes = [s for s in shapes if math.prod(s)]
+    expected = oracle.densities(shapes, sparsity, distribution)
+    found = distributions.densities(shapes, sparsity, distribution)
+    for a, b in zip(found, expected, strict=True):
+        assert math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def test_erk_by_hand() -> None:
+    # Raw 6/9 and 40/300.
+    shapes = [(3, 3), (10, 30)]
+    first, second = distributions.densities(shapes, 0.9, "erk")
+    # epsilon (6/9 * 9 + 40/300 * 300) = 0.1 * 309
+    epsilon = 30.9 / 46
+    assert math.isclose(first, epsilon * 6 / 9)
+    assert math.isclose(second, epsilon * 40 / 300)
+
+
+def test_erk_epsilon_loop_by_hand() -> None:
+    # At 0.5 the small layer would exceed density 1: dense, and the rest shares
+    # 0.5 * 309 - 9 = 145.5 of 300.
+    first, second = distributions.densities([(3, 3), (10, 30)], 0.5, "erk")
+    assert first == 1.0
+    assert math.isclose(second, 145.5 / 300)
+
+
+def test_er_takes_the_last_two_dimensions() -> None:
+    first, second = distributions.densities([(3, 3, 8, 16), (8, 16)], 0.8, "er")
+    assert math.isclose(first, second)
+    first, second = distributions.densities([(3, 3, 8, 16), (8, 16)], 0.8, "erk")
+    assert first < second
+
+
+def test_uniform_is_the_same_everywhere() -> None:
+    assert distributions.densities([(3, 3), (10, 30)], 0.75, "uniform") == [0.25, 0.25]
+
+
+def test_largest_remainder_serves_the_first_of_equals() -> None:
+    # 0.5 of 1 weight each: two of four leaves get theirs.
+    assert distributions.counts([(1,)] * 4, 0.5, "uniform") == [1, 1, 0, 0]
+    # 0.5 of 1 and 0.5 of 4: the remainders are 0.5 and 0, the total 2.5 rounds to 3.
+    assert distributions.counts([(4,), (1,)], 0.5, "uniform") == [2, 1]
+
+
+def test_caps_are_kept_and_the_others_take_the_rest() -> None:
+    shapes = [(10,), (10,), (10,)]
+    assert distributions.counts(shapes, 0.5, "uniform", caps=[2, 10, 10]) == [2, 7, 6]
+    with pytest.raises(
+        ValueError, match=r"sparsity 0\.5 asks for 15 .* hold 8 at most"
+    ):
+        distributions.counts(shapes, 0.5, "uniform", caps=[2, 2, 4])
+
+
+def test_a_function_as_distribution() -> None:
+    def last_dense(shapes: Any, sparsity: float) -> list[float]:
+        return [0.0] * (len(shapes) - 1) + [1.0]
+
+    assert distributions.counts([(6,), (6,)], 0.5, last_dense) == [0, 6]
+    # Too much or too little asked for: the total is met all the same.
+    assert sum(distributions.counts([(6,), (6,)], 0.5, lambda s, _: [1, 1])) == 6
+    assert sum(distributions.counts([(6,), (6,)], 0.5, lambda s, _: [0, 0])) == 6
+    for wrong in ([0.5], [0.5, 1.5], [0.5, -0.1], [0.5, math.nan]):
+        with pytest.raises(ValueError, match=r"one density in \[0, 1\] for each of"):
+            distributions.counts([(6,), (6,)], 0.5, lambda s, _, w=wrong: w)
+
+
+def test_total_count_rounds_half_up() -> None:
+    assert distributions.total_count(10, 0.75) == 3  # 2.5
+    assert distributions.total_count(10, 0.0) == 10
+    assert distributions.total_count(10, 1.0) == 0
+    assert distributions.total_count(25_502_912, 0.9) == 2_550_291
+
+
+def test_resnet50_tree_is_the_published_one() -> None:
+    tree = resnet50.shapes()
+    assert resnet50.size(tree) == resnet50.PARAMETERS == 25_557_032
+
+
+def test_erk_on_resnet50() -> None:
+    """The ERK densities of ResNet-50 at 80%: small layers dense, the total exact."""
+    shapes = jax.tree.leaves(resnet50.shapes(), is_leaf=lambda x: isinstance(x, tuple))
+    kernels = [s for s in shapes if len(s) >= 2]
+    assert len(kernels) == resnet50.KERNELS
+    found = distributions.counts(kernels, 0.8, "erk")
+    sizes = [math.prod(s) for s in kernels]
+    assert sum(found) == distributions.total_count(sum(sizes), 0.8)
+    expected = oracle.counts(kernels, 0.8, "erk")
+    assert found == expected
+    # Each 3x3 convolution is sparser than the 1x1 ones around it, as ERK intends.
+    density = {s: n / math.prod(s) for s, n in zip(kernels, found, strict=True)}
+    assert density[(3, 3, 512, 512)] < density[(1, 1, 512, 2048)] < 0.5
+    assert density[(1, 1, 64, 64)] == 1.0
