@@ -40,10 +40,12 @@ def zero_moments(inner_state: PyTree, keep: PyTree) -> PyTree:
     return _map_matched(zero, inner_state, keep)
 
 
-def masked_moments(inner_state: PyTree, masks: PyTree) -> list[bool]:
-    """For every leaf of an optimizer's state, whether `zero_moments` would mask it."""
-    matched = _map_matched(lambda _, m: not is_masked_node(m), inner_state, masks)
-    return jax.tree.leaves(matched)
+def matching_masks(inner_state: PyTree, masks: PyTree) -> PyTree:
+    """For every leaf of an optimizer's state, the mask of its parameter.
+
+    Leaves that belong to no parameter with a mask get `optax.MaskedNode()`.
+    """
+    return _map_matched(lambda _, m: m, inner_state, masks)
 
 
 def restart_moments(

@@ -9,11 +9,14 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from granet_jax import masking
 from granet_jax.checks import check_number, check_steps
+from granet_jax.masking import PyTree
 
 
 class PenaltyInputs(NamedTuple):
@@ -33,6 +36,41 @@ class PenaltyInputs(NamedTuple):
 
 
 Penalty = Callable[[PenaltyInputs], ArrayLike]
+
+
+def penalised(
+    penalty: Penalty | None,
+    grads: PyTree,
+    masks: PyTree,
+    marked: PyTree,
+    params: PyTree,
+    count: Array,
+) -> PyTree:
+    """Gradients with the gradient of a penalty, at leaves that carry a mask.
+
+    Args:
+      penalty: The penalty; None leaves the gradients as they are.
+      grads: Pytree of gradients of the structure of `params`.
+      masks: Pytree of boolean masks, `optax.MaskedNode()` at dense leaves.
+      marked: The second tree of masks of a method with `marked_sparsity`; else empty.
+      params: Pytree of parameters.
+      count: int32 scalar, the steps done before this one.
+    """
+    if penalty is None:
+        return grads
+    leaves, treedef = jax.tree.flatten(masks)
+    marks = jax.tree.leaves(marked) or [None] * len(leaves)
+    weights = masking.maskable_leaves(params, masks)
+    terms: list[Array] = []
+    for p, m, k in zip(weights, leaves, marks, strict=True):
+        wide = p.astype(jnp.promote_types(p.dtype, jnp.float32))
+        terms.append(penalty(PenaltyInputs(p, m, k, count)) * wide)
+    return masking.map_masked(
+        lambda _, g, term: g + term.astype(g.dtype),
+        masks,
+        grads,
+        treedef.unflatten(terms),
+    )
 
 
 def outside(size: float) -> Penalty:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from granet_jax.checks import check_number
 from granet_jax.masking import is_explicit
 
 
@@ -24,8 +25,8 @@ class ScoreInputs(NamedTuple):
       grad: the dense gradient of this iteration; None without a gradient at hand
         (initial masks, or a method with `needs_gradient=False` without `inner`).
       mask: the mask that is being changed, boolean.
-      accumulator: moving average of the dense gradient, for a method with
-        `accumulator_decay`; else None.
+      average: moving average of the dense gradient, for a method with
+        `average_decay`; else None.
       key: a typed random key of this leaf and step.
       name: of this leaf ("dense/kernel").
       weights: `param` of every maskable leaf by name, zero where pruned.
@@ -35,7 +36,7 @@ class ScoreInputs(NamedTuple):
     param: Array
     grad: Array | None
     mask: Array
-    accumulator: Array | None
+    average: Array | None
     key: Array
     name: str = ""
     weights: Mapping[str, Array] = MappingProxyType({})
@@ -59,11 +60,25 @@ def gradient(inputs: ScoreInputs) -> Array:
 
 def momentum(inputs: ScoreInputs) -> Array:
     """abs(moving average of the dense gradient) (SNFS, Dettmers & Zettlemoyer 2019)."""
-    if inputs.accumulator is None:
+    if inputs.average is None:
         raise ValueError(
-            "score `momentum` needs the method's `accumulator_decay` to be set."
+            "score `momentum` needs the method's `average_decay` to be set."
         )
-    return jnp.abs(inputs.accumulator)
+    return jnp.abs(inputs.average)
+
+
+def weight_and_gradient(gradient_weight: float) -> Score:
+    """abs(w) + gradient_weight abs(dL/dw) (MEST, Yuan et al. 2021).
+
+    Raises:
+      TypeError, ValueError: `gradient_weight` is not a finite number from 0 on.
+    """
+    check_number("gradient_weight", gradient_weight, least=0.0)
+
+    def score(inputs: ScoreInputs) -> Array:
+        return magnitude(inputs) + gradient_weight * gradient(inputs)
+
+    return score
 
 
 def random(inputs: ScoreInputs) -> Array:

@@ -31,10 +31,9 @@ from jax.typing import ArrayLike
 
 from granet_jax import distributions, masking, selection
 from granet_jax.checks import check_choice, check_integer
-from granet_jax.counting import iota, mesh_axes
 from granet_jax.distributions import Distribution, Shape
-from granet_jax.keys import sort_keys
-from granet_jax.selection import Scope
+from granet_jax.positions import iota, mesh_axes
+from granet_jax.selection import Scope, largest_bound, sort_keys
 
 Norm = Literal["l1", "l2"]
 NORMS: tuple[str, ...] = ("l1", "l2")
@@ -342,7 +341,7 @@ def fill(
     """
     filled = []
     for i, (key, mask) in enumerate(zip(sort_keys(scores), masks, strict=True)):
-        first = jnp.asarray(jnp.iinfo(key.dtype).max, key.dtype)
+        first = jnp.asarray(jnp.iinfo(key.dtype).max, key.dtype)  # No score has it.
         best = _best_of_boxes(structure, jnp.where(mask, first, key), number[i])
         filled.append(best | mask)
     return filled
@@ -398,7 +397,7 @@ def _best_of_boxes(structure: Structure, keys: Array, number: ArrayLike) -> Arra
     if len(axes) == 1 and values.shape[axes[0]] <= _FEW:
         best = _best_by_comparison(_whole_along(values, axes[0]), number, axes[0])
     else:
-        best = _best_by_bisection(values, number, axes)
+        best = _best_by_digits(values, number, axes)
     return _unboxed(best, keys)
 
 
@@ -416,40 +415,34 @@ def _best_by_comparison(keys: Array, number: Array, axis: int) -> Array:
     return better < number
 
 
-def _best_by_bisection(keys: Array, number: Array, axes: tuple[int, ...]) -> Array:
-    """As `granet_jax.search.search`, with a threshold for every box: bit by bit."""
-    bits = 8 * keys.dtype.itemsize
-    unsigned = jnp.dtype(f"uint{bits}")
-    # Shifted so that the lowest key is 0.
-    values = lax.bitcast_convert_type(keys, unsigned) ^ jnp.asarray(
-        1 << (bits - 1), unsigned
-    )
+def _best_by_digits(keys: Array, number: Array, axes: tuple[int, ...]) -> Array:
+    """Find the threshold of every box as `selection.top_k` finds that of every leaf."""
     index, size = jnp.zeros_like(keys, jnp.uint32), 1
     for axis in reversed(axes):
         along = iota(jax.typeof(keys), jnp.dtype(jnp.uint32), axis)
         index, size = index + along * jnp.uint32(size), size * keys.shape[axis]
+    from_end = jnp.uint32(size) - index
 
     def count(flags: Array) -> Array:
         return jnp.sum(flags, axis=axes, keepdims=True, dtype=jnp.uint32)
 
-    def largest(width: int, holds: Callable[[Array], Array], dtype: Any) -> Array:
-        """The largest number of `width` bits in every box that `holds`, as 0 does."""
-
-        def narrow(i: Array, low: Array) -> Array:
-            bit = jnp.asarray(1, dtype) << (width - 1 - i).astype(dtype)
-            return jnp.where(holds(low | bit), low | bit, low)
-
-        return lax.fori_loop(0, width, narrow, jnp.zeros_like(count(keys > 0), dtype))
-
-    key = largest(bits, lambda low: count(values >= low) >= number, unsigned)
-    above, ties = values > key, values == key
-    missing = number - count(above)
-    place = largest(
-        size.bit_length(),
-        lambda end: count(ties & (index < end)) <= missing,
-        jnp.dtype(jnp.uint32),
+    number = jnp.broadcast_to(number, count(keys > 0).shape)
+    most = jnp.full_like(number, jnp.iinfo(jnp.uint32).max)
+    key = largest_bound(
+        lambda bounds: [count(keys >= bound) for bound in bounds],
+        number,
+        most,
+        keys.dtype,
     )
-    return above | (ties & (index < place))
+    ties = keys == key
+    missing = number - jnp.minimum(count(keys > key), number)
+    place = largest_bound(
+        lambda bounds: [count(ties & (from_end >= bound)) for bound in bounds],
+        missing,
+        count(ties),
+        from_end.dtype,
+    )
+    return (keys > key) | (ties & (from_end >= place) & (missing > 0))
 
 
 def _unit(leaf: Shape) -> Shape:

@@ -23,7 +23,7 @@ References:
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,9 +34,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from granet_jax import (
-    activity,
     checks,
-    choices,
     distributions,
     masking,
     moments,
@@ -44,9 +42,17 @@ from granet_jax import (
     scores,
 )
 from granet_jax.masking import PyTree
+from granet_jax.phases import (
+    Exchange,
+    Phase,
+    Prune,
+    UpdateInputs,
+    Weights,
+    run_phases,
+    score_function,
+)
 from granet_jax.scores import Score
 from granet_jax.selection import Scope, check_scope
-from granet_jax.updates import exchange_phases, prune_phase, run_phases
 
 CRITERIA: dict[str, Score] = {
     "magnitude": scores.magnitude,
@@ -272,27 +278,20 @@ def _prune(
     weights = masking.maskable_leaves(params, masks)
     dense = None if grads is None else masking.maskable_leaves(grads, masks)
 
-    def rank(score: Score) -> Callable[[list[Array]], list[Array]]:
-        def ranked(present: list[Array]) -> list[Array]:
-            left = list(map(choices.where_active, present, weights))
-            return choices.scored(
-                score, names, present, weights, left, dense, None, key
-            )
-
-        return ranked
-
-    used = (criterion, scores.magnitude, scores.gradient)
-    ranks = {score: rank(score) for score in used}
-    phases = [prune_phase(ranks[criterion], keep, scope=scope)]
+    phases: tuple[Phase, ...] = (Prune(criterion),)
     if regrow > 0:
-        fraction = jnp.asarray(schedules.fixed_point(regrow), jnp.uint32)
-        drop, grow = ranks[scores.magnitude], ranks[scores.gradient]
-        phases += exchange_phases(drop, grow, fraction)
-    codes = treedef.unflatten(run_phases(leaves, phases))
-    continuing = functools.partial(activity.is_continuing, updated=True)
-    return Pruned(
-        jax.tree.map(activity.is_active, codes), jax.tree.map(continuing, codes)
+        phases += (Exchange(schedules.constant(regrow)),)
+    at = UpdateInputs(
+        before=leaves,
+        score=score_function(names, leaves, Weights(weights, dense), key),
+        target=keep,
+        scope=scope,
+        row=jnp.zeros((), jnp.int32),
+        steps=schedules.every(1, last=1),
+        boxes=None,
     )
+    pruned, continuing, _ = run_phases(phases, ((),) * len(phases), at)
+    return Pruned(treedef.unflatten(pruned), treedef.unflatten(continuing))
 
 
 def apply_pruned(

@@ -1,8 +1,4 @@
-"""Growing regularisation: weights are pressed towards zero before they are pruned.
-
-The extra L2 penalty is part of the method: `transform` adds its gradient before the
-optimizer sees it. Records of the same parts as those of `methods`.
-"""
+"""GReg: a growing penalty removes weights gently (Wang et al. 2021)."""
 
 import math
 
@@ -12,8 +8,9 @@ from jax import Array
 from granet_jax import penalties
 from granet_jax.checks import check_number, check_sparsity, check_steps
 from granet_jax.distributions import Distribution
-from granet_jax.methods import Method
+from granet_jax.methods.method import Method
 from granet_jax.penalties import Penalty
+from granet_jax.phases import Prune
 from granet_jax.schedules import NEVER, UpdateSteps
 from granet_jax.scores import ScoreInputs
 from granet_jax.selection import Scope
@@ -175,7 +172,7 @@ def _growing(
         distribution=distribution,
         structure=structure,
         scope=scope,
-        prune=_marked_first,
+        phases=(Prune(_marked_first),),
         marked_sparsity=sparsity,
         marks=NEVER if pick is None else UpdateSteps(pick, pick, pick),
         # What follows the pruning is fine-tuning as usual.

@@ -1,0 +1,137 @@
+"""The masks that a method starts from, and masks chosen among all weights."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from granet_jax import masking, structures, targets
+from granet_jax.checks import check_seed
+from granet_jax.distributions import Shape
+from granet_jax.masking import PyTree, Where
+from granet_jax.methods.method import Method, check_method
+from granet_jax.phases import Masks, Weights, evaluate, step_key
+from granet_jax.scores import ScoreInputs, random
+from granet_jax.selection import counter_dtype
+from granet_jax.structures import Structure
+
+
+def init_masks(
+    method: Method, params: PyTree, *, where: Where = None, seed: int | Array = 0
+) -> PyTree:
+    """The masks that `transform(method, where=where, seed=seed)` starts from.
+
+    At sparsity 0 all weights are active. Otherwise the masks are random, with exactly
+    the number of active weights that the method's distribution gives to every leaf. A
+    method that chooses its masks among all weights (`Method.weights` other than
+    "sparse") starts from that choice among the parameters.
+
+    Args:
+      method: A record of a method.
+      params: Pytree of arrays or `jax.ShapeDtypeStruct`. Only shapes, dtypes and
+        shardings are read, unless the masks are chosen among the parameters.
+      where: Which leaves carry a mask, as in `transform`.
+      seed: Seed of the random masks, as in `transform`.
+
+    Returns:
+      Pytree of the structure of `params`: boolean arrays, placed like the parameters,
+      and `optax.MaskedNode()` at dense leaves.
+
+    Raises:
+      ValueError, TypeError: As `masking.maskable`; or the method's structure does not
+        divide a shape; or only shapes are given where weights are needed.
+    """
+    check_method(method)
+    check_seed(seed)
+    selected = masking.maskable(params, where)
+    named = [
+        (masking.leaf_name(path), p)
+        for (path, p), is_selected in zip(
+            jax.tree_util.tree_leaves_with_path(params),
+            jax.tree.leaves(selected),
+            strict=True,
+        )
+        if is_selected
+    ]
+    names = tuple(name for name, _ in named)
+    masks = iter(_initial_masks(method, names, [p for _, p in named], seed))
+    return jax.tree.map(
+        lambda p, s: masking.placed_like(next(masks), p) if s else optax.MaskedNode(),
+        params,
+        selected,
+    )
+
+
+def _initial_masks(
+    method: Method, names: tuple[str, ...], params: list[Any], seed: int | Array
+) -> Masks:
+    shapes = tuple(tuple(p.shape) for p in params)
+    structures.check_leaves(method.structure, zip(names, shapes, strict=True))
+    counts = targets.initial_counts(method, shapes)
+    if counts == structures.parts(method.structure, shapes):
+        return [jnp.ones(shape, bool) for shape in shapes]
+    key = step_key(seed, 0)
+    if method.weights == "sparse":
+        counter = counter_dtype([math.prod(s) for s in shapes], "layer")
+        return _draw(shapes, jnp.asarray(counts, counter), key, method.structure)
+    if any(isinstance(p, jax.ShapeDtypeStruct) for p in params):
+        raise TypeError(
+            f"params must be arrays: {method.name} chooses its masks among them. For "
+            "shapes only, use jax.eval_shape(tx.init, params)."
+        )
+    weights = [jnp.asarray(p) for p in params]
+    number = targets.counts_at(method, shapes, method.sparsity(0))
+    masks = [jnp.ones_like(p, bool) for p in weights]
+    return choose_among_all(
+        method, names, masks, Weights(weights), jnp.asarray(number), key
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _draw(
+    shapes: tuple[Shape, ...], counts: Array, key: Array, structure: Structure | None
+) -> Masks:
+    def score(i: int, shape: Shape) -> Array:
+        # The random score reads the shape and the key only.
+        inputs = ScoreInputs(
+            param=jax.ShapeDtypeStruct(shape, jnp.float32),  # pyright: ignore[reportArgumentType]
+            grad=None,
+            mask=None,  # pyright: ignore[reportArgumentType]
+            average=None,
+            key=jax.random.fold_in(key, i),
+        )
+        return random(inputs)
+
+    ranked = [score(i, shape) for i, shape in enumerate(shapes)]
+    return structures.select(structure, ranked, counts, scope="layer")
+
+
+def choose_among_all(
+    method: Method,
+    names: tuple[str, ...],
+    masks: Masks,
+    weights: Weights,
+    number: Array,
+    key: Array,
+    among: Masks | None = None,
+) -> Masks:
+    """The `number` weights of highest `rank` score, among all or among some.
+
+    Args:
+      method: The method, for its score, structure and scope.
+      names: The names of the maskable leaves.
+      masks: The masks that the score may read.
+      weights: The weights to choose from, and what else the score may read.
+      number: How many parts of the structure to choose: per leaf, or of all leaves.
+      key: The random key of the step.
+      among: The candidates; None for all weights.
+    """
+    params = weights.stepped
+    ranked = evaluate(method.rank, names, masks, params, params, weights, key)
+    return structures.select(
+        method.structure, ranked, number, among=among, scope=method.scope
+    )

@@ -1,0 +1,1 @@
+"""Methods of sparse training, one file each; `method` has their record."""

@@ -1,0 +1,73 @@
+"""Checks and parts that several methods share."""
+
+from typing import Any
+
+from granet_jax import schedules
+from granet_jax.checks import check_fraction, check_sparsity, check_steps
+from granet_jax.distributions import Distribution
+from granet_jax.schedules import Schedule
+
+
+def cubic_schedule(
+    final: float, initial: float, begin: int, end: int, interval: int
+) -> Schedule:
+    """The checked cubic schedule of GraNet, GMP and a cycle of `cyclical`."""
+    check_sparsity("sparsity", final)
+    check_sparsity("initial_sparsity", initial)
+    if initial > final:
+        raise ValueError(
+            "initial_sparsity must be at most sparsity, got "
+            f"initial_sparsity={initial} with sparsity={final}."
+        )
+    check_steps("begin_step", begin, least=0)
+    check_steps("end_step", end, least=1)
+    check_steps("interval", interval, least=1)
+    if end <= begin:
+        raise ValueError(
+            f"end_step must be after begin_step, got end_step={end} with "
+            f"begin_step={begin}."
+        )
+    if end - begin < interval:
+        raise ValueError(
+            f"interval must fit between begin_step and end_step, got "
+            f"interval={interval} with begin_step={begin} and end_step={end}: no "
+            "update would prune. Take a shorter interval or a later end_step."
+        )
+    return schedules.cubic(initial, final, begin=begin, end=end, interval=interval)
+
+
+def constant_sparsity(
+    sparsity: float,
+    last: int,
+    interval: int,
+    fraction: float,
+    distribution: Distribution,
+) -> dict[str, Any]:
+    """The checked parts that the methods of constant sparsity share."""
+    check_sparsity("sparsity", sparsity)
+    check_steps("interval", interval, least=1)
+    check_fraction("fraction", fraction)
+    if interval > last:
+        raise ValueError(
+            f"interval must be at most the last step that updates masks ({last}), got "
+            f"{interval}: the masks would never change. For fixed masks use static()."
+        )
+    return {
+        "sparsity": schedules.constant(sparsity),
+        "updates": schedules.every(interval, last=last),
+        "distribution": distribution,
+    }
+
+
+def steps_per_cycle(total_steps: int, name: str, cycles: int, number: int) -> int:
+    """Steps of each of `number` cycles, checked; `name` and `cycles` as given."""
+    check_steps("total_steps", total_steps)
+    check_steps(name, cycles)
+    if total_steps % number:
+        lower, upper = total_steps // number * number, -(-total_steps // number)
+        raise ValueError(
+            f"total_steps must be a multiple of the {number} cycles, got "
+            f"{total_steps}: training would end within a cycle, away from its final "
+            f"sparsity. Take {f'{lower} or ' if lower else ''}{upper * number} steps."
+        )
+    return total_steps // number

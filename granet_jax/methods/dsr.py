@@ -1,0 +1,97 @@
+"""DSR: one adaptive threshold for all layers (Mostafa & Wang 2019).
+
+At every update step: drop the active weights below a threshold, the same in all leaves;
+regrow as many at random, divided among the leaves in proportion to the weights that are
+left in each. The threshold doubles where too few weights were dropped, and halves where
+too many were.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from granet_jax import scores
+from granet_jax.checks import check_fraction, check_number, check_steps
+from granet_jax.distributions import Distribution
+from granet_jax.methods.arguments import constant_sparsity
+from granet_jax.methods.method import Method
+from granet_jax.phases import Masks, Phase, UpdateInputs, active, grow
+from granet_jax.redistribution import redistribute
+
+
+@dataclasses.dataclass(frozen=True)
+class Reallocate(Phase):
+    """Drops weights below a threshold, and regrows as many across leaves.
+
+    Attributes:
+      fraction: The share of the active weights that an update should drop.
+      threshold: The threshold of the first update. Later ones are in the state.
+    """
+
+    fraction: float
+    threshold: float
+
+    def init(self, masks: Masks) -> Any:
+        """The threshold, a float32 scalar."""
+        return jnp.float32(self.threshold)
+
+    def __call__(self, masks: Masks, state: Any, at: UpdateInputs) -> tuple[Masks, Any]:
+        """Drop and regrow; double or halve the threshold."""
+        threshold = state
+        size = at.score(scores.magnitude, masks)
+        stay = [m & (s >= threshold) for m, s in zip(masks, size, strict=True)]
+        left = active(stay)
+        total = jnp.sum(active(masks), dtype=left.dtype)
+        dropped = total - jnp.sum(left, dtype=left.dtype)
+
+        room = active([~m for m in stay])
+        share = redistribute(dropped, left.astype(jnp.float32), room)
+        ranked = at.score(scores.random, stay, growing=True)
+
+        wanted = self.fraction * total.astype(jnp.float32)
+        count = dropped.astype(jnp.float32)
+        factor = jnp.where(count < 0.9 * wanted, 2.0, 1.0)
+        factor = jnp.where(count > 1.1 * wanted, 0.5, factor)
+        return grow(stay, ranked, share, "layer"), threshold * factor
+
+
+def dsr(
+    sparsity: float,
+    total_steps: int,
+    *,
+    interval: int = 1000,
+    fraction: float = 0.01,
+    threshold: float = 1e-3,
+    distribution: Distribution = "uniform",
+) -> Method:
+    """DSR: constant overall sparsity; the threshold and the layers' shares adapt.
+
+    Args:
+      sparsity: Constant overall sparsity, in [0, 1).
+      total_steps: Optimizer steps of the whole training.
+      interval: Steps between mask updates.
+      fraction: Share of the active weights that an update should drop, in [0, 1]. The
+        threshold doubles below 0.9 of it and halves above 1.1 of it.
+      threshold: Threshold of the first update, larger than 0.
+      distribution: Distribution of the initial masks: "uniform", "er", "erk" or a
+        function.
+
+    Returns:
+      A record for `transform`.
+
+    Raises:
+      ValueError, TypeError: An argument is out of range or of the wrong type.
+
+    References:
+      Mostafa & Wang, Parameter Efficient Training of Deep Convolutional Neural Networks
+      by Dynamic Sparse Reparameterization, ICML 2019.
+    """
+    check_steps("total_steps", total_steps)
+    check_fraction("fraction", fraction)
+    check_number("threshold", threshold, above=0.0)
+    return Method(
+        name="dsr",
+        **constant_sparsity(sparsity, total_steps, interval, fraction, distribution),
+        phases=(Reallocate(fraction, threshold),),
+    )

@@ -1,0 +1,69 @@
+"""RigL: constant sparsity, drop by magnitude, regrow by gradient (Evci et al. 2020).
+
+At every update step t, in every leaf: drop the fraction r(t) of the active weights by
+magnitude, and regrow as many by abs(dense gradient);
+r(t) = r_0/2 (1 + cos(pi t / T_stop)).
+"""
+
+import math
+
+from granet_jax import schedules
+from granet_jax.checks import check_steps, got, is_number
+from granet_jax.distributions import Distribution
+from granet_jax.methods.arguments import constant_sparsity
+from granet_jax.methods.method import Method
+from granet_jax.phases import Exchange
+from granet_jax.structures import Structure
+
+
+def rigl(
+    sparsity: float,
+    total_steps: int,
+    *,
+    interval: int = 100,
+    fraction: float = 0.3,
+    stop: float = 0.75,
+    distribution: Distribution = "erk",
+    structure: Structure | None = None,
+) -> Method:
+    """RigL: constant sparsity, drop by magnitude, regrow by abs(dense gradient).
+
+    Prune fraction r(t) = fraction/2 (1 + cos(pi t / (stop total_steps))), until
+    stop * total_steps. The optimizer also steps on update steps (RigL's own code skips
+    it there; the GraNet code does not).
+
+    RigL-ITOP (Liu et al. 2021) is this with a larger fraction, to the end of training,
+    at longer intervals: `rigl(s, total_steps, interval=1500, fraction=0.5, stop=1.0)`
+    (CIFAR: 1000 to 1500; ImageNet: 4000).
+
+    Args:
+      sparsity: constant sparsity, in [0, 1).
+      total_steps: optimizer steps of the whole training.
+      interval: steps between mask updates.
+      fraction: prune fraction at the start, in [0, 1].
+      stop: share of the training after which masks no longer change, in (0, 1].
+      distribution: "uniform", "er", "erk" or a function, of the initial masks.
+      structure: of the masks, one of `structures`; None for single weights.
+
+    Returns:
+      A record for `transform`.
+
+    Raises:
+      ValueError, TypeError: an argument out of range or of the wrong type.
+
+    References:
+      Evci et al., Rigging the Lottery, ICML 2020. Liu et al., Do We Actually Need
+      Dense Over-Parameterization?, ICML 2021.
+    """
+    check_steps("total_steps", total_steps, least=1)
+    if not is_number(stop) or not 0.0 < stop <= 1.0:
+        raise ValueError(f"stop must be a number in (0, 1], got {got(stop)}.")
+    return Method(
+        name="rigl",
+        **constant_sparsity(
+            sparsity, math.floor(stop * total_steps), interval, fraction, distribution
+        ),
+        structure=structure,
+        phases=(Exchange(schedules.cosine(fraction, 0.0, steps=stop * total_steps)),),
+        needs_gradient=True,
+    )

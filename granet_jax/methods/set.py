@@ -1,0 +1,51 @@
+"""SET: constant sparsity, drop by magnitude, regrow at random (Mocanu et al. 2018).
+
+At every update step, in every leaf: drop the fraction r of the active weights by
+magnitude, and regrow as many, chosen uniformly among the inactive.
+"""
+
+from granet_jax import schedules, scores
+from granet_jax.checks import check_steps
+from granet_jax.distributions import Distribution
+from granet_jax.methods.arguments import constant_sparsity
+from granet_jax.methods.method import Method
+from granet_jax.phases import Exchange
+from granet_jax.structures import Structure
+
+
+def set_(
+    sparsity: float,
+    total_steps: int,
+    *,
+    interval: int = 100,
+    fraction: float = 0.3,
+    distribution: Distribution = "erk",
+    structure: Structure | None = None,
+) -> Method:
+    """SET: constant sparsity, drop by magnitude, regrow at random; constant fraction.
+
+    Args:
+      sparsity: constant sparsity, in [0, 1).
+      total_steps: optimizer steps of the whole training.
+      interval: steps between mask updates (an epoch in the paper).
+      fraction: prune fraction, in [0, 1].
+      distribution: "uniform", "er", "erk" or a function, of the initial masks.
+      structure: of the masks, one of `structures`; None for single weights.
+
+    Returns:
+      A record for `transform`.
+
+    Raises:
+      ValueError, TypeError: an argument out of range or of the wrong type.
+
+    References:
+      Mocanu et al., Scalable Training of Artificial Neural Networks with Adaptive
+      Sparse Connectivity, Nature Communications 2018.
+    """
+    check_steps("total_steps", total_steps, least=1)
+    return Method(
+        name="set",
+        **constant_sparsity(sparsity, total_steps, interval, fraction, distribution),
+        structure=structure,
+        phases=(Exchange(schedules.constant(fraction), grow=scores.random),),
+    )

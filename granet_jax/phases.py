@@ -1,0 +1,387 @@
+"""Mask updates: prune, revive, exchange.
+
+A phase turns masks into masks. A method is a schedule and a tuple of phases, which
+`update_masks` runs one after the other at every update step: GraNet is
+`(Prune(), Exchange(fraction))`, RigL an `Exchange`, gradual pruning a `Prune`. To write
+a phase of your own, subclass `Phase`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from granet_jax import schedules, scores, structures, targets
+from granet_jax.checks import check_flag, check_fraction, check_function
+from granet_jax.redistribution import mean_score, redistribute
+from granet_jax.schedules import Schedule, Steps
+from granet_jax.scores import Score, ScoreInputs
+from granet_jax.selection import Scope, top_k
+from granet_jax.structures import Structure
+
+if TYPE_CHECKING:
+    from granet_jax.methods.method import Method
+
+Masks = list[Array]
+
+
+class ScoreMasks(Protocol):
+    """A function from a score and masks to one array of scores per leaf."""
+
+    def __call__(
+        self, score: Score, masks: Masks, *, growing: bool = False
+    ) -> list[Array]:
+        """Evaluate the score; see `UpdateInputs`."""
+        ...
+
+
+class UpdateInputs(NamedTuple):
+    """What a phase may read besides the masks.
+
+    Attributes:
+      before: The masks before this update, one boolean array per leaf.
+      score: Evaluates a score: from (score, masks) to one array per leaf. Weights
+        outside the masks count as zero. With `growing=True`, weights that were active
+        before this update keep their values.
+      target: The number of active weights that the schedule asks for: one unsigned
+        integer per leaf, or a single one for all leaves with scope "global".
+      scope: Whether weights compete across leaves or within each leaf.
+      row: int32 scalar, which of the updates this is, from 0.
+      steps: The update steps of the method, known on the host.
+      boxes: The structure whose boxes all keep the same number of weights, if the
+        method has one. (Boxes that are kept or pruned as a whole appear to a phase as
+        single weights.)
+    """
+
+    before: Masks
+    score: ScoreMasks
+    target: Array
+    scope: Scope
+    row: Array
+    steps: Steps
+    boxes: Structure | None
+
+    def at_this_update(self, schedule: Callable[[int], Any], dtype: Any) -> Array:
+        """The value of a host-side function of the step at this update."""
+        table = [schedule(step) for step in self.steps.steps()]
+        return jnp.asarray(table, dtype)[self.row]
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One phase of a mask update. Subclass it, as a frozen dataclass, for your own.
+
+    Attributes:
+      grows: Whether the phase may activate weights.
+    """
+
+    grows: ClassVar[bool] = True
+
+    def check(self, method: "Method") -> None:
+        """Raise an error if the phase does not fit the method."""
+
+    def init(self, masks: Masks) -> Any:
+        """The state that the phase keeps between updates: a pytree of arrays."""
+        return ()
+
+    def __call__(self, masks: Masks, state: Any, at: UpdateInputs) -> tuple[Masks, Any]:
+        """The masks and the state after the phase.
+
+        A weight keeps its value and its moments in an update if it is active before
+        the update and after every phase of it; else it starts at zero.
+
+        Args:
+          masks: One boolean array per leaf.
+          state: The state from `init` or from the previous update.
+          at: What else the phase may read.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Prune(Phase):
+    """Keeps the highest-scored active weights, down to the schedule's number.
+
+    Attributes:
+      by: The score that ranks active weights.
+    """
+
+    grows: ClassVar[bool] = False
+    by: Score = scores.magnitude
+
+    def check(self, method: "Method") -> None:
+        """Raise TypeError unless the score is a function."""
+        check_function("by", self.by)
+
+    def __call__(self, masks: Masks, state: Any, at: UpdateInputs) -> tuple[Masks, Any]:
+        """Prune. Where no more weights are active than the target, nothing changes."""
+        ranked = at.score(self.by, masks)
+        masks = structures.select(
+            at.boxes, ranked, at.target, among=masks, scope=at.scope
+        )
+        return masks, state
+
+
+@dataclasses.dataclass(frozen=True)
+class Revive(Phase):
+    """Activates the highest-scored inactive weights, up to the schedule's number.
+
+    Attributes:
+      by: The score that ranks inactive weights.
+    """
+
+    by: Score = scores.magnitude
+
+    def check(self, method: "Method") -> None:
+        """Raise TypeError unless the score is a function."""
+        check_function("by", self.by)
+
+    def __call__(self, masks: Masks, state: Any, at: UpdateInputs) -> tuple[Masks, Any]:
+        """Revive. Where as many weights are active as the target, nothing changes."""
+        ranked = at.score(self.by, masks, growing=True)
+        if at.boxes is not None:
+            return structures.fill(at.boxes, masks, ranked, at.target), state
+        present = active(masks, at.scope)
+        missing = at.target.astype(present.dtype)
+        missing -= jnp.minimum(present, missing)
+        return grow(masks, ranked, missing, at.scope), state
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange(Phase):
+    """Drops a fraction of every leaf's active weights and regrows as many.
+
+    Of a active weights, ceil(fraction * a) are dropped and regrown. Weights that were
+    just dropped compete again, and keep their value and moments if they return. This
+    is the neuroregeneration of GraNet and the update of RigL, SET and SNFS.
+
+    Attributes:
+      fraction: The prune fraction, in [0, 1], as a function of the step.
+      drop: The score by which active weights are dropped, the lowest first.
+      grow: The score by which inactive weights are activated, the highest first.
+      across: Whether the freed weights of all leaves are redistributed in proportion to
+        the mean `grow` score of each leaf's active weights (SNFS). Otherwise every leaf
+        regrows the number it dropped.
+    """
+
+    fraction: Schedule
+    drop: Score = scores.magnitude
+    grow: Score = scores.gradient
+    across: bool = False
+
+    def check(self, method: "Method") -> None:
+        """Raise TypeError or ValueError if a part does not fit the method."""
+        for name in ("fraction", "drop", "grow"):
+            check_function(name, getattr(self, name))
+        check_flag("across", self.across)
+        for step in (0, *method.updates.steps()):
+            check_fraction(f"fraction({step})", self.fraction(step))
+        structure = method.structure
+        if self.across and structure is not None and not structure.whole:
+            raise ValueError(
+                f"structure must be None, block or channel for {method.name}, which "
+                f"moves weights between leaves, got {structure.name}: each part of a "
+                "leaf has a fixed number of them."
+            )
+
+    def __call__(self, masks: Masks, state: Any, at: UpdateInputs) -> tuple[Masks, Any]:
+        """Drop, then grow. The number of active weights stays the same."""
+        number = active(masks)
+        fraction = at.at_this_update(
+            lambda step: schedules.fixed_point(self.fraction(step)), jnp.uint32
+        )
+        freed = schedules.ceil_of(fraction, number)
+
+        ranked = at.score(self.drop, masks)
+        stay = top_k(ranked, number - freed, among=masks)
+
+        ranked = at.score(self.grow, stay, growing=True)
+        if at.boxes is not None:
+            counts = [structures.box_counts(at.boxes, m) for m in masks]
+            return structures.fill(at.boxes, stay, ranked, counts), state
+        if self.across:
+            means = mean_score(masks, at.score(self.grow, masks, growing=True))
+            room = active([~m for m in stay])
+            total = jnp.sum(freed, dtype=freed.dtype)
+            freed = redistribute(total, means, room)
+        return grow(stay, ranked, freed, "layer"), state
+
+
+def grow(masks: Masks, ranked: list[Array], number: Array, scope: Scope) -> Masks:
+    """Activate the `number` highest-ranked of the inactive weights."""
+    inactive = [~m for m in masks]
+    grown = top_k(ranked, number, among=inactive, scope=scope)
+    return [m | g for m, g in zip(masks, grown, strict=True)]
+
+
+def active(masks: Masks, scope: Scope = "layer") -> Array:
+    """The number of active weights: one per leaf, or of all with scope "global"."""
+    counter = jnp.uint32 if sum(m.size for m in masks) < 2**32 else jnp.uint64
+    counts = jnp.stack([jnp.sum(m, dtype=counter) for m in masks])
+    return jnp.sum(counts, dtype=counter) if scope == "global" else counts
+
+
+class Weights(NamedTuple):
+    """The maskable leaves that an update reads, one array per leaf in each list.
+
+    Attributes:
+      stepped: The weights after the optimizer's step, zero where pruned.
+      grads: The dense gradient, or None.
+      average: The moving average of the dense gradient, or None.
+      marked: The marked weights of the method, or None.
+    """
+
+    stepped: list[Array]
+    grads: list[Array] | None = None
+    average: list[Array] | None = None
+    marked: list[Array] | None = None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def update_masks(
+    method: "Method",
+    names: tuple[str, ...],
+    masks: Masks,
+    states: tuple[Any, ...],
+    weights: Weights,
+    count: Array,
+    key: Array,
+) -> tuple[Masks, Masks, tuple[Any, ...]]:
+    """Run the phases of a method's mask update, one after the other.
+
+    Args:
+      method: The method.
+      names: The names of the maskable leaves.
+      masks: One boolean array per leaf.
+      states: The states of the phases.
+      weights: What the scores read.
+      count: int32 scalar, the step.
+      key: The random key of the step.
+
+    Returns:
+      The new masks; the weights among them that keep value and moments; the new states.
+    """
+    structure = method.structure
+    shapes = tuple(tuple(m.shape) for m in masks)
+    row = method.updates.update_index(count)
+    at = UpdateInputs(
+        before=[structures.merge_mask(structure, m) for m in masks],
+        score=score_function(names, masks, weights, key, structure),
+        target=jnp.asarray(targets.active_counts(method, shapes))[row],
+        scope=method.scope,
+        row=row,
+        steps=method.updates,
+        boxes=None if structure is None or structure.whole else structure,
+    )
+    present, kept, states = run_phases(method.phases, states, at)
+
+    def spread(parts: Masks) -> Masks:
+        pairs = zip(parts, masks, strict=True)
+        return [structures.spread(structure, m, like) for m, like in pairs]
+
+    return spread(present), spread(kept), states
+
+
+def run_phases(
+    phases: tuple[Phase, ...], states: tuple[Any, ...], at: UpdateInputs
+) -> tuple[Masks, Masks, tuple[Any, ...]]:
+    """Run phases one after the other.
+
+    Returns:
+      The new masks; the weights that were active before and after every phase, which
+      keep their value and moments; the new states of the phases.
+    """
+    masks = kept = at.before
+    after: list[Any] = []
+    for phase, state in zip(phases, states, strict=True):
+        masks, state = phase(masks, state, at)
+        kept = [k & m for k, m in zip(kept, masks, strict=True)]
+        after.append(state)
+    return masks, kept, tuple(after)
+
+
+def score_function(
+    names: tuple[str, ...],
+    before: Masks,
+    weights: Weights,
+    key: Array,
+    structure: Structure | None = None,
+) -> ScoreMasks:
+    """The function by which phases evaluate scores, see `UpdateInputs.score`.
+
+    Args:
+      names: The names of the maskable leaves.
+      before: The masks before the update.
+      weights: What the scores read.
+      key: The random key of the step.
+      structure: The structure of the masks. Phases see its boxes as single weights;
+        scores see weights.
+    """
+
+    def score(function: Score, masks: Masks, *, growing: bool = False) -> list[Array]:
+        pairs = zip(masks, before, strict=True)
+        masks = [structures.spread(structure, m, like) for m, like in pairs]
+        params = zero_outside(before if growing else masks, weights.stepped)
+        visible = zero_outside(masks, params)
+        ranked = evaluate(function, names, masks, params, visible, weights, key)
+        return [structures.merge(structure, x) for x in ranked]
+
+    return score
+
+
+def evaluate(
+    score: Score,
+    names: tuple[str, ...],
+    masks: Masks,
+    params: list[Array],
+    visible: list[Array],
+    weights: Weights,
+    key: Array,
+) -> list[Array]:
+    """The score of every leaf; see `ScoreInputs` for what it reads.
+
+    Args:
+      score: The score.
+      names: The names of the maskable leaves.
+      masks: The masks that the score may read.
+      params: The weights of every leaf, for the score of that leaf.
+      visible: The weights of every leaf, for the scores of all leaves.
+      weights: The gradients, averages and marked weights.
+      key: The random key of the step.
+    """
+    by_name = dict(zip(names, visible, strict=True))
+
+    def leaf(values: list[Array] | None, i: int) -> Array | None:
+        return None if values is None else values[i]
+
+    return [
+        score(
+            ScoreInputs(
+                param=params[i],
+                grad=leaf(weights.grads, i),
+                mask=masks[i],
+                average=leaf(weights.average, i),
+                key=jax.random.fold_in(key, i),
+                name=name,
+                weights=by_name,
+                marked=leaf(weights.marked, i),
+            )
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def step_key(seed: int | Array, count: Array | int) -> Array:
+    """The random key of a step. That of step 0 is for the initial masks."""
+    return jax.random.fold_in(jax.random.key(seed), count)
+
+
+def zero_outside(masks: Masks, arrays: list[Array]) -> list[Array]:
+    """The arrays with zeros outside the masks."""
+    return [
+        jnp.where(m, x, jnp.zeros_like(x)) for m, x in zip(masks, arrays, strict=True)
+    ]

@@ -1,0 +1,213 @@
+"""What the steps of sparse and of dense weights have in common."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.core import Tracer
+
+from granet_jax import masking, targets
+from granet_jax.initial_masks import choose_among_all
+from granet_jax.masking import PyTree, Where, map_masked, maskable_leaves
+from granet_jax.methods.method import Method
+from granet_jax.moments import restart_moments, zero_moments
+from granet_jax.phases import Weights, step_key
+from granet_jax.schedules import Steps
+from granet_jax.state import SparseState, is_packed_state, unpacked_like
+
+
+class Setup(NamedTuple):
+    """The arguments of `transform`.
+
+    Attributes:
+      method: The method.
+      optimizer: The inner optimizer; `optax.identity()` without one.
+      has_inner: Whether there is an inner optimizer.
+      where: Which leaves carry a mask.
+      masks: The masks to start from, or None.
+      seed: The seed of random masks and random growth.
+      packed: Whether the state holds its masks at 1 bit a weight.
+    """
+
+    method: Method
+    optimizer: optax.GradientTransformationExtraArgs
+    has_inner: bool
+    where: Where
+    masks: PyTree | None
+    seed: int | Array
+    packed: bool
+
+
+class Step(NamedTuple):
+    """What a step begins with.
+
+    Attributes:
+      count: int32 scalar, the number of this step, 1 for the first.
+      advances: Whether the count still rises; it stops at 2**31 - 1.
+      key: The random key of this step.
+      inner_state: The optimizer's state, its moments fresh after a reset.
+      average: The moving average of the dense gradient, this step's included.
+    """
+
+    count: Array
+    advances: Array
+    key: Array
+    inner_state: optax.OptState
+    average: PyTree
+
+
+def check_call(
+    setup: Setup, updates: PyTree, state: Any, params: PyTree | None, extra: Any
+) -> tuple[SparseState, PyTree, PyTree | None]:
+    """The state, the parameters and the dense gradient, or an error.
+
+    Raises:
+      ValueError: `params` are missing, or a dense gradient that the method needs.
+      TypeError: `state` is not a `SparseState`.
+    """
+    if params is None:
+        raise ValueError(
+            "params must be given to update: call tx.update(grads, state, params)."
+        )
+    if not isinstance(state, SparseState):
+        raise TypeError(
+            "state must be the SparseState that init returned, got "
+            f"{type(state).__name__}. Restore a checkpoint onto "
+            "jax.eval_shape(tx.init, params), which gives it its types back."
+        )
+    dense = updates if setup.has_inner else extra.get("grads")
+    if dense is None and setup.method.needs_gradient:
+        raise ValueError(
+            f"{setup.method.name} needs the dense gradient, and as the last link of a "
+            "chain it only sees updates. Either give it the optimizer, "
+            "transform(method, inner=optimizer), or pass the gradient along, "
+            "tx.update(grads, state, params, grads=grads)."
+        )
+    return state, params, dense
+
+
+def begin_step(
+    setup: Setup, state: SparseState, params: PyTree, dense: PyTree | None
+) -> Step:
+    """Advance the counter and the average; start moments afresh after a reset."""
+    method = setup.method
+    count = jnp.asarray(optax.safe_increment(state.count))
+    advances = count > state.count
+    average = state.average
+    if method.average_decay is not None:
+        average = _averaged(method.average_decay, average, dense)
+    inner_state = state.inner_state
+    if setup.has_inner and method.resets.steps():
+        # At the start of this step and not at the end of the last one, whose update
+        # still reads the old moments: XLA would copy them.
+        masks = unpacked_like(params, state.masks)
+        fresh = zero_moments(setup.optimizer.init(params), masks)
+        restart = method.resets.contains(state.count) & advances
+        inner_state = restart_moments(inner_state, fresh, params, restart)
+    return Step(count, advances, step_key(setup.seed, count), inner_state, average)
+
+
+def _averaged(decay: float, average: PyTree, grads: PyTree) -> PyTree:
+    leaves, treedef = jax.tree.flatten(average)
+    return treedef.unflatten(
+        decay * a + (1.0 - decay) * g.astype(a.dtype)
+        for a, g in zip(leaves, maskable_leaves(grads, average), strict=True)
+    )
+
+
+def storage(
+    state: SparseState, params: PyTree
+) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
+    """Functions that read masks from a state and write them back, packed or not."""
+    load = functools.partial(unpacked_like, params)
+    return load, masking.pack_masks if is_packed_state(state) else lambda masks: masks
+
+
+def weights_of(
+    step: Step,
+    masks: PyTree,
+    after: list[Array],
+    dense: PyTree | None,
+    marked: PyTree,
+) -> Weights:
+    """The maskable leaves that scores may read."""
+    return Weights(
+        stepped=after,
+        grads=None if dense is None else maskable_leaves(dense, masks),
+        average=jax.tree.leaves(step.average) or None,
+        marked=jax.tree.leaves(marked) or None,
+    )
+
+
+def mark_weights(
+    setup: Setup, masks: PyTree, weights: list[Array], key: Array
+) -> PyTree:
+    """Choose the marked weights: among the active ones, or among all if dense."""
+    method = setup.method
+    leaves, treedef = jax.tree.flatten(masks)
+    shapes = tuple(tuple(m.shape) for m in leaves)
+    assert method.marked_sparsity is not None
+    number = targets.counts_at(method, shapes, method.marked_sparsity)
+    among = None if method.weights == "dense" else leaves
+    names = names_of(masks)
+    chosen = choose_among_all(
+        method, names, leaves, Weights(weights), jnp.asarray(number), key, among
+    )
+    return treedef.unflatten(chosen)
+
+
+def stepped(masks: PyTree, params: PyTree, updates: PyTree) -> list[Array]:
+    """The maskable leaves after a step, in the dtypes of the parameters."""
+    pairs = zip(
+        maskable_leaves(params, masks), maskable_leaves(updates, masks), strict=True
+    )
+    return [(p + u).astype(p.dtype) for p, u in pairs]
+
+
+def zero_outside(masks: PyTree, tree: PyTree) -> PyTree:
+    """`tree` with zeros outside the masks."""
+    return map_masked(lambda m, x: jnp.where(m, x, jnp.zeros_like(x)), masks, tree)
+
+
+def update_or_zero(keep: Array, update: Array, param: Array) -> Array:
+    """The update where `keep`; elsewhere the one that makes the weight zero."""
+    # In the wider of both dtypes: -p must be exact for p + (-p) to be zero, and the
+    # update must reach active weights unrounded.
+    dtype = jnp.promote_types(update.dtype, param.dtype)
+    return jnp.where(keep, update.astype(dtype), -param.astype(dtype))
+
+
+def names_of(masks: PyTree) -> tuple[str, ...]:
+    """The names of the leaves that carry a mask."""
+    paths = jax.tree_util.tree_leaves_with_path(masks)
+    return tuple(masking.leaf_name(path) for path, _ in paths)
+
+
+def run_if(
+    steps: Steps, step: Step, change: Callable[[PyTree], PyTree], value: PyTree
+) -> PyTree:
+    """`change(value)` at some steps, else `value`: a loop of one trip or none.
+
+    `lax.cond` would do, except that under `vmap` it runs both branches in every step,
+    whereas a loop runs only when some lane wants it.
+    """
+    if not steps.steps():
+        return value
+    return run_once_if(steps.contains(step.count) & step.advances, change, value)
+
+
+def run_once_if(
+    predicate: Array, change: Callable[[PyTree], PyTree], value: PyTree
+) -> PyTree:
+    """`change(value)` where `predicate`, else `value`; see `run_if`."""
+    if not isinstance(predicate, Tracer):
+        return change(value) if predicate else value
+
+    def body(carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+        return jnp.zeros_like(carry[0]), change(carry[1])
+
+    return lax.while_loop(lambda carry: carry[0], body, (predicate, value))[1]

@@ -1,0 +1,97 @@
+"""The integers of a method on given leaves: how many weights are active, and when.
+
+Plain Python on the host, in float64 and Python integers; a step looks the numbers up.
+They count the parts that the method's structure makes of a leaf (`structures.parts`):
+single weights, or boxes of them.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from granet_jax import distributions, structures
+from granet_jax.distributions import Shape
+
+if TYPE_CHECKING:
+    from granet_jax.methods.method import Method
+
+
+@functools.lru_cache(maxsize=64)
+def active_counts(method: "Method", shapes: tuple[Shape, ...]) -> np.ndarray:
+    """The number of active parts after pruning or revival, at every update.
+
+    The numbers never rise unless a phase of the method revives weights. With scope
+    "layer" no leaf loses parts while the total rises, or gains parts while it falls.
+
+    Returns:
+      Unsigned integers: (updates,) with scope "global", (updates, leaves) with "layer".
+    """
+    present = initial_counts(method, shapes)
+    rows: list[int | list[int]] = []
+    for step in method.updates.steps():
+        sparsity = method.sparsity(step)
+        wanted = _counts(method, shapes, sparsity)
+        falls, rises = sum(wanted) < sum(present), sum(wanted) > sum(present)
+        if rises and not method.revives:
+            wanted = [sum(present)] if _is_global(method) else present
+            rises = False
+        if _is_global(method):
+            present = wanted
+        elif falls:
+            present = _counts(method, shapes, sparsity, caps=present)
+        elif rises:
+            present = _counts(method, shapes, sparsity, floors=present)
+        rows.append(_row(method, present))
+    return np.asarray(rows, _dtype(shapes))
+
+
+def initial_counts(method: "Method", shapes: Sequence[Shape]) -> list[int]:
+    """The number of active parts of every leaf at step 0."""
+    return structures.counts(
+        method.structure, shapes, method.sparsity(0), method.distribution
+    )
+
+
+def counts_at(method: "Method", shapes: Sequence[Shape], sparsity: float) -> np.ndarray:
+    """The number of active parts at one sparsity, chosen among all weights.
+
+    Returns:
+      Unsigned integers: a scalar with scope "global", (leaves,) with scope "layer".
+    """
+    counts = _row(method, _counts(method, shapes, sparsity))
+    return np.asarray(counts, _dtype(shapes))
+
+
+def _counts(
+    method: "Method",
+    shapes: Sequence[Shape],
+    sparsity: float,
+    caps: Sequence[int] | None = None,
+    floors: Sequence[int] | None = None,
+) -> list[int]:
+    """One number per leaf; with global scope a list of one number, for all leaves."""
+    structure = method.structure
+    if _is_global(method):
+        parts = structures.parts(structure, shapes)
+        return [distributions.total_count(sum(parts), sparsity)]
+    return structures.counts(
+        structure, shapes, sparsity, method.distribution, caps, floors
+    )
+
+
+def _row(method: "Method", counts: list[int]) -> int | list[int]:
+    return counts[0] if _is_global(method) else counts
+
+
+def _is_global(method: "Method") -> bool:
+    # Boxes that keep equal numbers of weights cannot compete across leaves.
+    boxes = method.structure is not None and not method.structure.whole
+    return method.scope == "global" and not boxes
+
+
+def _dtype(shapes: Sequence[Shape]) -> type[np.unsignedinteger]:
+    total = sum(math.prod(s) for s in shapes)
+    return np.uint32 if total < 2**32 else np.uint64
