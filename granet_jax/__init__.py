@@ -9,7 +9,7 @@ from granet_jax._transform import init_masks as init_masks
 from granet_jax._transform import set_masks as set_masks
 from granet_jax._transform import sparse_view as sparse_view
 from granet_jax._transform import transform as transform
-from granet_jax.acceleration import accelerate as accelerate
+from granet_jax.export.sparse_inference import accelerate as accelerate
 from granet_jax.cyclic_methods import acdc as acdc
 from granet_jax.cyclic_methods import cyclical as cyclical
 from granet_jax.cyclic_methods import sculpt as sculpt

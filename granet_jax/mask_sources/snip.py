@@ -30,8 +30,8 @@ from granet_jax.mask_sources.arguments import (
     check_rounds,
     is_traced,
 )
-from granet_jax.mask_sources.connectivity import OnCollapse, check_action, report
-from granet_jax.mask_sources.selecting import (
+from granet_jax.mask_sources.layer_collapse import OnCollapse, check_action, report
+from granet_jax.mask_sources.select import (
     full_masks,
     put,
     round_counts,

@@ -22,7 +22,7 @@ from granet_jax.distributions import Distribution, Shape
 from granet_jax.mask_sources.arguments import (
     check_finite,
 )
-from granet_jax.mask_sources.connectivity import OnCollapse, check_action, report
+from granet_jax.mask_sources.layer_collapse import OnCollapse, check_action, report
 from granet_jax.masking import PyTree, Where
 from granet_jax.scores import Score, ScoreInputs
 from granet_jax.selection import Scope, check_scope, top_k

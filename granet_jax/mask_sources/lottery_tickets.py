@@ -15,8 +15,8 @@ from granet_jax.mask_sources.arguments import (
     check_finite,
     check_rounds,
 )
-from granet_jax.mask_sources.connectivity import OnCollapse, check_action, report
-from granet_jax.mask_sources.selecting import full_masks
+from granet_jax.mask_sources.layer_collapse import OnCollapse, check_action, report
+from granet_jax.mask_sources.select import full_masks
 from granet_jax.masking import PyTree, Where
 from granet_jax.selection import Scope, check_scope
 
