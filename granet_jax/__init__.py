@@ -9,12 +9,12 @@ from granet_jax._transform import init_masks as init_masks
 from granet_jax._transform import set_masks as set_masks
 from granet_jax._transform import sparse_view as sparse_view
 from granet_jax._transform import transform as transform
-from granet_jax.export.sparse_inference import accelerate as accelerate
 from granet_jax.cyclic_methods import acdc as acdc
 from granet_jax.cyclic_methods import cyclical as cyclical
 from granet_jax.cyclic_methods import sculpt as sculpt
 from granet_jax.dense_methods import straight_through as straight_through
 from granet_jax.dense_methods import top_kast as top_kast
+from granet_jax.export.sparse_inference import accelerate as accelerate
 from granet_jax.growing_methods import greg1 as greg1
 from granet_jax.growing_methods import greg2 as greg2
 from granet_jax.masking import PackedMask as PackedMask

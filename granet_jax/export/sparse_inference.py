@@ -1,4 +1,9 @@
-"""Inference by the active weights alone, for matrices sparse enough to gain by it."""
+"""Inference with the active weights alone, for matrices sparse enough to gain from it.
+
+A matrix becomes two arrays of shape (k, outputs): the active weights of every output,
+and the inputs that they belong to, where k is the largest number of active weights of
+an output. A product adds one active weight of every output at a time.
+"""
 
 import dataclasses
 from typing import Any
@@ -11,44 +16,41 @@ from jax.typing import ArrayLike
 
 from granet_jax.masking import PyTree, check_concrete, check_masks, is_masked_node
 
-MOST = 0.05
-"""Largest share of active inputs, of the output that has most, at which `accelerate`
-takes a matrix: `python -m benchmarks.sparse_linear` has the measurements."""
+MAX_DENSITY = 0.05
+"""Largest share of active inputs of any output up to which `accelerate` converts a
+matrix. `python -m benchmarks.sparse_linear` measures where the gain begins."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FanIn:
-    """A matrix that has a few active weights for every output; `x @ matrix` works.
+    """A matrix with few active weights per output, for products `x @ matrix`.
 
     Attributes:
-      values: weights, of shape (k, n_out); zeros fill up outputs with fewer than k.
-      inputs: int32 of the same shape: the input that each belongs to.
-      n_in: number of rows of the matrix (static).
+      values: Weights, shape (k, n_out). Outputs with fewer than k are padded by zeros.
+      inputs: Input that each weight belongs to, int32, same shape.
+      n_in: Number of rows of the matrix (static).
     """
 
     values: Array
     inputs: Array
     n_in: int = dataclasses.field(metadata={"static": True})
 
-    # Has NumPy leave `x @ matrix` to the method below.
+    # Makes NumPy leave `x @ matrix` to the method below.
     __array_ufunc__ = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the matrix, inputs and outputs."""
+        """Shape of the matrix: inputs, outputs."""
         return self.n_in, self.values.shape[1]
 
     def __rmatmul__(self, x: Any) -> Array:
-        """`x @ self` for x of shape (..., n_in), of shape (..., n_out).
+        """Return `x @ self` with shape (..., n_out), for x with shape (..., n_in).
 
-        One active input of every output at a time, for the whole batch, so that nothing
-        is written but the sums. (One gather of all of them writes the active weights'
-        inputs once for every example, and takes 5 to 100 times as long on CPU.)
-        Half-precision products are added up in float32.
+        Products in half precision are summed in float32.
 
         Raises:
-          ValueError: x of another size.
+          ValueError: The last dimension of x is not n_in.
         """
         x = jnp.asarray(x)
         if x.ndim == 0 or x.shape[-1] != self.n_in:
@@ -60,11 +62,14 @@ class FanIn:
         sums = jnp.promote_types(dtype, jnp.float32)
         rows = x.reshape(-1, self.n_in).T.astype(sums)
 
+        # One active weight of every output at a time, for the whole batch: only the
+        # sums are written to memory. A single gather of all inputs takes 5 to 100
+        # times as long on CPU, because it writes them once per example.
         def add(total: Array, weights: tuple[Array, Array]) -> tuple[Array, None]:
             values, inputs = weights
-            # They are in bounds by construction.
-            taken = rows.at[inputs].get(mode="promise_in_bounds")
-            return total + taken * values[:, None].astype(sums), None
+            # The inputs are in bounds by construction.
+            column = rows.at[inputs].get(mode="promise_in_bounds")
+            return total + column * values[:, None].astype(sums), None
 
         start = jnp.zeros((self.shape[1], rows.shape[1]), sums)
         total, _ = lax.scan(add, start, (self.values, self.inputs))
@@ -72,16 +77,18 @@ class FanIn:
 
 
 def fan_in(param: ArrayLike, mask: ArrayLike) -> FanIn:
-    """The active weights of every output of a matrix.
+    """Return the active weights of every output of a matrix.
 
     Args:
-      param: of shape (n_in, n_out). Pruned weights count as zero, whatever they are.
-      mask: bool, of the same shape.
+      param: Array of shape (n_in, n_out). Pruned weights count as zero whatever their
+        value.
+      mask: Boolean array of the same shape.
     """
     active, weights = np.asarray(mask), np.asarray(param)
-    most = int(active.sum(axis=0).max(initial=0))
-    # The active inputs of every output, in order; then pruned ones, of weight zero.
-    inputs = np.argsort(~active, axis=0, kind="stable")[:most]
+    largest = int(active.sum(axis=0).max(initial=0))
+    # A stable sort puts the active inputs of every output first, in order. Outputs with
+    # fewer of them are filled with pruned inputs, whose weight is zero.
+    inputs = np.argsort(~active, axis=0, kind="stable")[:largest]
     weights = np.where(active, weights, np.zeros((), weights.dtype))
     return FanIn(
         values=jnp.asarray(np.take_along_axis(weights, inputs, axis=0)),
@@ -91,50 +98,51 @@ def fan_in(param: ArrayLike, mask: ArrayLike) -> FanIn:
 
 
 def accelerate(params: PyTree, masks: PyTree) -> PyTree:
-    """Parameters for inference, the sparsest matrices as their active weights alone.
+    """Return parameters for inference, with the sparsest matrices in a compact form.
 
         fast = granet_jax.accelerate(params, granet_jax.get_masks(opt_state))
         predict = jax.jit(lambda params, x: jax.nn.relu(x @ params["w"]) + params["b"])
         predict(fast, x)
 
-    Works for networks that write `x @ kernel`, with kernels of shape (n_in, n_out). All
-    outputs take as long as the one with most active inputs, so masks of constant fan-in
-    (`structures.constant_fan_in`) gain most. Measured on CPU alone. Results equal those
-    of the dense product up to rounding, since sums are in another order. Small matrices
-    with few examples gain nothing (256 x 256, up to 8).
+    It works for networks that compute `x @ kernel` with kernels of shape (n_in, n_out).
+    The time of a product depends on the output with the most active inputs, so masks
+    with constant fan-in (`structures.constant_fan_in`) gain most. The results equal
+    those of the dense product up to rounding, because the order of the sums differs. It
+    was measured on CPU only. Small matrices with few examples gain nothing (256 x 256
+    with up to 8 examples).
 
     Args:
-      params: pytree of arrays. Pruned weights count as zero, whatever they are.
-      masks: pytree of masks of the same structure, from `get_masks`. Must be concrete.
+      params: Pytree of arrays. Pruned weights count as zero whatever their value.
+      masks: Pytree of masks with the same structure, as from `get_masks`, with known
+        (not traced) values.
 
     Returns:
-      `params` with a `FanIn` for every matrix with a mask in which no output has more
-      than 5% of the inputs active (`MOST`). Others stay as they are, for the dense
-      product is faster.
+      `params` with a `FanIn` in place of every masked matrix in which each output has
+      at most 5% of the inputs active (`MAX_DENSITY`). The other leaves are unchanged,
+      since the dense product is faster for them.
 
     Raises:
-      TypeError: traced masks or parameters.
-      ValueError: masks of another structure or shape; or no matrix is sparse enough.
+      TypeError: Masks or parameters are traced.
+      ValueError: The masks have another structure or shape, or no matrix is sparse
+        enough.
     """
     check_concrete("masks", masks)
     check_concrete("params", params)
-    found = 0
+    masks = check_masks(masks, params)
 
     def convert(mask: Any, param: Any) -> Any:
-        nonlocal found
-        if is_masked_node(mask) or mask.ndim != 2:
-            return param
-        if np.sum(mask, axis=0).max(initial=0) > MOST * len(mask):
-            return param
-        found += 1
-        return fan_in(param, mask)
+        return fan_in(param, mask) if _is_sparse_enough(mask) else param
 
-    fast = jax.tree.map(
-        convert, check_masks(masks, params), params, is_leaf=is_masked_node
-    )
-    if not found:
+    if not any(map(_is_sparse_enough, jax.tree.leaves(masks))):
         raise ValueError(
-            f"params has no matrix in which every output has at most {MOST:.0%} of the "
-            "inputs active: the dense product is faster for all of it."
+            "params has no matrix in which every output has at most "
+            f"{MAX_DENSITY:.0%} of the inputs active: the dense product is faster for "
+            "all of it."
         )
-    return fast
+    return jax.tree.map(convert, masks, params, is_leaf=is_masked_node)
+
+
+def _is_sparse_enough(mask: Any) -> bool:
+    if is_masked_node(mask) or mask.ndim != 2:
+        return False
+    return bool(np.sum(mask, axis=0).max(initial=0) <= MAX_DENSITY * len(mask))

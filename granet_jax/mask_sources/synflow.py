@@ -1,4 +1,14 @@
-"""SynFlow: masks without data, by the flow from input to output."""
+"""SynFlow: prune the weights that carry the least flow, without data.
+
+All parameters w are replaced by abs(w) and the input by ones. R is the sum of the
+outputs, and the score of a weight is abs(w) dR/dabs(w), the flow through it. The scores
+are computed anew in every round, on the network that the previous round has left
+(Tanaka et al., NeurIPS 2020).
+
+In a positively homogeneous network, the scores across any cut between input and output
+sum to R, so no cut is emptied before it has to be. A layer in parallel with a shortcut
+is not a cut and may be emptied.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,24 +17,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from granet_jax.checks import check_function, check_sparsity
-from granet_jax.mask_sources.arguments import (
+from granet_jax.checks import check_function, check_integer, check_sparsity
+from granet_jax.mask_sources.layer_collapse import (
+    ApplyFn,
+    OnCollapse,
+    check_action,
     check_inputs,
-    check_rounds,
     is_traced,
+    report,
 )
-from granet_jax.mask_sources.layer_collapse import OnCollapse, check_action, report
-from granet_jax.mask_sources.select import (
-    full_masks,
-    put,
-    round_counts,
-    select_in_rounds,
-    take,
-)
+from granet_jax.mask_sources.rounds import select_in_rounds
+from granet_jax.mask_sources.select import full_masks, masked_weights, with_weights
 from granet_jax.masking import PyTree, Where
 from granet_jax.selection import Scope, check_scope
-
-ApplyFn = Callable[[PyTree, Any], PyTree]
 
 
 def synflow(
@@ -38,59 +43,56 @@ def synflow(
     where: Where = None,
     on_collapse: OnCollapse = "warn",
 ) -> PyTree:
-    """SynFlow: iterative pruning of the weights that carry least flow.
+    """Return the masks of SynFlow.
 
-    With all parameters made absolute and an input of ones, R is the sum of the outputs
-    and the score abs(w) dR/dabs(w). Every round scores the network that the one before
-    has left, at densities d^(k/n); what is pruned does not come back. In a network that
-    is positively homogeneous, the scores across any cut between input and output sum to
-    R, and no cut is emptied before it must be. A layer beside a shortcut is no cut, and
-    may be.
+    Round k of n keeps the density (1 - sparsity)^(k/n), and pruned weights do not
+    return.
 
-    R is large: beyond float32 from some thirty layers on. All is computed in float64
-    (whether or not JAX has it enabled), as far as `apply_fn` lets it: a module that
-    fixes float32 for its layers, instead of following its parameters, overflows, which
-    is an error.
+    R grows with depth and exceeds float32 from about thirty layers on. Everything is
+    therefore computed in float64, even where JAX has not enabled it. A module that
+    fixes its layers to float32 instead of following its parameters may still overflow,
+    which raises an error.
 
     Args:
-      apply_fn: (params, inputs) -> outputs. Norms in inference form, with the
-        statistics of initialisation (mean 0, variance 1); batch statistics would undo
-        what the method rests on.
-      params: pytree of arrays, those of initialisation. Their signs are not used.
-      inputs: array or `jax.ShapeDtypeStruct` of a batch of inputs (or a pytree of
-        them); only the shape and dtype are read. One example is enough.
-      sparsity: share of pruned weights, in [0, 1).
-      rounds: number of rounds. A single one collapses much earlier.
+      apply_fn: Function (params, inputs) -> outputs. Norms must be in inference form
+        with their initial statistics (mean 0, variance 1). Batch statistics would
+        invalidate the method's guarantee.
+      params: Pytree of arrays, the initial parameters. Their signs are not used.
+      inputs: Array or `jax.ShapeDtypeStruct` (or a pytree of them) with a batch of
+        inputs. Only shape and dtype are read, and one example is enough.
+      sparsity: Share of pruned weights, in [0, 1).
+      rounds: Number of rounds. With a single round, layers collapse at much lower
+        sparsity.
       scope: "global" or "layer", see `select`.
-      where: which leaves carry a mask, as in `granet_jax.transform`.
-      on_collapse: what to do about a leaf left without active weights, or about a
-        network cut through: "warn", "error" or "ignore".
+      where: Which leaves carry a mask, as in `granet_jax.transform`.
+      on_collapse: "warn", "error" or "ignore": the reaction to a leaf that is left
+        without active weights, or to a disconnected network.
 
     Returns:
-      Masks, of the structure of `params`.
+      Masks with the structure of `params`.
 
     Raises:
-      ValueError: an argument out of range; R that is NaN or infinite (inside a traced
-        function, where it cannot be looked at, the masks are then meaningless); or
-        collapse, if that is to be an error.
-      TypeError: an argument of the wrong type.
+      ValueError: An argument is out of range, or R is NaN or infinite. (A traced R
+        cannot be checked, and the masks are then meaningless.) Also for a collapse if
+        `on_collapse="error"`.
+      TypeError: An argument has the wrong type.
 
     References:
       Tanaka et al., Pruning neural networks without any data by iteratively conserving
       synaptic flow, NeurIPS 2020.
     """
     check_sparsity("sparsity", sparsity)
-    check_rounds(rounds)
+    check_integer("rounds", rounds, least=1)
     check_scope(scope)
     check_action(on_collapse)
     _check_network(apply_fn, inputs)
     masks = full_masks(params, where)
-    shapes = [m.shape for m in jax.tree.leaves(masks)]
     with jax.enable_x64(True):
         masks = select_in_rounds(
-            _flow(apply_fn, params, inputs),
+            _flow_score(apply_fn, params, inputs),
             masks,
-            round_counts(shapes, sparsity, rounds, scope),
+            sparsity,
+            rounds,
             scope=scope,
             revive=False,
             traced=is_traced(params),
@@ -101,69 +103,77 @@ def synflow(
 def synflow_scores(
     apply_fn: ApplyFn, params: PyTree, inputs: Any, *, where: Where = None
 ) -> PyTree:
-    """abs(w) dR/dabs(w), the scores of SynFlow with nothing pruned.
+    """Return the scores of SynFlow with nothing pruned, for `select`.
 
     Args:
-      apply_fn: see `synflow`.
-      params: see `synflow`.
-      inputs: see `synflow`.
-      where: see `synflow`.
+      apply_fn: See `synflow`.
+      params: See `synflow`.
+      inputs: See `synflow`.
+      where: See `synflow`.
 
     Returns:
-      Pytree of the structure of `params`: float64 arrays at maskable leaves,
-      `optax.MaskedNode()` elsewhere. For `select`. (Where JAX has not enabled 64-bit
-      types, most of its functions would round them to float32.)
+      Pytree with the structure of `params`: float64 arrays at maskable leaves,
+      `optax.MaskedNode()` elsewhere. Where JAX has not enabled 64-bit types, most of
+      its functions would round these arrays to float32; `select` does not.
 
     Raises:
-      ValueError: see `synflow`.
+      ValueError: As `synflow`.
     """
     _check_network(apply_fn, inputs)
     masks = full_masks(params, where)
     with jax.enable_x64(True):
-        return _flow(apply_fn, params, inputs)(masks)
+        return _flow_score(apply_fn, params, inputs)(masks)
+
+
+def _flow_score(
+    apply_fn: ApplyFn, params: PyTree, inputs: Any
+) -> Callable[[PyTree], PyTree]:
+    """Return the score of given masks. Call it where 64-bit types are enabled."""
+
+    @jax.jit
+    def flow_and_scores(params: PyTree, masks: PyTree) -> tuple[Array, PyTree]:
+        absolute = jax.tree.map(
+            lambda p: jnp.abs(p).astype(jnp.float64) if _is_floating(p) else p, params
+        )
+        ones = jax.tree.map(
+            lambda x: jnp.ones(x.shape, jnp.float64 if _is_floating(x) else x.dtype),
+            inputs,
+        )
+
+        def flow(weights: PyTree) -> Array:
+            outputs = jax.tree.leaves(apply_fn(with_weights(absolute, weights), ones))
+            return jnp.sum(jnp.stack([jnp.sum(x, dtype=jnp.float64) for x in outputs]))
+
+        weights = masked_weights(absolute, masks)
+        total, slopes = jax.value_and_grad(flow)(weights)
+        return total, jax.tree.map(jnp.multiply, weights, slopes)
+
+    def score(masks: PyTree) -> PyTree:
+        total, scores = flow_and_scores(params, masks)
+        _check_flow(total, scores)
+        return scores
+
+    return score
+
+
+def _is_floating(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _check_flow(total: Array, scores: PyTree) -> None:
+    finite = jnp.isfinite(total)
+    for x in jax.tree.leaves(scores):
+        finite &= jnp.all(jnp.isfinite(x))
+    if not is_traced(finite) and not bool(finite):
+        raise ValueError(
+            f"the flow R through apply_fn must be finite, got {float(total)}: it grows "
+            "with every layer and exceeds float32 from about thirty on. Parameters and "
+            "inputs are passed as float64; let the module compute in it (flax: "
+            "dtype=None, which follows the parameters, not dtype=jnp.float32), and "
+            "give norms their initial statistics."
+        )
 
 
 def _check_network(apply_fn: Any, inputs: Any) -> None:
     check_function("apply_fn", apply_fn, "a function (params, inputs) -> outputs")
     check_inputs(inputs)
-
-
-def _flow(apply_fn: ApplyFn, params: PyTree, inputs: Any) -> Callable[[PyTree], PyTree]:
-    """From masks to scores; to be called where 64-bit types are enabled."""
-
-    def wide(x: Any) -> bool:
-        return jnp.issubdtype(x.dtype, jnp.floating)
-
-    @jax.jit
-    def flow(params: PyTree, masks: PyTree) -> tuple[Array, PyTree]:
-        absolute = jax.tree.map(
-            lambda p: jnp.abs(p).astype(jnp.float64) if wide(p) else p, params
-        )
-        ones = jax.tree.map(
-            lambda x: jnp.ones(x.shape, jnp.float64 if wide(x) else x.dtype), inputs
-        )
-
-        def total(chosen: PyTree) -> Array:
-            outputs = jax.tree.leaves(apply_fn(put(absolute, chosen), ones))
-            return jnp.sum(jnp.stack([jnp.sum(x, dtype=jnp.float64) for x in outputs]))
-
-        weights = take(absolute, masks)
-        flow, slopes = jax.value_and_grad(total)(weights)
-        return flow, jax.tree.map(jnp.multiply, weights, slopes)
-
-    def score(masks: PyTree) -> PyTree:
-        flow_, scores = flow(params, masks)
-        finite = jnp.isfinite(flow_)
-        for x in jax.tree.leaves(scores):
-            finite &= jnp.all(jnp.isfinite(x))
-        if not is_traced(finite) and not bool(finite):
-            raise ValueError(
-                f"the flow R through apply_fn must be finite, got {float(flow_)}: "
-                "it grows with every layer, beyond float32 from some thirty on. "
-                "Parameters and inputs are given in float64; let the module compute in "
-                "it (flax: dtype=None, which follows the parameters, not "
-                "dtype=jnp.float32), and give norms the statistics of initialisation."
-            )
-        return scores
-
-    return score
