@@ -40,7 +40,8 @@ import numpy as np
 from jax import Array
 
 from benchmarks import commands, timing
-from granet_jax import acceleration, export
+from granet_jax import export
+from granet_jax.export import sparse_inference
 
 SIZES = (256, 1024, 4096)
 BATCHES = (1, 8, 64, 256)
@@ -114,13 +115,13 @@ def contenders(n: int, sparsity: float) -> dict[str, Contender]:
     found["csr"] = (lambda x: (csr @ np.asarray(x).T).T, w)
     for name, convert in {"bcsr": export.to_bcsr, "bcoo": export.to_bcoo}.items():
         found[name] = (on_arrays(lambda x, s: (s @ x.T).T, convert(w.T, mask.T)), w)
-    fan_in = acceleration.fan_in(w, mask)
+    fan_in = sparse_inference.fan_in(w, mask)
     found["fan-in"] = (on_arrays(dense_product, fan_in), w)
     found["gather"] = (on_arrays(gather_product, fan_in.values, fan_in.inputs), w)
     if sparsity == 0.5:
         mask = two_of_four(rng, n)
         half = np.where(mask, weights, np.float32(0))
-        compressed = acceleration.fan_in(half, mask)
+        compressed = sparse_inference.fan_in(half, mask)
         found["2:4"] = (on_arrays(dense_product, compressed), half)
     for side in (16, 64):
         found[f"block-{side}"] = blocks_of(rng, weights, sparsity, side)

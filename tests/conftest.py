@@ -49,7 +49,7 @@ hypothesis.settings.load_profile(PROFILE)
 OPTIMIZED = (
     "experiments",
     "fuzz",
-    "mask_sources_flow",
+    "synflow",
     "oracle",
     "processes",
     "readme",

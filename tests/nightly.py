@@ -21,7 +21,7 @@ ONE_OF = {
     "test_ghosts::test_ghosts_stand_beside_the_convolutions": 4,
     "test_initial::test_the_masks_are_the_same_on_any_devices": 3,
     "test_initial::test_training_starts_from_the_masks_of_the_source": 3,
-    "test_mask_sources_flow::"
+    "test_synflow::"
     "test_magnitude_empties_a_layer_where_the_initial_spread_says": 3,
     "test_models::test_batch_statistics_change_in_training_only": 2,
     "test_models::test_logits_depend_on_every_parameter": 2,
@@ -68,8 +68,8 @@ AT_NIGHT = (
     "test_data::test_fashion_mnist_of_the_package_is_complete",
     "test_experiments::test_the_default_network_trains_into_the_default_folder",
     "test_initial::test_synflow_of_a_deep_network_does_not_overflow",
-    "test_mask_sources_flow::test_empty_leaves_beside_a_shortcut_cut_nothing",
-    "test_mask_sources_flow::test_vgg_stays_connected_down_to_one_weight_a_layer",
+    "test_synflow::test_empty_leaves_beside_a_shortcut_cut_nothing",
+    "test_synflow::test_vgg_stays_connected_down_to_one_weight_a_layer",
     "test_processes::test_pmap_over_two_processes",
     "test_processes::test_a_pre_emption_stops_both_at_one_step_and_they_go_on_exactly",
     "test_scale::test_resnet50_sends_less_than_64_kib_an_update",
@@ -80,5 +80,5 @@ LONG = (
     *("resume", "oracle", "fuzz", "flow", "experiments", "sharding", "initial"),
     *("lottery", "ghosts", "scale", "parallel", "transforms", "plasticity_study"),
     *("structures", "readme", "bad_input", "data", "models", "tost_lrsi", "processes"),
-    *("notebooks", "mask_sources_saliency", "selection", "packed", "purity"),
+    *("notebooks", "loss_scores", "selection", "packed", "purity"),
 )

@@ -1,25 +1,25 @@
-"""Where masks come from: at initialisation from scores, or from lottery tickets.
+"""Masks from sources other than a training method: before, between or after trainings.
 
-Each source gives masks of the structure of the parameters, for
-`granet_jax.transform(granet_jax.static(0.0), inner, masks=masks)` or any other method
-that is to start from them.
+Each source returns masks with the structure of the parameters. Pass them to
+`granet_jax.transform(granet_jax.static(0.0), inner, masks=masks)` to train with fixed
+masks, or to any other method that should start from them.
 """
 
-from granet_jax.mask_sources.connectivity import Collapse as Collapse
-from granet_jax.mask_sources.connectivity import collapse as collapse
-from granet_jax.mask_sources.connectivity import connected as connected
-from granet_jax.mask_sources.flow import synflow as synflow
-from granet_jax.mask_sources.flow import synflow_scores as synflow_scores
-from granet_jax.mask_sources.lottery import Ticket as Ticket
-from granet_jax.mask_sources.lottery import lottery_tickets as lottery_tickets
-from granet_jax.mask_sources.saliency import cross_entropy as cross_entropy
-from granet_jax.mask_sources.saliency import force as force
-from granet_jax.mask_sources.saliency import grasp as grasp
-from granet_jax.mask_sources.saliency import grasp_scores as grasp_scores
-from granet_jax.mask_sources.saliency import snip as snip
-from granet_jax.mask_sources.saliency import snip_scores as snip_scores
-from granet_jax.mask_sources.selecting import from_score as from_score
-from granet_jax.mask_sources.selecting import magnitude as magnitude
-from granet_jax.mask_sources.selecting import random as random
-from granet_jax.mask_sources.selecting import select as select
-from granet_jax.mask_sources.selecting import shuffle as shuffle
+from granet_jax.mask_sources.force import force as force
+from granet_jax.mask_sources.grasp import grasp as grasp
+from granet_jax.mask_sources.grasp import grasp_scores as grasp_scores
+from granet_jax.mask_sources.layer_collapse import Collapse as Collapse
+from granet_jax.mask_sources.layer_collapse import collapse as collapse
+from granet_jax.mask_sources.layer_collapse import connected as connected
+from granet_jax.mask_sources.loss_gradients import cross_entropy as cross_entropy
+from granet_jax.mask_sources.lottery_tickets import Ticket as Ticket
+from granet_jax.mask_sources.lottery_tickets import lottery_tickets as lottery_tickets
+from granet_jax.mask_sources.magnitude import magnitude as magnitude
+from granet_jax.mask_sources.random import random as random
+from granet_jax.mask_sources.random import shuffle as shuffle
+from granet_jax.mask_sources.select import from_score as from_score
+from granet_jax.mask_sources.select import select as select
+from granet_jax.mask_sources.snip import snip as snip
+from granet_jax.mask_sources.snip import snip_scores as snip_scores
+from granet_jax.mask_sources.synflow import synflow as synflow
+from granet_jax.mask_sources.synflow import synflow_scores as synflow_scores

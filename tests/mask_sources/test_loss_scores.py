@@ -294,7 +294,7 @@ def test_not_finite() -> None:
         (
             lambda p, b: ms.snip(LOSS, p, iter([b]), 0.5, rounds=2),
             TypeError,
-            "re-iterable, since they are gone through 2 times",
+            "re-iterable because they are read 2 times",
         ),
         (lambda p, b: ms.force(LOSS, p, iter([b]), 0.5), TypeError, "re-iterable"),
         (lambda p, b: ms.grasp(LOSS, p, iter([b]), 0.5), TypeError, "re-iterable"),

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 import granet_jax
 from granet_jax import export, mask_sources
+from granet_jax.export import mask_code
 from tests.helpers.trees import Layer, assert_same, parameters
 
 DENSE = optax.MaskedNode()
@@ -101,8 +102,8 @@ def decoded(code: np.ndarray, size: int, active: int) -> list[bool]:
 def test_a_mask_is_read_as_it_was_written(size: int, density: float, seed: int):
     mask = random_mask((size,), density, seed)
     active = int(mask.sum())
-    code = export._encode(mask)
-    np.testing.assert_array_equal(export._decode(code, size, active), mask)
+    code = mask_code.encode(mask)
+    np.testing.assert_array_equal(mask_code.decode(code, size, active), mask)
     assert decoded(code, size, active) == mask.tolist()
 
 
@@ -110,15 +111,15 @@ def test_mask_by_hand():
     # Gaps 0, 7, 13 at k = 3: low bits 000 111 101, then ones after 0, 0, 1 zeros.
     mask = np.zeros(30, bool)
     mask[[0, 8, 22]] = True
-    assert export._low_bits(30, 3) == 3
+    assert mask_code.low_bits(30, 3) == 3
     expected = np.packbits([0, 0, 0, 1, 1, 1, 1, 0, 1, 1, 1, 0, 1])
-    np.testing.assert_array_equal(export._encode(mask), expected)
+    np.testing.assert_array_equal(mask_code.encode(mask), expected)
 
 
 def test_at_half_it_is_the_bit_mask():
     mask = np.random.default_rng(0).permuted(np.arange(64 * 30) % 2 == 0)
     mask = np.concatenate([mask, [False, True]]).reshape(2, -1)
-    np.testing.assert_array_equal(export._encode(mask.reshape(-1)), np.packbits(mask))
+    np.testing.assert_array_equal(mask_code.encode(mask.reshape(-1)), np.packbits(mask))
 
 
 # There and back.
@@ -330,7 +331,7 @@ def test_codes_that_reach_beyond_their_mask_are_refused(beyond: int):
     as_they_are, unary = [0, 0, 0, 0], [0] * beyond + [1, 1, 1, 1]
     code = np.packbits(np.asarray(as_they_are + unary, np.uint8))
     with pytest.raises(ValueError, match="a mask has more than its 16 weights"):
-        export._decode(code, 16, 4)
+        mask_code.decode(code, 16, 4)
 
 
 def test_a_file_is_plain_safetensors(tmp_path: pathlib.Path):

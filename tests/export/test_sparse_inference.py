@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import granet_jax
-from granet_jax import acceleration
+from granet_jax.export import sparse_inference as acceleration
 
 DENSE = optax.MaskedNode()
 
