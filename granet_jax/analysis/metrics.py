@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from granet_jax import masking
-from granet_jax.analysis._leaves import check_same, named_masks
+from granet_jax.analysis.named_leaves import check_same, named_masks
 from granet_jax.checks import check_integer, check_type
 from granet_jax.masking import PyTree
 

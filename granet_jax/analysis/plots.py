@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from granet_jax.analysis._leaves import named_masks
 from granet_jax.analysis.metrics import churn as changes
 from granet_jax.analysis.metrics import exploration_over_time
+from granet_jax.analysis.named_leaves import named_masks
 from granet_jax.checks import (
     check_fraction,
     check_integer,

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from granet_jax.checks import check_axis_name, check_choice, check_function, check_type
-from granet_jax.tost.record import Skips
-from granet_jax.tost.skips import SKIP_KINDS, SkipKind, check_skip, ghost_skip
+from granet_jax.tost.config import Skips
+from granet_jax.tost.ghost_skips import SKIP_KINDS, SkipKind, check_skip, ghost_skip
 
 constant_init: jax.nn.initializers.Initializer = nn.initializers.constant(1e-4)
 """Initial kernel of the authors' code. Not small, since a norm follows; and all output

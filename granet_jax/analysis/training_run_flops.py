@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Mapping
 
 from granet_jax import structures
-from granet_jax.analysis._flops import Flops
+from granet_jax.analysis.network_flops import Flops
 from granet_jax.checks import check_steps, check_type
 from granet_jax.distributions import Distribution
 from granet_jax.masking import Sparsity

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from granet_jax import tost
-from granet_jax.tost import schedules
+from granet_jax.tost import ghost_schedules as schedules
 
 # Least upper bounds of |soft(x) - ReLU(x)|, times beta, and where they are reached.
 SUPREMA = {"swish": (0.278465, 1.27845), "mish": (0.308843, -1.19244)}

@@ -16,7 +16,7 @@ from jax import Array
 from jax.core import Tracer
 
 from granet_jax.checks import check_choice, check_number, check_steps
-from granet_jax.tost import schedules
+from granet_jax.tost import ghost_schedules
 
 Kind = Literal["swish", "mish"]
 KINDS: tuple[Kind, ...] = ("swish", "mish")
@@ -109,7 +109,7 @@ def ghost_activation(
         return lambda x, step: soft_relu(x, beta_0, kind)
     check_steps("ghost_steps", ghost_steps)
     sharpness = (
-        schedules.sharpening(ghost_steps, beta_0=beta_0, beta_1=beta_1)
+        ghost_schedules.sharpening(ghost_steps, beta_0=beta_0, beta_1=beta_1)
         if form == "sharpen"
         else lambda step: jnp.float32(beta_0)
     )
@@ -122,7 +122,7 @@ def ghost_activation(
         soft = soft_relu(jnp.where(over, jnp.zeros_like(x), x), sharpness(step), kind)
         if form == "blend":
             # In this form exact, and without overflow, where both are equal.
-            left = 1.0 - schedules.progress(step, ghost_steps)
+            left = 1.0 - ghost_schedules.progress(step, ghost_steps)
             soft = relu + left.astype(x.dtype) * (soft - relu)
         return jnp.where(over, relu, soft)
 

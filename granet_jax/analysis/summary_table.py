@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from granet_jax.analysis._flops import Flops
-from granet_jax.analysis._leaves import paired
+from granet_jax.analysis.named_leaves import paired
+from granet_jax.analysis.network_flops import Flops
 from granet_jax.checks import check_type
 from granet_jax.masking import PyTree
 

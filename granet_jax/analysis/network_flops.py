@@ -32,7 +32,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from granet_jax.analysis._leaves import paired
+from granet_jax.analysis.named_leaves import paired
 from granet_jax.checks import check_function
 from granet_jax.masking import PyTree, check_arrays
 

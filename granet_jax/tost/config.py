@@ -18,8 +18,13 @@ from granet_jax.checks import (
     check_steps,
     check_type,
 )
-from granet_jax.tost import activations, labels, schedules, skips
-from granet_jax.tost.lrsi import LRsI
+from granet_jax.tost import (
+    ghost_activations,
+    ghost_schedules,
+    ghost_skips,
+    label_smoothing,
+)
+from granet_jax.tost.rescaled_init import LRsI
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,10 +38,10 @@ class Neurons:
       form: "sharpen" or "blend".
     """
 
-    kind: activations.Kind = "swish"
+    kind: ghost_activations.Kind = "swish"
     beta_0: float = 1.0
     beta_1: float = 100.0
-    form: activations.Form = "sharpen"
+    form: ghost_activations.Form = "sharpen"
 
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError for a setting that cannot be used."""
@@ -55,15 +60,15 @@ class Skips:
         (`linen.constant_init`), instead of LeCun-normal.
     """
 
-    kind: skips.SkipKind = "identity"
+    kind: ghost_skips.SkipKind = "identity"
     alpha_0: float = 1.0
-    decay: schedules.Decay = "linear"
+    decay: ghost_schedules.Decay = "linear"
     constant_init: bool = False
 
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError for a setting that cannot be used."""
-        check_choice("kind", self.kind, skips.SKIP_KINDS)
-        schedules.fading(1, alpha_0=self.alpha_0, decay=self.decay)
+        check_choice("kind", self.kind, ghost_skips.SKIP_KINDS)
+        ghost_schedules.fading(1, alpha_0=self.alpha_0, decay=self.decay)
         check_flag("constant_init", self.constant_init)
 
 
@@ -79,13 +84,13 @@ class Labels:
     """
 
     alpha: float = 0.1
-    convention: labels.Convention = "tost"
+    convention: label_smoothing.Convention = "tost"
     fraction: float = 1.0
 
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError for a setting that cannot be used."""
         check_number("alpha", self.alpha, least=0.0, most=1.0)
-        check_choice("convention", self.convention, labels.CONVENTIONS)
+        check_choice("convention", self.convention, label_smoothing.CONVENTIONS)
         check_number("fraction", self.fraction, above=0.0, most=1.0)
 
 
@@ -180,20 +185,20 @@ def activation(
     return _ghost_activation(config.neurons, ghost_steps(config, total_steps))
 
 
-def skip_alpha(config: ToST, total_steps: int) -> schedules.Schedule | None:
+def skip_alpha(config: ToST, total_steps: int) -> ghost_schedules.Schedule | None:
     """The coefficient of ghost skips by the step; None if `config` has none."""
     _check_config(config)
     check_steps("total_steps", total_steps)
     if config.skips is None:
         return None
-    return schedules.fading(
+    return ghost_schedules.fading(
         ghost_steps(config, total_steps),
         alpha_0=config.skips.alpha_0,
         decay=config.skips.decay,
     )
 
 
-def label_alpha(config: ToST, total_steps: int) -> schedules.Schedule | None:
+def label_alpha(config: ToST, total_steps: int) -> ghost_schedules.Schedule | None:
     """The smoothing of labels by the step; None if `config` has none."""
     _check_config(config)
     check_steps("total_steps", total_steps)
@@ -201,8 +206,8 @@ def label_alpha(config: ToST, total_steps: int) -> schedules.Schedule | None:
         return None
     steps = _share("fraction", config.labels.fraction, total_steps)
     if steps == total_steps:
-        return schedules.constant(config.labels.alpha)
-    return schedules.early(config.labels.alpha, steps)
+        return ghost_schedules.constant(config.labels.alpha)
+    return ghost_schedules.early(config.labels.alpha, steps)
 
 
 def _check_config(config: object) -> None:
@@ -222,7 +227,7 @@ def _share(name: str, fraction: float, total_steps: int) -> int:
 def _ghost_activation(
     neurons: Neurons, steps: int | None
 ) -> Callable[[Array, Array | int], Array]:
-    return activations.ghost_activation(
+    return ghost_activations.ghost_activation(
         neurons.kind,
         ghost_steps=steps,
         beta_0=neurons.beta_0,
