@@ -1,4 +1,4 @@
-"""Looking at sparse networks: tables, FLOPs, metrics of masks, plots, plasticity."""
+"""Analysis of sparse networks: tables, FLOPs, mask metrics, plots, plasticity."""
 
 from granet_jax.analysis.metrics import Churn as Churn
 from granet_jax.analysis.metrics import Connectivity as Connectivity

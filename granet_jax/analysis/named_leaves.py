@@ -1,4 +1,4 @@
-"""Parameters and their masks by name, on the host."""
+"""Parameters and concrete masks by the name of their leaf, on the host."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,42 +11,43 @@ from granet_jax.masking import PyTree
 
 
 def named_masks(masks: PyTree, argument: str = "masks") -> dict[str, np.ndarray]:
-    """The masks by the name of their leaf, as boolean arrays.
+    """Return the masks as boolean NumPy arrays, by the name of their leaf.
 
     Args:
-      masks: pytree of concrete masks, `PackedMask`s among them; None or
-        `optax.MaskedNode()` at leaves without one.
-      argument: its name, for messages.
+      masks: Pytree of concrete masks, packed or not, with None or `optax.MaskedNode()`
+        at leaves without one.
+      argument: Name of the argument, for error messages.
 
     Raises:
-      ValueError: no mask, or values other than 0 and 1.
-      TypeError: what is no array, or traced.
+      ValueError: No mask, or values other than 0 and 1.
+      TypeError: A leaf that is not an array, or is traced.
     """
     masking.check_arrays(argument, masks)
     masking.check_concrete(argument, masks)
-    found = {
-        masking.leaf_name(path): _as_bools(argument, masking.leaf_name(path), mask)
-        for path, mask in jax.tree_util.tree_leaves_with_path(
-            masks, is_leaf=masking.is_packed
-        )
-    }
-    if not found:
+    leaves = jax.tree_util.tree_leaves_with_path(masks, is_leaf=masking.is_packed)
+    if not leaves:
         raise ValueError(f"{argument} holds no mask, got {masks!r}.")
-    return found
+    names = [masking.leaf_name(path) for path, _ in leaves]
+    return {
+        name: _as_bools(argument, name, mask)
+        for name, (_, mask) in zip(names, leaves, strict=True)
+    }
 
 
-def paired(params: PyTree, masks: PyTree | None) -> dict[str, tuple[Any, Any]]:
-    """Every leaf of `params` and its mask (None if it has none), by name.
+def pair_with_masks(
+    params: PyTree, masks: PyTree | None
+) -> dict[str, tuple[Any, np.ndarray | None]]:
+    """Return every leaf of `params` with its mask (None if it has none), by name.
 
-    By name, so that containers of different classes meet, as those of a model's
-    parameters and of its optimizer's state in flax.nnx do.
+    Matching by name allows different containers for parameters and masks, for example
+    the parameters of a flax.nnx model and masks from the state of its optimizer.
 
     Args:
-      params: pytree of arrays or `jax.ShapeDtypeStruct`s.
-      masks: see `named_masks`; or None for no masks at all.
+      params: Pytree of arrays or `jax.ShapeDtypeStruct`.
+      masks: Pytree of masks, see `named_masks`; or None for no masks at all.
 
     Raises:
-      ValueError: as `named_masks`; a mask without a leaf of its name and shape.
+      ValueError: As `named_masks`, and for a mask without a leaf of its name and shape.
     """
     masking.check_arrays("params", params)
     flat = jax.tree_util.tree_leaves_with_path(params)
@@ -56,23 +57,25 @@ def paired(params: PyTree, masks: PyTree | None) -> dict[str, tuple[Any, Any]]:
             "params must have leaves, of different names, got "
             f"{jax.tree.structure(params)}."
         )
-    given = {} if masks is None else named_masks(masks)
-    if unknown := [name for name in given if name not in leaves]:
+    by_name = {} if masks is None else named_masks(masks)
+    if unknown := [name for name in by_name if name not in leaves]:
         raise ValueError(
-            f"masks has leaves {unknown}, which params has not: it has {[*leaves]}. "
-            "Of flax.nnx hand over nnx.as_pure of both."
+            f"masks has leaves {unknown}, which params does not have: it has "
+            f"{[*leaves]}. With flax.nnx, pass nnx.as_pure of both."
         )
-    for name, mask in given.items():
+    for name, mask in by_name.items():
         if mask.shape != leaves[name].shape:
             raise ValueError(
                 f"masks has shape {mask.shape} at {name!r}, where params has "
                 f"{leaves[name].shape}."
             )
-    return {name: (leaf, given.get(name)) for name, leaf in leaves.items()}
+    return {name: (leaf, by_name.get(name)) for name, leaf in leaves.items()}
 
 
-def check_same(first: str, a: Mapping[str, np.ndarray], second: str, b: Any) -> None:
-    """Raises ValueError unless two mappings of masks have equal names and shapes."""
+def check_same_leaves(
+    first: str, a: Mapping[str, np.ndarray], second: str, b: Mapping[str, np.ndarray]
+) -> None:
+    """Raise ValueError unless two mappings of masks have equal names and shapes."""
     shapes = [{name: mask.shape for name, mask in x.items()} for x in (a, b)]
     if shapes[0] != shapes[1]:
         raise ValueError(
@@ -82,7 +85,7 @@ def check_same(first: str, a: Mapping[str, np.ndarray], second: str, b: Any) -> 
 
 
 def _as_bools(argument: str, name: str, mask: Any) -> np.ndarray:
-    # In NumPy, other than `masking.given_masks`: also while something else is traced.
+    # NumPy instead of jax.numpy, so that this also works while JAX traces other code.
     array = np.asarray(masking.unpack_masks(mask))
     if array.dtype != np.bool_ and not np.all((array == 0) | (array == 1)):
         at = f" at {name!r}" if name else ""
