@@ -1,8 +1,9 @@
-"""ToST: training techniques for a sparse network with any mask.
+"""ToST: techniques for training a sparse network with any mask.
 
-Ghost activations and ghost skips, which exist early in training only; a re-scaled
-initialisation; smoothed labels. The flax module is in `granet_jax.tost.linen`, which is
-imported on its own, since the library does without flax.
+They are ghost activations and ghost skips, which exist early in training only; a
+rescaled initialization; and smoothed labels. The flax module of ghost skips is in
+`granet_jax.tost.linen`, which must be imported explicitly because the rest of the
+library does not need flax.
 
 References:
   Jaiswal et al., Training Your Sparse Neural Network Better with Any Mask, ICML 2022.
@@ -30,6 +31,6 @@ from granet_jax.tost.label_smoothing import smooth_targets as smooth_targets
 from granet_jax.tost.label_smoothing import (
     smoothed_cross_entropy as smoothed_cross_entropy,
 )
-from granet_jax.tost.rescaled_init import LRsI as LRsI
 from granet_jax.tost.rescaled_init import Rescaled as Rescaled
 from granet_jax.tost.rescaled_init import rescale_init as rescale_init
+from granet_jax.tost.scale_descent import LRsI as LRsI

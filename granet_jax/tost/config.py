@@ -1,8 +1,9 @@
-"""`ToST`: which of the techniques to use, and how, as one record.
+"""`ToST`: one record that says which of the techniques to use, and how.
 
-The techniques are independent and touch no mask: they go with any of its sources.
-Their order is fixed: masks, weights (initial or rewound), LRsI, training with ghosts
-and smoothed labels, `drop_ghosts`, training of the plain network.
+The techniques are independent of each other and do not change masks, so they work with
+any source of masks. Their order is fixed: choose masks, choose weights (initial or
+rewound), apply LRsI, train with ghosts and smoothed labels, call `drop_ghosts`, train
+the plain network.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from granet_jax.tost import (
     ghost_skips,
     label_smoothing,
 )
-from granet_jax.tost.rescaled_init import LRsI
+from granet_jax.tost.scale_descent import LRsI
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,8 @@ class Neurons:
 
     Attributes:
       kind: "swish" or "mish".
-      beta_0: sharpness at step 0, or throughout if ghosts are kept.
-      beta_1: sharpness towards the end of the ghost phase.
+      beta_0: Sharpness at step 0, or at every step if ghosts are kept.
+      beta_1: Sharpness at the end of the ghost phase.
       form: "sharpen" or "blend".
     """
 
@@ -44,7 +45,7 @@ class Neurons:
     form: ghost_activations.Form = "sharpen"
 
     def __post_init__(self) -> None:
-        """Raises TypeError or ValueError for a setting that cannot be used."""
+        """Raise TypeError or ValueError for an invalid setting."""
         _ghost_activation(self, 1)
 
 
@@ -53,10 +54,10 @@ class Skips:
     """Ghost skips, see `ghost_skip` and `linen.make_skip`.
 
     Attributes:
-      kind: "identity" (adds no weights, for fair comparisons) or "conv".
-      alpha_0: coefficient at step 0, or throughout if ghosts are kept.
+      kind: "identity", which adds no weights, for fair comparisons; or "conv".
+      alpha_0: Coefficient at step 0, or at every step if ghosts are kept.
       decay: "linear" or "cosine".
-      constant_init: whether kernels of "conv" start at 1e-4, as in the authors' code
+      constant_init: Whether kernels of "conv" start at 1e-4, as in the authors' code
         (`linen.constant_init`), instead of LeCun-normal.
     """
 
@@ -66,7 +67,7 @@ class Skips:
     constant_init: bool = False
 
     def __post_init__(self) -> None:
-        """Raises TypeError or ValueError for a setting that cannot be used."""
+        """Raise TypeError or ValueError for an invalid setting."""
         check_choice("kind", self.kind, ghost_skips.SKIP_KINDS)
         ghost_schedules.fading(1, alpha_0=self.alpha_0, decay=self.decay)
         check_flag("constant_init", self.constant_init)
@@ -77,10 +78,10 @@ class Labels:
     """Smoothed labels, see `smoothed_cross_entropy`.
 
     Attributes:
-      alpha: amount of smoothing, in [0, 1].
+      alpha: Amount of smoothing, in [0, 1].
       convention: "tost" or "standard".
-      fraction: share of the training at whose start labels are smoothed, in (0, 1];
-        1 for the whole of it, as in the authors' code.
+      fraction: Fraction of the training, from its start, in which labels are smoothed,
+        in (0, 1]; 1 for the whole training, as in the authors' code.
     """
 
     alpha: float = 0.1
@@ -88,7 +89,7 @@ class Labels:
     fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raises TypeError or ValueError for a setting that cannot be used."""
+        """Raise TypeError or ValueError for an invalid setting."""
         check_number("alpha", self.alpha, least=0.0, most=1.0)
         check_choice("convention", self.convention, label_smoothing.CONVENTIONS)
         check_number("fraction", self.fraction, above=0.0, most=1.0)
@@ -96,18 +97,18 @@ class Labels:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToST:
-    """Training techniques for a sparse network, any subset of them.
+    """Any subset of the training techniques for a sparse network.
 
-    The default uses none, `ToST(neurons=Neurons(), skips=Skips())` both ghosts.
+    The default uses none. `ToST(neurons=Neurons(), skips=Skips())` uses both ghosts.
 
     Attributes:
-      neurons: ghost activations; None for ReLU.
-      skips: ghost skips; None for none.
-      lrsi: settings of the re-scaled initialisation; None for none.
-      labels: smoothed labels; None for labels as they are.
-      ghost_fraction: share of the training in which there are ghosts, in (0, 1]; None
-        to keep them throughout and in the result. Best over before the learning rate
-        first drops; beyond 0.5, little training is left for the statistics of norms.
+      neurons: Ghost activations; None for ReLU.
+      skips: Ghost skips; None for no skips.
+      lrsi: Settings of the rescaled initialization; None for no rescaling.
+      labels: Smoothed labels; None for no smoothing.
+      ghost_fraction: Fraction of the training that uses ghosts, in (0, 1]; None to keep
+        them in the trained network. The ghosts should end before the learning rate
+        first drops. Beyond 0.5, norms have little time to adapt their statistics.
 
     References:
       Jaiswal et al., Training Your Sparse Neural Network Better with Any Mask, ICML
@@ -121,7 +122,7 @@ class ToST:
     ghost_fraction: float | None = 0.25
 
     def __post_init__(self) -> None:
-        """Raises TypeError or ValueError for a setting that cannot be used."""
+        """Raise TypeError or ValueError for an invalid setting."""
         for name, kind in (
             ("neurons", Neurons),
             ("skips", Skips),
@@ -138,15 +139,15 @@ class ToST:
 
 
 def reproduce() -> ToST:
-    """The techniques as in the authors' code, where ghosts stay to the end.
+    """Return the techniques as in the authors' code, where ghosts stay to the end.
 
-    PSwish with beta = 2; 1 x 1 convolutions with coefficient 1 from constant kernels;
-    LRsI on the masked network with a dense look-ahead (their `type2`); labels smoothed
-    by 0.1 throughout. None of their scripts combines all four: take a part of it with
-    `dataclasses.replace(tost.reproduce(), lrsi=None)`.
+    They are PSwish with beta = 2; 1 x 1 convolutions with coefficient 1 and constant
+    initial kernels; LRsI on the masked network with a dense look-ahead (their `type2`);
+    and labels smoothed by 0.1 in the whole training. None of their scripts combines all
+    four. Select some with `dataclasses.replace(tost.reproduce(), lrsi=None)`.
 
-    The paper has the ghosts in the early stage of training only; its schedules could
-    not be had. The defaults of `ToST` are ours.
+    In the paper, ghosts exist in the early stage of training only, but the paper does
+    not publish its schedules. The defaults of `ToST` are ours.
     """
     return ToST(
         neurons=Neurons(beta_0=2.0),
@@ -158,37 +159,34 @@ def reproduce() -> ToST:
 
 
 def ghost_steps(config: ToST, total_steps: int) -> int | None:
-    """Length of the ghost phase in steps; None if the ghosts are kept.
+    """Return the length of the ghost phase in steps; None if the ghosts are kept.
 
     Args:
-      config: the record.
-      total_steps: optimizer steps of the whole training.
+      config: The record.
+      total_steps: Number of optimizer steps of the whole training.
 
     Raises:
-      TypeError, ValueError: `total_steps` no number of steps, or too few of them.
+      TypeError, ValueError: `total_steps` is not a number of steps, or is too small.
     """
-    _check_config(config)
-    check_steps("total_steps", total_steps)
+    _check_arguments(config, total_steps)
     if config.ghost_fraction is None:
         return None
-    return _share("ghost_fraction", config.ghost_fraction, total_steps)
+    return _steps_of("ghost_fraction", config.ghost_fraction, total_steps)
 
 
 def activation(
     config: ToST, total_steps: int
 ) -> Callable[[Array, Array | int], Array] | None:
-    """The ghost activation f(x, step); None if `config` has none: ReLU."""
-    _check_config(config)
-    check_steps("total_steps", total_steps)
+    """Return the ghost activation f(x, step); None if `config` has none."""
+    _check_arguments(config, total_steps)
     if config.neurons is None:
         return None
     return _ghost_activation(config.neurons, ghost_steps(config, total_steps))
 
 
 def skip_alpha(config: ToST, total_steps: int) -> ghost_schedules.Schedule | None:
-    """The coefficient of ghost skips by the step; None if `config` has none."""
-    _check_config(config)
-    check_steps("total_steps", total_steps)
+    """Return the coefficient of ghost skips by step; None if `config` has none."""
+    _check_arguments(config, total_steps)
     if config.skips is None:
         return None
     return ghost_schedules.fading(
@@ -199,22 +197,22 @@ def skip_alpha(config: ToST, total_steps: int) -> ghost_schedules.Schedule | Non
 
 
 def label_alpha(config: ToST, total_steps: int) -> ghost_schedules.Schedule | None:
-    """The smoothing of labels by the step; None if `config` has none."""
-    _check_config(config)
-    check_steps("total_steps", total_steps)
+    """Return the smoothing of labels by step; None if `config` has none."""
+    _check_arguments(config, total_steps)
     if config.labels is None:
         return None
-    steps = _share("fraction", config.labels.fraction, total_steps)
+    steps = _steps_of("fraction", config.labels.fraction, total_steps)
     if steps == total_steps:
         return ghost_schedules.constant(config.labels.alpha)
     return ghost_schedules.early(config.labels.alpha, steps)
 
 
-def _check_config(config: object) -> None:
+def _check_arguments(config: object, total_steps: object) -> None:
     check_type("config", config, ToST, "a record granet_jax.tost.ToST(...)")
+    check_steps("total_steps", total_steps)
 
 
-def _share(name: str, fraction: float, total_steps: int) -> int:
+def _steps_of(name: str, fraction: float, total_steps: int) -> int:
     steps = math.floor(fraction * total_steps)
     if not steps:
         raise ValueError(

@@ -1,9 +1,9 @@
 """Ghost activations: smooth functions that become ReLU while the network trains.
 
-Smooth activations help gradients through a sparse network early on; the network that
-is wanted has ReLU. A ghost activation is a function of the input and of the step, so
-that one compiled training step serves the whole ghost phase, and is ReLU to the bit
-after it.
+Smooth activations help gradients pass through a sparse network early in training, but
+the trained network should have ReLU. A ghost activation is a function of the input and
+the step, so one compiled training step serves the whole ghost phase. After that phase
+it equals ReLU to the bit.
 """
 
 from collections.abc import Callable
@@ -25,24 +25,25 @@ FORMS: tuple[Form, ...] = ("sharpen", "blend")
 
 
 def soft_relu(x: Array, beta: Array | float = 1.0, kind: Kind = "swish") -> Array:
-    """A smooth function that tends to ReLU as `beta` grows.
+    """Apply a smooth function that tends to ReLU as `beta` grows.
 
-    - "swish": x sigmoid(beta x), at most 0.278465 / beta from ReLU;
-    - "mish": x tanh(softplus(beta x)), at most 0.308843 / beta from it.
+    - "swish": x sigmoid(beta x), which differs from ReLU by at most 0.278465 / beta;
+    - "mish": x tanh(softplus(beta x)), which differs by at most 0.308843 / beta.
 
     Values and gradients are finite at all finite inputs.
 
     Args:
-      x: floating array of any shape.
-      beta: sharpness, a positive scalar; may be traced.
+      x: Floating array of any shape.
+      beta: Sharpness, a positive scalar; may be traced.
       kind: "swish" or "mish".
 
     Returns:
       Array of the shape and dtype of `x`.
 
     Raises:
-      TypeError: `x` is not floating; `beta` is no number.
-      ValueError: unknown `kind`; `beta` no positive scalar, as far as it is known.
+      TypeError: `x` is not floating, or `beta` is not a number.
+      ValueError: Unknown `kind`, or a `beta` that is not a positive scalar. The value
+        of a traced `beta` is not checked.
 
     References:
       Ramachandran et al., Searching for Activation Functions, 2017. Misra, Mish, BMVC
@@ -71,32 +72,33 @@ def ghost_activation(
     beta_1: float = 100.0,
     form: Form = "sharpen",
 ) -> Callable[[Array, Array | int], Array]:
-    """A soft activation that is ReLU, to the bit, from `ghost_steps` on.
+    """Return a soft activation that equals ReLU, to the bit, from `ghost_steps` on.
 
-    Hand it to the network as an argument of the call, with the step in it::
+    Pass it to the network as an argument of the call, together with the step::
 
         act = functools.partial(f, step=step)
         logits = model.apply(variables, x, act=act)
 
-    After the ghost phase it gives what `jax.nn.relu` gives, but computes both: train
-    on with `jax.nn.relu` itself then, in a step compiled anew.
+    After the ghost phase it still computes the soft activation as well, so continue
+    with `jax.nn.relu` itself, in a newly compiled training step.
 
     Args:
       kind: "swish" or "mish", see `soft_relu`.
-      ghost_steps: length of the ghost phase in steps; None for a soft activation of
-        sharpness `beta_0` that is kept throughout, as in the authors' code (their
-        PSwish is "swish" with `beta_0=2`).
-      beta_0: sharpness at step 0, above 0.
-      beta_1: with form "sharpen", sharpness towards the end, at least `beta_0`.
-      form: "sharpen": the sharpness grows, as `schedules.sharpening`; "blend":
-        (1 - u) soft(x) + u ReLU(x) with sharpness `beta_0` and u = step / ghost_steps.
+      ghost_steps: Length of the ghost phase in steps; None to keep a soft activation of
+        sharpness `beta_0` at every step, as in the authors' code. Their PSwish is
+        "swish" with `beta_0=2`.
+      beta_0: Sharpness at step 0, above 0.
+      beta_1: Final sharpness with form "sharpen", at least `beta_0`.
+      form: "sharpen" to increase the sharpness by the schedule `sharpening`; "blend"
+        for (1 - u) soft(x) + u ReLU(x) with sharpness `beta_0` and
+        u = step / ghost_steps.
 
     Returns:
-      A function of (x, step): x a floating array, step an int32 scalar, traced or not;
-      it returns an array of the shape and dtype of x.
+      A function of (x, step), for x a floating array and step an int32 scalar, traced
+      or not. It returns an array of the shape and dtype of x.
 
     Raises:
-      TypeError, ValueError: an argument of the wrong type or out of range.
+      TypeError, ValueError: An argument of the wrong type or out of range.
 
     References:
       Jaiswal et al., Training Your Sparse Neural Network Better with Any Mask, ICML
@@ -115,15 +117,17 @@ def ghost_activation(
     )
 
     def activation(x: Array, step: Array | int) -> Array:
-        over = jnp.asarray(step) >= ghost_steps
+        is_over = jnp.asarray(step) >= ghost_steps
         relu = jax.nn.relu(x)
-        # The branch not taken has a gradient of its own, which must not be NaN: after
-        # the end it sees zeros, whatever x is.
-        soft = soft_relu(jnp.where(over, jnp.zeros_like(x), x), sharpness(step), kind)
+        # The gradient flows through both branches of a where. Zeros keep that of the
+        # soft branch from being NaN after the ghost phase, whatever x is.
+        safe = jnp.where(is_over, jnp.zeros_like(x), x)
+        soft = soft_relu(safe, sharpness(step), kind)
         if form == "blend":
-            # In this form exact, and without overflow, where both are equal.
-            left = 1.0 - ghost_schedules.progress(step, ghost_steps)
-            soft = relu + left.astype(x.dtype) * (soft - relu)
-        return jnp.where(over, relu, soft)
+            # This form of the blend is exact where soft and relu are equal, and it
+            # cannot overflow there.
+            rest = 1.0 - ghost_schedules.progress(step, ghost_steps)
+            soft = relu + rest.astype(x.dtype) * (soft - relu)
+        return jnp.where(is_over, relu, soft)
 
     return activation

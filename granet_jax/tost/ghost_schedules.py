@@ -1,12 +1,12 @@
-"""Schedules of the ghosts: functions of the step that are traced with it.
+"""Schedules of the ghosts: functions of the step that can be traced.
 
-As optax's schedules they take a step, a Python int or an int32 scalar, and give a
-float32 scalar; one compiled training step serves all steps. A step is the number of
-optimizer steps done. The last step of the ghosts is `ghost_steps - 1`: from
-`ghost_steps` on the network is the plain one.
+Like the schedules of optax, they take the number of optimizer steps done, a Python int
+or an int32 scalar, and return a float32 scalar, so one compiled training step serves
+all steps. The last step with ghosts is `ghost_steps - 1`; from `ghost_steps` on the
+network is the plain one.
 
-The authors' published code has no schedule at all, and the paper's could not be had:
-all of these are ours, but for what they start from.
+The authors' code has no schedules and the paper does not publish its own. All of these
+are ours; only their initial values follow the authors.
 """
 
 import math
@@ -24,34 +24,34 @@ DECAYS: tuple[Decay, ...] = ("linear", "cosine")
 
 
 def progress(step: Array | int, ghost_steps: int) -> Array:
-    """How far the ghost phase is, u = step / ghost_steps in [0, 1], float32."""
-    done = jnp.asarray(step).astype(jnp.float32) / ghost_steps
-    return jnp.clip(done, 0.0, 1.0)
+    """Return the progress u = step / ghost_steps of the ghost phase, in [0, 1]."""
+    fraction = jnp.asarray(step).astype(jnp.float32) / ghost_steps
+    return jnp.clip(fraction, 0.0, 1.0)
 
 
 def constant(value: float) -> Schedule:
-    """The same value at every step."""
+    """Return a schedule with the same value at every step."""
     return lambda step: jnp.float32(value)
 
 
 def sharpening(
     ghost_steps: int, *, beta_0: float = 1.0, beta_1: float = 100.0
 ) -> Schedule:
-    """The sharpness of soft activations: beta_0 (beta_1 / beta_0)^u.
+    """Return a schedule of the sharpness of soft activations, beta_0 (beta_1/beta_0)^u.
 
-    With x sigmoid(beta x), the step to ReLU at the end is then 0.278465 / beta_1 a
-    unit at most.
+    With "swish", the final switch to ReLU then changes an activation by at most
+    0.278465 / beta_1.
 
     Args:
-      ghost_steps: length of the ghost phase in steps.
-      beta_0: sharpness at step 0, above 0.
-      beta_1: sharpness that `ghost_steps` would have, at least `beta_0`.
+      ghost_steps: Length of the ghost phase in steps.
+      beta_0: Sharpness at step 0, above 0.
+      beta_1: Sharpness at `ghost_steps`, at least `beta_0`.
 
     Returns:
       A function from the step to the sharpness, finite at every step.
 
     Raises:
-      TypeError, ValueError: an argument of the wrong type or out of range.
+      TypeError, ValueError: An argument of the wrong type or out of range.
     """
     check_steps("ghost_steps", ghost_steps)
     check_number("beta_0", beta_0, above=0.0)
@@ -63,21 +63,22 @@ def sharpening(
 def fading(
     ghost_steps: int | None, *, alpha_0: float = 1.0, decay: Decay = "linear"
 ) -> Schedule:
-    """The coefficient of ghost skips: from alpha_0 to exactly 0 at `ghost_steps`.
+    """Return a schedule of the coefficient of ghost skips, from alpha_0 down to 0.
 
-    Linear, alpha_0 (1 - u), or cosine, alpha_0 (1 + cos(pi u)) / 2.
+    It is alpha_0 (1 - u) with decay "linear", and alpha_0 (1 + cos(pi u)) / 2 with
+    "cosine". It is exactly 0 from `ghost_steps` on.
 
     Args:
-      ghost_steps: length of the ghost phase in steps; None for skips that are kept,
-        with the coefficient `alpha_0` throughout.
-      alpha_0: coefficient at step 0, above 0.
+      ghost_steps: Length of the ghost phase in steps; None to keep the skips, with
+        coefficient `alpha_0` at every step.
+      alpha_0: Coefficient at step 0, above 0.
       decay: "linear" or "cosine".
 
     Returns:
       A function from the step to the coefficient.
 
     Raises:
-      TypeError, ValueError: an argument of the wrong type or out of range.
+      TypeError, ValueError: An argument of the wrong type or out of range.
     """
     check_number("alpha_0", alpha_0, above=0.0)
     check_choice("decay", decay, DECAYS)
@@ -87,25 +88,25 @@ def fading(
 
     def coefficient(step: Array | int) -> Array:
         u = progress(step, ghost_steps)
-        left = 1.0 - u if decay == "linear" else (1.0 + jnp.cos(math.pi * u)) / 2.0
-        # By the integer, since a rounded cosine need not be zero at the end.
-        return jnp.where(step < ghost_steps, alpha_0 * left, 0.0)
+        rest = 1.0 - u if decay == "linear" else (1.0 + jnp.cos(math.pi * u)) / 2.0
+        # A rounded cosine may not be zero at the end, so compare the integer step.
+        return jnp.where(step < ghost_steps, alpha_0 * rest, 0.0)
 
     return coefficient
 
 
 def early(alpha: float, steps: int) -> Schedule:
-    """The smoothing of labels at the start only: alpha before `steps`, then 0.
+    """Return a schedule that smooths labels at the start: alpha before `steps`, then 0.
 
     Args:
-      alpha: amount of smoothing, in [0, 1].
-      steps: how many steps are smoothed.
+      alpha: Amount of smoothing, in [0, 1].
+      steps: Number of steps with smoothed labels.
 
     Returns:
-      A function from the step to the amount.
+      A function from the step to the amount of smoothing.
 
     Raises:
-      TypeError, ValueError: an argument of the wrong type or out of range.
+      TypeError, ValueError: An argument of the wrong type or out of range.
     """
     check_number("alpha", alpha, least=0.0, most=1.0)
     check_steps("steps", steps)

@@ -1,13 +1,13 @@
-"""Ghost skip connections: paths beside the convolutions that vanish in training.
+"""Ghost skip connections: paths around convolutions that vanish during training.
 
-While the ghosts live, a sparse layer F computes y = F(x) + alpha(step) G(x), with alpha
-from `schedules.fading`. In the end they are structurally absent: the plain network is
-another program, and `drop_ghosts` takes their parameters and moments out of its state.
-(Adding 0 G(x) would not do: -0.0 + 0.0 is 0.0, 0 times infinity is NaN, and weight
-decay goes on moving what has no gradient.)
+In the ghost phase, a sparse layer F computes y = F(x) + alpha(step) G(x), with alpha
+from the schedule `fading`. Afterwards the skips do not exist at all: the plain network
+is another program, and `drop_ghosts` removes their parameters and moments from the
+state. Adding 0 G(x) instead would not be exact, because -0.0 + 0.0 is 0.0, 0 times
+infinity is NaN, and weight decay changes parameters without a gradient.
 
-In low precision, cast the coefficient: `y + alpha(step).astype(y.dtype) * g`; a float32
-scalar array would make the sum float32.
+In low precision, cast the coefficient, `y + alpha(step).astype(y.dtype) * g`, because a
+float32 scalar array would make the sum float32.
 """
 
 from collections.abc import Mapping
@@ -27,31 +27,32 @@ SkipKind = Literal["identity", "conv"]
 SKIP_KINDS: tuple[SkipKind, ...] = ("identity", "conv")
 
 PREFIX = "ghost_"
-"""Names of ghosts' parameters, or of the modules that hold them, begin with it."""
+"""Prefix of the names of ghost parameters, or of the modules that hold them."""
 
 
 def ghost_skip(x: Array, features: int, strides: int | tuple[int, ...] = 1) -> Array:
-    """The skip without parameters: x, brought to the shape that the layer puts out.
+    """Return x in the output shape of a layer: a skip without parameters.
 
-    With strides, the mean over windows that begin at multiples of the stride and are as
-    wide; the last window of an axis may be cut off by the edge. That gives
-    ceil(n / stride) positions of n, as a convolution with padding "SAME" (or kernel //
-    2) does. Channels are cut off, or filled up with zeros.
+    With strides, it averages over windows whose width and distance are the stride; the
+    edge may cut off the last window of an axis. This gives ceil(n / stride) of n
+    positions, as a convolution with padding "SAME" (or kernel // 2) does. Surplus
+    channels are cut off, and missing channels are zero.
 
     Args:
-      x: array of shape `(n, *positions, channels)`, with any number of positions.
-      features: channels of the result, 1 or more.
-      strides: one for all axes of positions, or one for each; 1 or more.
+      x: Array of shape `(n, *positions, channels)`, with any number of axes of
+        positions.
+      features: Number of output channels, 1 or more.
+      strides: One stride for all axes of positions, or one for each; 1 or more.
 
     Returns:
       Array of shape `(n, *ceil(positions / strides), features)` and the dtype of `x`.
 
     Raises:
-      TypeError, ValueError: an argument of the wrong type or out of range.
+      TypeError, ValueError: An argument of the wrong type or out of range.
     """
-    steps = check_skip(x, features, strides)
-    if any(step > 1 for step in steps):
-        x = _average_pool(x, steps)
+    axis_strides = check_skip(x, features, strides)
+    if any(stride > 1 for stride in axis_strides):
+        x = _average_pool(x, axis_strides)
     channels = x.shape[-1]
     if features <= channels:
         return x[..., :features]
@@ -62,88 +63,80 @@ def ghost_skip(x: Array, features: int, strides: int | tuple[int, ...] = 1) -> A
 def check_skip(
     x: Array, features: int, strides: int | tuple[int, ...]
 ) -> tuple[int, ...]:
-    """One stride for every axis of positions; raises as `ghost_skip`."""
+    """Return one stride for each axis of positions; raise as `ghost_skip` does."""
     if not hasattr(x, "ndim"):
         raise TypeError(f"x must be an array, got {x!r}.")
     if x.ndim < 2:
         raise ValueError(
-            "x must have shape (n, *positions, channels), got one of shape "
-            f"{x.shape}: under vmap, give it an axis of length 1 in front."
+            "x must have shape (n, *positions, channels), got shape "
+            f"{x.shape}: under vmap, add an axis of length 1 in front."
         )
     positions = x.ndim - 2
-    steps = strides if isinstance(strides, tuple) else (strides,) * positions
-    if len(steps) != positions:
+    axis_strides = strides if isinstance(strides, tuple) else (strides,) * positions
+    if len(axis_strides) != positions:
         raise ValueError(
             f"strides must be one integer or {positions} (for x of shape {x.shape}), "
             f"got {strides!r}."
         )
-    for name, value in [("features", features), *(("strides", s) for s in steps)]:
-        check_integer(name, value, least=1)
-    return steps
+    check_integer("features", features, least=1)
+    for stride in axis_strides:
+        check_integer("strides", stride, least=1)
+    return axis_strides
 
 
-def _average_pool(x: Array, steps: tuple[int, ...]) -> Array:
-    window = (1, *steps, 1)
+def _average_pool(x: Array, strides: tuple[int, ...]) -> Array:
+    window = (1, *strides, 1)
     overhang = [-size % step for size, step in zip(x.shape, window, strict=True)]
-    sums = lax.reduce_window(
-        x,
-        np.zeros((), x.dtype),
-        lax.add,
-        window,
-        window,
-        [(0, extra) for extra in overhang],
-    )
-    # How many entries a window holds: fewer at the edge.
-    sizes = np.ones((1,) * x.ndim)
-    for axis, (length, step) in enumerate(zip(x.shape, window, strict=True)):
-        starts = np.arange(0, length, step)
-        held = np.minimum(step, length - starts) if step > 1 else np.ones(1)
-        sizes = sizes * np.expand_dims(
-            held, tuple(a for a in range(x.ndim) if a != axis)
-        )
-    return sums / jnp.asarray(np.broadcast_to(sizes, sums.shape), x.dtype)
+
+    def window_sums(values: Any) -> Any:
+        padding = [(0, extra) for extra in overhang]
+        zero = np.zeros((), values.dtype)
+        return lax.reduce_window(values, zero, lax.add, window, window, padding)
+
+    # Windows at the edge hold fewer entries.
+    entries = window_sums(jnp.ones((1, *x.shape[1:-1], 1), jnp.float32))
+    return window_sums(x) / entries.astype(x.dtype)
 
 
 def is_ghost(name: str) -> bool:
-    """Whether the leaf "block/ghost_1/kernel" belongs to a ghost: by its name."""
+    """Return whether a leaf such as "block/ghost_1/kernel" belongs to a ghost."""
     check_type("name", name, str, "the name of a leaf")
     return any(part.startswith(PREFIX) for part in name.split("/"))
 
 
 def without_ghosts(name: str, leaf: Any) -> bool:
-    """The default choice of maskable leaves, less the ghosts: as argument `where`.
+    """Select the default maskable leaves without the ghosts; pass it as `where`.
 
-    Ghosts are dense. Masked, they would count in the sparsity of a network in which
-    they do not exist.
+    Ghosts stay dense. With masks, they would count in the sparsity of a network that
+    does not contain them in the end.
     """
     masking.check_arrays("leaf", leaf)
     return not is_ghost(name) and masking.default_where(name, leaf)
 
 
 def drop_ghosts(tree: PyTree) -> PyTree:
-    """The tree without ghosts: parameters, statistics, or an optimizer's state.
+    """Remove the ghosts from parameters, statistics, or an optimizer's state.
 
-    Removes from every dictionary in the tree, however deep in whatever containers, the
-    entries whose name begins with `"ghost_"`, and dictionaries that held nothing else.
-    All other leaves are the very same arrays. The result has the structure that the
-    plain network has: of its parameters and statistics, and of the state that the same
-    optimizer makes for them (also inside `granet_jax.SparseState`: its masks and
-    accumulator, provided that ghosts carried no mask, see `without_ghosts`)::
+    Every dictionary in the tree, at any depth and in any container, loses its entries
+    whose names begin with `"ghost_"`, and its dictionaries that held nothing else. All
+    other leaves stay the same array objects. The result has the structure of the plain
+    network's parameters, statistics and optimizer state. This includes a
+    `granet_jax.SparseState`, provided that ghosts had no masks, see `without_ghosts`::
 
         variables, opt_state = tost.drop_ghosts((variables, opt_state))
 
-    Not for `optax.flatten`, whose moments are one vector over all parameters; and
-    labels of `optax.multi_transform` must not begin with `"ghost_"`, as they are the
-    keys of a dictionary in its state.
+    It does not work with `optax.flatten`, whose moments are one vector over all
+    parameters. Labels of `optax.multi_transform` must not begin with `"ghost_"`,
+    because they are the keys of a dictionary in its state.
 
     Args:
-      tree: any pytree.
+      tree: Any pytree.
 
     Returns:
       The pytree without ghosts.
 
     Raises:
-      ValueError: a ghost that is a field of a record, which cannot be taken out.
+      ValueError: A ghost that is a field of a record and so cannot be removed.
     """
     plain = _drop(tree)
     for path, _ in jax.tree_util.tree_leaves_with_path(plain):
@@ -172,7 +165,7 @@ def _drop_entries(tree: Mapping[Any, Any]) -> Any:
             continue
         plain = _drop(value)
         if isinstance(value, Mapping) and value and not plain:
-            continue  # It held ghosts only: the plain network has no such entry.
+            continue  # It held only ghosts, so the plain network does not have it.
         kept[key] = plain
-    # A constructor that takes a mapping: dict's, OrderedDict's, FrozenDict's.
+    # dict, OrderedDict and FrozenDict can all be constructed from a mapping.
     return type(tree)(kept)  # pyright: ignore[reportCallIssue]

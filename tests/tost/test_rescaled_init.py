@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import granet_jax
 from granet_jax import tost
-from granet_jax.tost import rescaled_init as lrsi
+from granet_jax.tost import scale_descent
 from tests.helpers.trees import assert_same
 
 PyTree = Any
