@@ -275,11 +275,11 @@ def dead_units(mask: Any, following: Any = None) -> np.ndarray:
       ValueError: The shape of `following` does not match the units of `mask`.
     """
     array = _kernel_mask("mask", mask)
-    dead = ~array.reshape(-1, array.shape[-1]).any(axis=0)
+    dead = np.logical_not(array.reshape(-1, array.shape[-1]).any(axis=0))
     if following is None:
         return dead
     links = _links("following", _kernel_mask("following", following), dead.size)
-    return dead | ~links.any(axis=1)
+    return dead | np.logical_not(links.any(axis=1))
 
 
 def connectivity(chain: Sequence[Any]) -> Connectivity:

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,15 +23,6 @@ def soft_by_numpy(x: np.ndarray, beta: float, kind: str) -> np.ndarray:
     return x * (np.exp(z - softplus) if kind == "swish" else np.tanh(softplus))
 
 
-@hypothesis.given(
-    st.floats(-50, 50, width=32), st.floats(0.25, 100), st.sampled_from([*SUPREMA])
-)
-def test_soft_relu_follows_its_definition(x: float, beta: float, kind: Any) -> None:
-    soft = jax.jit(tost.soft_relu, static_argnums=2)(jnp.float32(x), beta, kind)
-    expected = soft_by_numpy(np.float64(x), beta, kind)
-    np.testing.assert_allclose(soft, expected, rtol=2e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("kind", SUPREMA)
 @pytest.mark.parametrize("beta", [1.0, 10.0, 100.0])
 def test_largest_distance_from_relu(kind: Any, beta: float) -> None:
@@ -50,14 +39,15 @@ def test_largest_distance_from_relu(kind: Any, beta: float) -> None:
 
 @pytest.mark.parametrize(("kind", "form"), FORMS)
 def test_values_in_the_ghost_phase(kind: Any, form: Any) -> None:
-    x = np.linspace(-3, 3, 61, dtype=np.float32)
+    x = np.concatenate([np.linspace(-3, 3, 61), np.linspace(-50, 50, 21)])
+    x = x.astype(np.float32)
     act = tost.ghost_activation(
-        kind, ghost_steps=GHOST_STEPS, beta_0=0.5, beta_1=50.0, form=form
+        kind, ghost_steps=GHOST_STEPS, beta_0=0.5, beta_1=100.0, form=form
     )
     for step in range(GHOST_STEPS):
         u = step / GHOST_STEPS
         if form == "sharpen":
-            expected = soft_by_numpy(x, 0.5 * 100.0**u, kind)
+            expected = soft_by_numpy(x, 0.5 * 200.0**u, kind)
         else:
             expected = (1 - u) * soft_by_numpy(x, 0.5, kind) + u * np.maximum(x, 0)
         np.testing.assert_allclose(act(x, step), expected, rtol=1e-4, atol=1e-6)

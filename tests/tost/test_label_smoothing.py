@@ -12,8 +12,6 @@ import pytest
 
 from granet_jax import tost
 
-ENTROPIES = {10: 0.54481, 100: 0.78459, 200: 0.85441}
-
 
 def logits_and_labels(classes: int, shape: tuple[int, ...] = (5,)) -> Any:
     rng = np.random.default_rng(classes)
@@ -25,26 +23,17 @@ def logits_and_labels(classes: int, shape: tuple[int, ...] = (5,)) -> Any:
 def test_targets_follow_their_definitions(classes: int, alpha: float) -> None:
     _, labels = logits_and_labels(classes, (2, 3))
     is_true = np.asarray(labels)[..., None] == np.arange(classes)
-    for convention, expected in (
-        ("tost", np.where(is_true, 1 - alpha, alpha / (classes - 1))),
-        ("standard", (1 - alpha) * is_true + alpha / classes),
-    ):
-        targets = tost.smooth_targets(labels, classes, alpha, convention)  # type: ignore
-        np.testing.assert_allclose(targets, expected, atol=1e-6)
-        np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
-
-
-@pytest.mark.parametrize("classes", ENTROPIES)
-def test_agrees_with_optax_at_the_corresponding_alpha(classes: int) -> None:
-    logits, labels = logits_and_labels(classes)
-    standard_alpha = 0.1 * classes / (classes - 1)
-    by_optax = optax.smooth_labels(jax.nn.one_hot(labels, classes), standard_alpha)
-    targets = tost.smooth_targets(labels, classes, 0.1)
-    np.testing.assert_allclose(targets, by_optax, atol=1e-7)
-    # The entropy of the target is the smallest possible loss.
-    smallest = tost.smoothed_cross_entropy(jnp.log(targets), labels, 0.1)
-    np.testing.assert_allclose(smallest, ENTROPIES[classes], atol=1e-5)
-    assert bool(jnp.all(tost.smoothed_cross_entropy(logits, labels, 0.1) > smallest))
+    expected = np.where(is_true, 1 - alpha, alpha / (classes - 1))
+    targets = tost.smooth_targets(labels, classes, alpha)
+    np.testing.assert_allclose(targets, expected, atol=1e-6)
+    np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
+    standard = tost.smooth_targets(labels, classes, alpha, "standard")
+    by_optax = optax.smooth_labels(jax.nn.one_hot(labels, classes), alpha)
+    np.testing.assert_allclose(standard, by_optax, atol=1e-6)
+    # The two conventions agree at corresponding values of alpha.
+    corresponding = alpha * (classes - 1) / classes
+    same = tost.smooth_targets(labels, classes, corresponding)
+    np.testing.assert_allclose(standard, same, atol=1e-6)
 
 
 @pytest.mark.parametrize("convention", ["tost", "standard"])

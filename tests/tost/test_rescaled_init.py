@@ -20,26 +20,27 @@ from granet_jax.tost.scale_descent import ScaleDescent
 from tests.helpers.trees import assert_same
 
 PyTree = Any
-LAYERS = ("first", "second", "third")
+LAYERS = ("a", "b", "c")
 # Tensors in the order of JAX: bias before kernel in every layer.
-TENSORS = [(layer, leaf) for layer in LAYERS for leaf in ("bias", "kernel")]
+TENSORS = [f"{layer}_{leaf}" for layer in LAYERS for leaf in ("bias", "kernel")]
 
 
 def make_params(size: float = 1.0) -> PyTree:
     rng = np.random.default_rng(0)
-    params: PyTree = {}
-    for layer, (m, n) in zip(LAYERS, itertools.pairwise((3, 5, 4, 3)), strict=True):
-        bias = rng.normal(size=n) * size
-        params[layer] = {"bias": bias, "kernel": rng.normal(size=(m, n)) * size}
-    params["second"]["bias"][:] = 0.0  # Its scale has no effect.
+    shapes = [(5,), (3, 5), (4,), (5, 4), (3,), (4, 3)]
+    params = {
+        name: rng.normal(size=shape) * size
+        for name, shape in zip(TENSORS, shapes, strict=True)
+    }
+    params["b_bias"][:] = 0.0  # Its scale has no effect.
     return params
 
 
 def make_masks() -> PyTree:
     rng = np.random.default_rng(1)
     return {
-        layer: {"bias": None, "kernel": rng.random(leaves["kernel"].shape) < 0.6}
-        for layer, leaves in make_params().items()
+        name: rng.random(x.shape) < 0.6 if "kernel" in name else None
+        for name, x in make_params().items()
     }
 
 
@@ -53,10 +54,10 @@ def make_batches(number: int = 5) -> list[Any]:
 
 def loss_fn(params: PyTree, batch: Any) -> jax.Array:
     x, labels = batch
-    for layer in LAYERS[:-1]:
-        x = jnp.tanh(x @ params[layer]["kernel"] + params[layer]["bias"][None])
-    logits = x @ params["third"]["kernel"] + params["third"]["bias"][None]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    for layer in LAYERS:
+        z = x @ params[f"{layer}_kernel"] + params[f"{layer}_bias"][None]
+        x = jnp.tanh(z) if layer != "c" else z
+    return optax.softmax_cross_entropy_with_integer_labels(x, labels).mean()
 
 
 # --- The oracle
@@ -64,36 +65,29 @@ def loss_fn(params: PyTree, batch: Any) -> jax.Array:
 
 def numpy_loss_and_grads(params: PyTree, batch: Any) -> tuple[float, PyTree]:
     x, labels = batch
-    inputs = []
+    inputs = {}
     for layer in LAYERS:
-        inputs.append(x)
-        z = x @ params[layer]["kernel"] + params[layer]["bias"]
-        x = np.tanh(z) if layer != "third" else z
+        inputs[layer] = x
+        z = x @ params[f"{layer}_kernel"] + params[f"{layer}_bias"]
+        x = np.tanh(z) if layer != "c" else z
     probabilities = np.exp(x) / np.exp(x).sum(1, keepdims=True)
-    rows = np.arange(len(labels))
-    loss = -np.log(probabilities[rows, labels]).mean()
+    loss = -np.log(probabilities[np.arange(len(labels)), labels]).mean()
     back = (probabilities - np.eye(3)[labels]) / len(labels)
     grads = {}
-    for layer, entered in zip(reversed(LAYERS), reversed(inputs), strict=True):
-        grads[layer] = {"bias": back.sum(0), "kernel": entered.T @ back}
-        back = (back @ params[layer]["kernel"].T) * (1 - entered**2)
+    for layer in reversed(LAYERS):
+        grads[f"{layer}_bias"] = back.sum(0)
+        grads[f"{layer}_kernel"] = inputs[layer].T @ back
+        back = (back @ params[f"{layer}_kernel"].T) * (1 - inputs[layer] ** 2)
     return loss, grads
 
 
-def tree_of(f: Any) -> PyTree:
-    return {
-        layer: {leaf: f(layer, leaf) for leaf in ("bias", "kernel")} for layer in LAYERS
-    }
-
-
 def scaled(params: PyTree, scales: np.ndarray) -> PyTree:
-    return tree_of(lambda a, b: params[a][b] * scales[TENSORS.index((a, b))])
+    return {name: s * params[name] for name, s in zip(TENSORS, scales, strict=True)}
 
 
 def masked(tree: PyTree, masks: PyTree | None) -> PyTree:
-    if masks is None:
-        return tree
-    return tree_of(lambda a, b: tree[a][b] * (masks[a][b] if b == "kernel" else 1))
+    masks = masks or dict.fromkeys(TENSORS)
+    return {n: x if masks[n] is None else x * masks[n] for n, x in tree.items()}
 
 
 def concatenated(first: Any, second: Any) -> Any:
@@ -104,15 +98,15 @@ def numpy_direction(
     base: PyTree, masks: PyTree | None, scales: np.ndarray, batch: Any
 ) -> tuple[PyTree, float]:
     grads = masked(numpy_loss_and_grads(scaled(base, scales), batch)[1], masks)
-    norm = math.sqrt(sum(np.sum(grads[a][b] ** 2) for a, b in TENSORS))
-    return tree_of(lambda a, b: grads[a][b] / norm), norm
+    norm = math.sqrt(sum(np.sum(g**2) for g in grads.values()))
+    return {name: g / norm for name, g in grads.items()}, norm
 
 
 def numpy_objective(
     base: PyTree, scales: np.ndarray, direction: PyTree, batch: Any, eta: float
 ) -> float:
     theta = scaled(base, scales)
-    ahead = tree_of(lambda a, b: theta[a][b] - eta * direction[a][b])
+    ahead = {name: theta[name] - eta * direction[name] for name in TENSORS}
     return numpy_loss_and_grads(ahead, batch)[0] / eta
 
 
@@ -149,8 +143,8 @@ def numpy_lrsi(
         history.append((norm, f(scales), bool(kind)))
         slope = differences(f, scales)
         count[kind] += 1
-        for i, (layer, leaf) in enumerate(TENSORS):
-            if not np.any(base[layer][leaf]) or scales[i] == 0:
+        for i, name in enumerate(TENSORS):
+            if not np.any(base[name]) or scales[i] == 0:
                 continue
             d = min(max(slope[i], -config.clip), config.clip)
             first[kind][i] = 0.9 * first[kind][i] + 0.1 * d
@@ -158,7 +152,7 @@ def numpy_lrsi(
             mean = first[kind][i] / (1 - 0.9 ** count[kind])
             square = second[i] / (1 - 0.999 ** count.sum())
             scales[i] -= config.learning_rate * mean / (math.sqrt(square) + 1e-8)
-            scales[i] = max(scales[i], config.min_scale if leaf == "kernel" else 0.0)
+            scales[i] = max(scales[i], config.min_scale if "kernel" in name else 0.0)
     return scales, history
 
 
@@ -188,8 +182,8 @@ def test_both_gradients_by_differences(dense: bool, mask_lookahead: bool) -> Non
 
     expected, expected_norm = numpy_direction(base, lookahead_masks, scales, batch)
     assert math.isclose(norm, expected_norm, rel_tol=1e-12)
-    for a, b in TENSORS:
-        np.testing.assert_allclose(direction[a][b], expected[a][b], atol=1e-12)
+    for name in TENSORS:
+        np.testing.assert_allclose(direction[name], expected[name], atol=1e-12)
     np.testing.assert_allclose(constraint, differences(norm_at, scales), atol=1e-8)
     # The objective's gradient treats the direction as constant.
     objective_at = functools.partial(
@@ -198,7 +192,7 @@ def test_both_gradients_by_differences(dense: bool, mask_lookahead: bool) -> Non
     assert math.isclose(value, objective_at(scales), rel_tol=1e-12)
     np.testing.assert_allclose(objective, differences(objective_at, scales), atol=1e-8)
     # The two gradients differ clearly, so that these assertions tell them apart.
-    gap = np.delete(constraint - objective, TENSORS.index(("second", "bias")))
+    gap = np.delete(constraint - objective, TENSORS.index("b_bias"))
     assert np.all(np.abs(gap) > 1e-3)
 
 
@@ -210,9 +204,9 @@ CASES: dict[str, tuple[tost.LRsI, bool]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_follows_the_oracle(name: str) -> None:
-    config, is_masked = CASES[name]
+@pytest.mark.parametrize("case", CASES)
+def test_follows_the_oracle(case: str) -> None:
+    config, is_masked = CASES[case]
     params, masks = make_params(), make_masks() if is_masked else None
     batches = make_batches()
     expected, history = numpy_lrsi(params, masks, batches, config)
@@ -226,16 +220,17 @@ def test_follows_the_oracle(name: str) -> None:
     np.testing.assert_allclose(info.norm, norms, rtol=1e-6)
     np.testing.assert_allclose(info.objective, values, rtol=1e-6)
     assert info.constrained.tolist() == list(kinds)
-    for a, b in TENSORS:
-        wanted = masked(params, masks)[a][b] * scales[a][b]
-        np.testing.assert_allclose(found[a][b], wanted, rtol=1e-12)
-        if b == "kernel" and masks is not None:
-            pruned = np.asarray(found[a][b])[~masks[a][b]]
+    for tensor, wanted in scaled(
+        masked(params, masks), jax.tree.leaves(scales)
+    ).items():
+        np.testing.assert_allclose(found[tensor], wanted, rtol=1e-12)
+        if masks is not None and masks[tensor] is not None:
+            pruned = np.asarray(found[tensor])[~masks[tensor]]
             assert pruned.tobytes() == bytes(pruned.nbytes)  # No -0.0.
-    assert scales["second"]["bias"] == 1.0
+    assert scales["b_bias"] == 1.0
     if is_masked:
         assert 0 < sum(kinds) < len(kinds)
-    if name == "floors":
+    if case == "floors":
         assert {0.0, 0.01} <= set(expected)
 
 
@@ -335,7 +330,7 @@ def test_lowers_norm_and_loss_of_an_initialization_that_is_too_large() -> None:
 def test_bfloat16_and_a_pruned_layer() -> None:
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), make_params())
     masks = make_masks()
-    masks["second"]["kernel"][:] = False
+    masks["b_kernel"][:] = False
     config, batches = tost.LRsI(iterations=2), in_float32(make_batches())
     found = tost.rescale_init(loss_fn, params, masks, batches, config)
     assert {x.dtype for x in jax.tree.leaves(found.params)} == {jnp.dtype("bfloat16")}
