@@ -1,10 +1,5 @@
-"""Looking at sparse networks: tables, FLOPs, metrics of masks, plots, plasticity."""
+"""Analysis of sparse networks: tables, FLOPs, mask metrics, plots, plasticity."""
 
-from granet_jax.analysis._flops import Flops as Flops
-from granet_jax.analysis._flops import LeafFlops as LeafFlops
-from granet_jax.analysis._flops import flops as flops
-from granet_jax.analysis._summary import Summary as Summary
-from granet_jax.analysis._summary import summary as summary
 from granet_jax.analysis.metrics import Churn as Churn
 from granet_jax.analysis.metrics import Connectivity as Connectivity
 from granet_jax.analysis.metrics import Overlap as Overlap
@@ -20,6 +15,9 @@ from granet_jax.analysis.metrics import (
 )
 from granet_jax.analysis.metrics import gradient_flow as gradient_flow
 from granet_jax.analysis.metrics import overlap as overlap
+from granet_jax.analysis.network_flops import Flops as Flops
+from granet_jax.analysis.network_flops import LeafFlops as LeafFlops
+from granet_jax.analysis.network_flops import flops as flops
 from granet_jax.analysis.plasticity import Pruned as Pruned
 from granet_jax.analysis.plasticity import Recovery as Recovery
 from granet_jax.analysis.plasticity import apply_pruned as apply_pruned
@@ -27,4 +25,6 @@ from granet_jax.analysis.plasticity import keep_counts as keep_counts
 from granet_jax.analysis.plasticity import prune as prune
 from granet_jax.analysis.plasticity import sparsities as sparsities
 from granet_jax.analysis.sharpness import sharpness as sharpness
-from granet_jax.analysis.training_cost import training_flops as training_flops
+from granet_jax.analysis.summary_table import Summary as Summary
+from granet_jax.analysis.summary_table import summary as summary
+from granet_jax.analysis.training_run_flops import training_flops as training_flops

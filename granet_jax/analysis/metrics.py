@@ -1,9 +1,9 @@
-"""Numbers on masks: what they have in common, how they change, what they cut off.
+"""Metrics of masks: their overlap, their changes, and the units they cut off.
 
-On the host, of concrete masks, packed or not; all but `gradient_flow`, which runs in a
-step. A mask of units in, units out lies as kernels of linen and nnx do: the last axis
-is that of output units, the one before it that of inputs. (Move the axes of others, as
-equinox's, first.)
+All functions but `gradient_flow`, which can run inside a training step, run on the host
+and take concrete masks, packed or not. Where axes matter, masks have the layout of
+kernels in linen and nnx: the last axis holds output units, the axis before it input
+units. Move the axes of other masks first, such as those of equinox.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from granet_jax import masking
-from granet_jax.analysis._leaves import check_same, named_masks
+from granet_jax.analysis.named_leaves import check_same_leaves, named_masks
 from granet_jax.checks import check_integer, check_type
 from granet_jax.masking import PyTree
 
@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 
 class PerLeaf(NamedTuple, Generic[T]):
-    """A number of all maskable weights together, and of every leaf.
+    """A metric over all maskable weights together, and of each leaf.
 
     Attributes:
-      total: of all leaves together.
-      leaves: of every leaf, by its name ("dense/kernel").
+      total: Metric over all leaves together.
+      leaves: Metric of each leaf, by its name ("dense/kernel").
     """
 
     total: T
@@ -36,13 +36,15 @@ class PerLeaf(NamedTuple, Generic[T]):
 
 
 class Overlap(NamedTuple):
-    """How alike two masks are.
+    """Similarity of two masks.
 
     Attributes:
-      iou: intersection over union of their active weights, in [0, 1]; 1 if both have
-        none.
-      chance: its mean for independent random masks with as many active weights.
-      hamming: share of weights that are active in one of them only, in [0, 1].
+      iou: Intersection over union of their active weights, in [0, 1]; 1 if neither has
+        active weights.
+      chance: Mean IoU of independent random masks with the same numbers of active
+        weights.
+      hamming: Fraction of weights that are active in exactly one of the two masks, in
+        [0, 1].
     """
 
     iou: float
@@ -51,11 +53,11 @@ class Overlap(NamedTuple):
 
 
 class Churn(NamedTuple):
-    """How masks changed.
+    """Change from one mask to another.
 
     Attributes:
-      dropped: share of the weights active before that no longer are, in [0, 1].
-      grown: share of the weights active after that were not before, in [0, 1].
+      dropped: Fraction of the weights active before that are inactive after, in [0, 1].
+      grown: Fraction of the weights active after that were inactive before, in [0, 1].
     """
 
     dropped: float
@@ -63,14 +65,14 @@ class Churn(NamedTuple):
 
 
 class Connectivity(NamedTuple):
-    """Which paths lead from inputs to outputs, through a chain of masks.
+    """Units and weights on paths from inputs to outputs through a chain of masks.
 
     Attributes:
-      units: of every layer of units, inputs first and outputs last, boolean: whether
-        a path from an input to an output goes through.
-      active: number of active weights of every mask.
-      effective: number of those on such a path; the others compute nothing that
-        reaches an output, or from nothing but biases.
+      units: For each layer of units, inputs first and outputs last, a boolean array:
+        whether a path from an input to an output goes through the unit.
+      active: Number of active weights of each mask.
+      effective: Number of active weights on such a path. The others do not reach an
+        output, or depend on nothing but biases.
     """
 
     units: list[np.ndarray]
@@ -79,26 +81,27 @@ class Connectivity(NamedTuple):
 
     @property
     def connected(self) -> bool:
-        """Whether every output is reached."""
+        """Whether every output is connected to an input."""
         return bool(self.units[-1].all())
 
 
 def overlap(a: PyTree, b: PyTree) -> PerLeaf[Overlap]:
-    """How alike two trees of masks are.
+    """Compare two trees of masks.
 
     Args:
-      a: pytree of masks.
-      b: pytree of masks of the same leaves, matched by name.
+      a: Pytree of masks.
+      b: Pytree of masks of the same leaves, matched by name.
 
     Returns:
-      Of every leaf, and of all together: there `chance` keeps each leaf's number of
-      active weights, and is exact up to the third moment of the intersection.
+      The overlap of each leaf and of all leaves together. The total `chance` is that of
+      masks with each leaf's numbers of active weights; it is a second-order expansion,
+      exact up to the third central moment of the intersection.
 
     Raises:
-      ValueError: other leaves or shapes.
+      ValueError: Different leaves or shapes.
     """
     first, second = named_masks(a, "a"), named_masks(b, "b")
-    check_same("a", first, "b", second)
+    check_same_leaves("a", first, "b", second)
     counts = {
         name: (m.size, _count(m), _count(second[name]), _count(m & second[name]))
         for name, m in first.items()
@@ -116,28 +119,28 @@ def overlap(a: PyTree, b: PyTree) -> PerLeaf[Overlap]:
         if s > 1
     )
     union = n + m - mean
-    # f(i) = i / (n + m - i), to second order about its mean.
+    # The IoU i / (n + m - i) of an intersection i, expanded around the mean of i.
     chance = mean / union + (n + m) * variance / union**3 if union else 1.0
     return PerLeaf(_overlap(size, n, m, both, chance), leaves)
 
 
 def chance_iou(size: int, first: int, second: int) -> float:
-    """Mean IoU of two independent random masks of a leaf, exactly.
+    """Return the exact mean IoU of two independent random masks of one leaf.
 
-    The intersection of masks with a and b of n weights is hypergeometric, and the mean
-    is that of i / (a + b - i). (Of large masks, without the tails beyond 12 standard
-    deviations.)
+    The intersection i of random masks with a and b of n weights active is
+    hypergeometric, and the result is the mean of i / (a + b - i). For large masks, the
+    sum omits tails beyond 12 standard deviations.
 
     Args:
       size: n, the number of weights.
-      first: a, the active weights of one mask.
-      second: b, those of the other.
+      first: a, the number of active weights of one mask.
+      second: b, the number of active weights of the other mask.
 
     Returns:
-      A number in [0, 1]; 1 where neither has an active weight.
+      A number in [0, 1]; 1 if neither mask has an active weight.
 
     Raises:
-      ValueError: more active weights than there are, or fewer than none.
+      ValueError: A number of active weights below 0 or above `size`.
     """
     for name, value in (("size", size), ("first", first), ("second", second)):
         check_integer(name, value)
@@ -154,7 +157,7 @@ def chance_iou(size: int, first: int, second: int) -> float:
     reach = 12 * math.sqrt(variance) + 12
     low, high = max(low, math.floor(mean - reach)), min(high, math.ceil(mean + reach))
     i = np.arange(low, high, dtype=np.float64)
-    # Each probability over the one before it, and so all of them up to a factor.
+    # Ratios of successive probabilities give all probabilities up to a common factor.
     ratios = (first - i) * (second - i) / ((i + 1) * (size - first - second + i + 1))
     logs = np.concatenate([[0.0], np.cumsum(np.log(ratios))])
     weights = np.exp(logs - logs.max())
@@ -163,21 +166,21 @@ def chance_iou(size: int, first: int, second: int) -> float:
 
 
 def churn(before: PyTree, after: PyTree) -> PerLeaf[Churn]:
-    """What an update, or many, changed: from one tree of masks to another.
+    """Measure how masks changed in one or more updates.
 
     Args:
-      before: pytree of masks.
-      after: pytree of masks of the same leaves, matched by name.
+      before: Pytree of masks.
+      after: Pytree of masks of the same leaves, matched by name.
 
     Returns:
-      Shares of active weights that were dropped and grown. (A weight that an update
-      drops and grows again has not changed.)
+      Fractions of active weights that were dropped and grown. A weight that an update
+      drops and grows again does not count.
 
     Raises:
-      ValueError: other leaves or shapes.
+      ValueError: Different leaves or shapes.
     """
     first, second = named_masks(before, "before"), named_masks(after, "after")
-    check_same("before", first, "after", second)
+    check_same_leaves("before", first, "after", second)
     counts = {
         name: (_count(m), _count(second[name]), _count(m & second[name]))
         for name, m in first.items()
@@ -189,17 +192,17 @@ def churn(before: PyTree, after: PyTree) -> PerLeaf[Churn]:
 
 
 def exploration(history: Iterable[PyTree]) -> PerLeaf[float]:
-    """Exploration rate R_s: share of weights that were active at least once.
+    """Return the exploration rate R_s: the fraction of weights ever active.
 
     Args:
-      history: trees of masks over time, of the same leaves: a list, or anything that
-        yields them one by one, of which no more than one is held.
+      history: Iterable of trees of masks of the same leaves. A generator works as well
+        as a list; only one tree is kept in memory at a time.
 
     Returns:
-      Shares in [0, 1].
+      Fractions in [0, 1].
 
     Raises:
-      ValueError: no masks, or other leaves or shapes.
+      ValueError: No masks, or different leaves or shapes.
 
     References:
       Liu et al., Do We Actually Need Dense Over-Parameterization? In-Time
@@ -207,25 +210,26 @@ def exploration(history: Iterable[PyTree]) -> PerLeaf[float]:
     """
     if not isinstance(history, Iterable):
         raise TypeError(f"history must be trees of masks, got {history!r}.")
-    seen = None
-    for _, union in _unions(enumerate(history)):
-        seen = union
-    if seen is None:
+    final = None
+    for _, union in _running_unions(enumerate(history)):
+        final = union
+    if final is None:
         raise ValueError("history must hold masks, got none.")
-    return _rates(seen)
+    return _active_fractions(final)
 
 
 def exploration_over_time(history: Mapping[int, PyTree]) -> dict[int, PerLeaf[float]]:
-    """Exploration rate R_s up to every step: what `exploration` gives, as it rises.
+    """Return the exploration rate R_s of every step in a history.
 
     Args:
-      history: trees of masks by step, of the same leaves.
+      history: Trees of masks of the same leaves, by step.
 
     Returns:
-      Shares in [0, 1] by step, in the order of steps; those of a step count its masks.
+      Fractions in [0, 1] by step, in ascending order of steps. The rate of a step
+      covers the masks up to and including that step.
 
     Raises:
-      ValueError: no masks, or other leaves or shapes.
+      ValueError: No masks, or different leaves or shapes.
 
     References:
       See `exploration`.
@@ -233,62 +237,64 @@ def exploration_over_time(history: Mapping[int, PyTree]) -> dict[int, PerLeaf[fl
     check_type("history", history, Mapping, "trees of masks by step")
     if not history:
         raise ValueError("history must hold masks, got none.")
-    return {step: _rates(union) for step, union in _unions(sorted(history.items()))}
+    unions = _running_unions(sorted(history.items()))
+    return {step: _active_fractions(union) for step, union in unions}
 
 
 def channel_density(mask: Any) -> np.ndarray:
-    """Share of the incoming weights of every output unit that is active.
+    """Return the fraction of active incoming weights of every output unit.
 
     Args:
-      mask: (..., units).
+      mask: Mask of shape (..., units).
 
     Returns:
-      float64 (units,), in [0, 1].
+      float64 array of shape (units,), in [0, 1].
     """
-    array = _unpacked("mask", mask)
+    array = _kernel_mask("mask", mask)
     return array.reshape(-1, array.shape[-1]).mean(axis=0)
 
 
 def dead_units(mask: Any, following: Any = None) -> np.ndarray:
-    """Output units of a mask with no active weight coming in, or none going out.
+    """Find output units without active incoming weights, or without outgoing ones.
 
-    A unit without incoming weights is constant (its bias); one without outgoing
-    weights is of no use, unless something else reads it, as a skip connection does.
+    A unit without incoming weights is constant: it outputs its bias. A unit without
+    outgoing weights has no effect, unless something else reads it, such as a skip
+    connection.
 
     Args:
-      mask: (..., units).
-      following: mask of the next layer, for outgoing weights too: (..., units, out);
-        of a dense layer on flattened positions, channels last, (positions * units,
-        out); of a grouped convolution (..., units / groups, out). None for incoming
-        weights only.
+      mask: Mask of shape (..., units).
+      following: Mask of the next layer, to check outgoing weights as well. Its shape is
+        (..., units, out); for a dense layer on flattened positions with channels last,
+        (positions * units, out); for a grouped convolution, (..., units / groups, out).
+        None to check incoming weights only.
 
     Returns:
-      Boolean (units,).
+      Boolean array of shape (units,).
 
     Raises:
-      ValueError: masks that do not follow one another.
+      ValueError: The shape of `following` does not match the units of `mask`.
     """
-    array = _unpacked("mask", mask)
-    dead = _none(array.reshape(-1, array.shape[-1]), axis=0)
+    array = _kernel_mask("mask", mask)
+    dead = np.logical_not(array.reshape(-1, array.shape[-1]).any(axis=0))
     if following is None:
         return dead
-    links = _links("following", _unpacked("following", following), dead.size)
-    return dead | _none(links, axis=1)
+    links = _links("following", _kernel_mask("following", following), dead.size)
+    return dead | np.logical_not(links.any(axis=1))
 
 
 def connectivity(chain: Sequence[Any]) -> Connectivity:
-    """Which units and weights of a chain of layers lie on a path to an output.
+    """Find the units and weights of a chain of layers on paths from input to output.
 
     Args:
-      chain: masks of layers that follow one another, from input to output, in the forms
-        that `dead_units` takes. Skip connections are not in a chain: with them more
-        is connected than this finds.
+      chain: Masks of consecutive layers from input to output, in the shapes that
+        `dead_units` accepts. Skip connections are not part of a chain; a network that
+        has them is connected better than the result says.
 
     Returns:
-      See `Connectivity`.
+      The units on such paths and the numbers of weights, see `Connectivity`.
 
     Raises:
-      ValueError: an empty chain, or masks that do not follow one another.
+      ValueError: An empty chain, or masks whose shapes do not match.
 
     References:
       Vysogorets & Kempe, Connectivity Matters: Neural Network Pruning Through the Lens
@@ -298,8 +304,7 @@ def connectivity(chain: Sequence[Any]) -> Connectivity:
         raise TypeError(f"chain must be a sequence of masks, got {chain!r}.")
     if not chain:
         raise ValueError("chain must hold masks, got none.")
-    masks = [_unpacked(f"chain[{i}]", mask) for i, mask in enumerate(chain)]
-    # The inputs are those of the first mask: channels, if it is a convolution.
+    masks = [_kernel_mask(f"chain[{i}]", mask) for i, mask in enumerate(chain)]
     units = masks[0].shape[-2]
     links = []
     for i, mask in enumerate(masks):
@@ -320,16 +325,17 @@ def connectivity(chain: Sequence[Any]) -> Connectivity:
 
 
 def gradient_flow(grads: PyTree, masks: PyTree) -> PerLeaf[Array]:
-    """Sum of the squared gradients of active weights: how much a step can gain.
+    """Return the sum of the squared gradients of active weights.
 
-    To first order, gradient descent with a rate eta lowers the loss by eta times this.
+    To first order, a step of gradient descent with learning rate eta lowers the loss by
+    eta times this sum.
 
     Args:
-      grads: pytree of gradients, dense or masked.
-      masks: pytree of masks of the same structure.
+      grads: Pytree of gradients, dense or masked.
+      masks: Pytree of masks of the same structure.
 
     Returns:
-      float32 scalars, of the leaves with a mask; may be traced.
+      float32 scalars of the leaves with a mask, and their total. May be traced.
 
     References:
       Evci et al., Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win,
@@ -348,36 +354,32 @@ def gradient_flow(grads: PyTree, masks: PyTree) -> PerLeaf[Array]:
     return PerLeaf(sum(leaves.values(), start=jnp.float32(0)), leaves)
 
 
-def _unions(
+def _running_unions(
     history: Iterable[tuple[int, PyTree]],
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """After each tree of masks, which weights were active so far; overwritten later."""
+    """Yield the union of the masks so far at each step; later steps overwrite it."""
     union: dict[str, np.ndarray] = {}
-    for step, masks in history:
-        found = named_masks(masks, "history")
+    for step, tree in history:
+        masks = named_masks(tree, "history")
         if not union:
-            union = {name: mask.copy() for name, mask in found.items()}
-        check_same("the first masks of history", union, "others", found)
-        for name, mask in found.items():
+            union = {name: mask.copy() for name, mask in masks.items()}
+        check_same_leaves("the first masks of history", union, "others", masks)
+        for name, mask in masks.items():
             union[name] |= mask
         yield step, union
 
 
-def _rates(union: Mapping[str, np.ndarray]) -> PerLeaf[float]:
-    active = {name: _count(mask) for name, mask in union.items()}
-    size = sum(mask.size for mask in union.values())
+def _active_fractions(masks: Mapping[str, np.ndarray]) -> PerLeaf[float]:
+    active = {name: _count(mask) for name, mask in masks.items()}
+    size = sum(mask.size for mask in masks.values())
     return PerLeaf(
         sum(active.values()) / size if size else 0.0,
-        {name: n / max(union[name].size, 1) for name, n in active.items()},
+        {name: n / max(masks[name].size, 1) for name, n in active.items()},
     )
 
 
 def _count(mask: np.ndarray) -> int:
     return int(np.count_nonzero(mask))
-
-
-def _none(mask: np.ndarray, axis: int) -> np.ndarray:
-    return np.logical_not(mask.any(axis=axis))
 
 
 def _overlap(size: int, n: int, m: int, both: int, chance: float) -> Overlap:
@@ -396,7 +398,7 @@ def _churn(before: int, after: int, both: int) -> Churn:
     )
 
 
-def _unpacked(name: str, mask: Any) -> np.ndarray:
+def _kernel_mask(name: str, mask: Any) -> np.ndarray:
     (array,) = named_masks(mask, name).values()
     if array.ndim < 2:
         raise ValueError(
@@ -407,26 +409,27 @@ def _unpacked(name: str, mask: Any) -> np.ndarray:
 
 
 def _links(name: str, mask: np.ndarray, units: int) -> np.ndarray:
-    """Which unit has an active weight to which output: boolean (units, outputs)."""
+    """Return whether a unit has an active weight to an output: (units, outputs)."""
     *_, inputs, outputs = mask.shape
     links = mask.reshape(-1, inputs, outputs).any(axis=0)
-    if units and inputs % units == 0:  # Positions, with their channels last.
+    if units and inputs % units == 0:  # Flattened positions, with channels last.
         return np.asarray(links.reshape(-1, units, outputs).any(axis=0))
     groups = units // inputs if inputs and units % inputs == 0 else 0
     if not groups or outputs % groups:
         raise ValueError(
             f"{name} must follow {units} units, got shape {mask.shape}: its axis "
-            "before the last must be their number, a multiple, or with groups a part "
-            "of it."
+            "before the last must be their number, a multiple of it, or their number "
+            "divided by the number of groups."
         )
-    wide = np.zeros((groups, inputs, groups, outputs // groups), bool)
-    each = np.arange(groups)
-    wide[each, :, each] = links.reshape(inputs, groups, -1).transpose(1, 0, 2)
-    return wide.reshape(units, outputs)
+    block_diagonal = np.zeros((groups, inputs, groups, outputs // groups), bool)
+    group = np.arange(groups)
+    by_group = links.reshape(inputs, groups, -1).transpose(1, 0, 2)
+    block_diagonal[group, :, group] = by_group
+    return block_diagonal.reshape(units, outputs)
 
 
 def _spread(mask: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """The boolean of the unit that each weight of a mask comes from, to its shape."""
+    """Broadcast a boolean per input unit to the weights that read the unit."""
     *_, inputs, outputs = mask.shape
     if inputs % units.size == 0:
         return np.tile(units, inputs // units.size)[:, None]

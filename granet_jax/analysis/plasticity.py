@@ -1,20 +1,20 @@
 """Pruning plasticity: how well a network in training recovers from being pruned.
 
-The parts of the GraNet paper's study, for any training loop. A dense network at some
-moment of its training, with its parameters and the state of its optimizer, is pruned::
+These are the parts of the GraNet paper's study, for any training loop. First, prune a
+dense network at some step of its training, with the state of its optimizer::
 
     full = granet_jax.init_masks(granet_jax.static(0.0), params)
     (keep,) = keep_counts(full, [0.9])
     pruned = prune(params, full, keep, regrow=0.5, grads=grads)
     params, inner_state = apply_pruned(params, inner_state, pruned)
 
-then trained on for a while, its masks held::
+Then train it for a while with fixed masks::
 
     tx = granet_jax.transform(granet_jax.static(0.0), inner, masks=pruned.masks)
     opt_state = granet_jax.get_state(tx.init(params))._replace(inner_state=inner_state)
 
-and its accuracies are compared: `Recovery`. The paper trains on at the learning rate of
-the moment of pruning.
+Finally, compare its accuracies with `Recovery`. The paper continues training at the
+learning rate of the step at which it prunes.
 
 References:
   Liu et al., Sparse Training via Boosting Pruning Plasticity with Neuroregeneration,
@@ -59,16 +59,16 @@ CRITERIA: dict[str, Score] = {
     "gradient": scores.gradient,
     "random": scores.random,
 }
-"""The criteria of the study, by which the lowest go."""
+"""Criteria of the study. Weights with the lowest scores are pruned."""
 
 
 class Pruned(NamedTuple):
-    """What pruning makes of masks.
+    """Masks after pruning.
 
     Attributes:
-      masks: pytree of masks, from now on.
-      continuing: pytree of masks: of those, the weights that keep value and moments.
-        The others have been regrown, and start at zero.
+      masks: Pytree of the new masks.
+      continuing: Pytree of masks of the active weights that keep their value and
+        moments. The other active weights are regrown and start at zero.
     """
 
     masks: PyTree
@@ -76,13 +76,13 @@ class Pruned(NamedTuple):
 
 
 class Recovery(NamedTuple):
-    """Accuracies around a pruning; numbers, or arrays of a shape (of seeds, say).
+    """Accuracies before and after pruning: numbers, or arrays with an axis of seeds.
 
     Attributes:
-      before: of the network in training, before it is pruned.
-      pruned: just after it is pruned.
-      after: of the pruned network after some more training.
-      unpruned: of the network that was trained on as long without being pruned.
+      before: Accuracy of the network before it is pruned.
+      pruned: Accuracy just after it is pruned.
+      after: Accuracy of the pruned network after further training.
+      unpruned: Accuracy of the network after the same training without pruning.
     """
 
     before: Any
@@ -97,32 +97,33 @@ class Recovery(NamedTuple):
 
     @property
     def regained(self) -> Any:
-        """What came of what pruning took or never was there, `after` - `pruned`."""
+        """Accuracy that training after pruning gained, `after` - `pruned`."""
         return self.after - self.pruned
 
     @property
     def relative(self) -> Any:
-        """What pruning costs in the end, `after` - `unpruned`.
+        """Cost of pruning in the end, `after` - `unpruned`.
 
-        Plasticity counts what the network would have learned in that time anyway, much
-        early in training and little late in it; this does not.
+        Plasticity includes what the network would have learned in that time anyway,
+        which is a lot early in training and little late. This difference does not.
         """
         return self.after - self.unpruned
 
 
 def sparsities(sparsity: float, updates: int = 1) -> list[float]:
-    """The sparsities that pruning goes through: at once, or gradually.
+    """Return the sparsities of one-shot or gradual pruning, one for each update.
 
     Args:
-      sparsity: at the end, in [0, 1).
-      updates: number of times it prunes: 1 for one-shot pruning; with more, sparsity
-        rises by the cubic schedule, s_j = s (1 - (1 - j / updates)^3), j = 1..updates.
+      sparsity: Final sparsity, in [0, 1).
+      updates: Number of times the network is pruned. 1 is one-shot pruning; with more
+        updates, sparsity rises by the cubic schedule
+        s_j = s (1 - (1 - j / updates)^3), j = 1..updates.
 
     Returns:
-      One sparsity an update, the last `sparsity` to the bit.
+      One sparsity for each update. The last one equals `sparsity` exactly.
 
     Raises:
-      ValueError, TypeError: an argument out of range or of the wrong type.
+      ValueError, TypeError: An argument out of range or of the wrong type.
 
     References:
       Zhu & Gupta, To Prune, or Not to Prune, 2017.
@@ -136,20 +137,20 @@ def sparsities(sparsity: float, updates: int = 1) -> list[float]:
 def keep_counts(
     masks: PyTree, rising: Sequence[float], *, scope: Scope = "global"
 ) -> np.ndarray:
-    """How many weights stay at each of some sparsities, exactly.
+    """Return the exact number of weights to keep at each of several sparsities.
 
     Args:
-      masks: pytree of masks; only their shapes are read.
-      rising: sparsities in [0, 1), none below the one before it.
-      scope: "global": of all leaves together; "layer": the same sparsity in each leaf,
-        rounded by largest remainder to the exact total.
+      masks: Pytree of masks. Only their shapes matter.
+      rising: Sparsities in [0, 1), in ascending order.
+      scope: "global" for one number over all leaves; "layer" for the same sparsity in
+        each leaf, rounded by largest remainder to the exact total.
 
     Returns:
-      Unsigned integers, (sparsities,) with scope "global", (sparsities, leaves) with
-      scope "layer".
+      Unsigned integers of shape (sparsities,) with scope "global", and
+      (sparsities, leaves) with scope "layer".
 
     Raises:
-      ValueError, TypeError: a sparsity out of range or below the one before it; an
+      ValueError, TypeError: A sparsity out of range or below its predecessor; an
         unknown scope; no masks.
     """
     check_scope(scope)
@@ -164,7 +165,7 @@ def keep_counts(
         if i > 0 and sparsity < rising[i - 1]:
             raise ValueError(
                 f"rising must not fall, got {sparsity} after {rising[i - 1]}: pruning "
-                "takes weights away only."
+                "only removes weights."
             )
     size = sum(math.prod(shape) for shape in shapes)
     rows: list[Any] = []
@@ -188,38 +189,39 @@ def prune(
     grads: PyTree | None = None,
     key: Array | None = None,
 ) -> Pruned:
-    """Prunes down to so many active weights, and regenerates some of them.
+    """Prune to a given number of active weights, and regenerate some of them.
 
-    Keeps the `keep` active weights with the highest score by the criterion. With
-    `regrow`, then, in every leaf, the ceil(regrow * active) active weights of smallest
-    magnitude are dropped and as many of largest abs(dense gradient) are grown, among
-    all that are then inactive (GraNet's neuroregeneration, at no cost in parameters).
-    A weight dropped and grown continues; one pruned and grown starts at zero.
+    Pruning keeps the `keep` active weights with the highest scores. With `regrow`, each
+    leaf then drops its ceil(regrow * active) active weights of smallest magnitude and
+    grows the same number of inactive weights with the largest abs(dense gradient). This
+    is GraNet's neuroregeneration, which leaves the number of weights unchanged. A
+    weight that is dropped and grown again keeps its value; a weight that is pruned and
+    grown again starts at zero.
 
     Runs under `jit` and `vmap`; `keep` may be traced.
 
     Args:
-      params: pytree of arrays.
-      masks: the present masks, as from `granet_jax.init_masks`.
-      keep: a row of `keep_counts`: an integer with scope "global", one a leaf with
-        scope "layer". Where fewer are active, all of them stay.
+      params: Pytree of arrays.
+      masks: Current masks, as from `granet_jax.init_masks`.
+      keep: Row of `keep_counts`: one integer with scope "global", one for each leaf
+        with scope "layer". If fewer weights are active, all of them stay.
       criterion: "magnitude", abs(w); "gradient", abs(dL/dw); "random"; or a function of
         `ScoreInputs`.
-      scope: what competes, "global" or "layer".
-      regrow: share of the weights of every leaf that are exchanged after pruning, in
-        [0, 1]; 0 for none. (GraNet: 0.5 at the start of training.)
-      grads: dense gradient, of the structure of `params`; for the criterion "gradient"
+      scope: "global" if all weights compete, "layer" if those of one leaf do.
+      regrow: Fraction of the active weights of each leaf to exchange after pruning, in
+        [0, 1]; 0 for none. GraNet uses 0.5 at the start of training.
+      grads: Dense gradient with the structure of `params`, for the criterion "gradient"
         and for `regrow`.
-      key: random key, for the criterion "random". Every leaf has its own of it.
+      key: Random key for the criterion "random". Each leaf derives its own key.
 
     Returns:
-      Masks, and which weights continue; `apply_pruned` makes parameters and moments
-      agree with them.
+      The new masks, and the weights that keep their value. `apply_pruned` applies them
+      to parameters and moments.
 
     Raises:
-      ValueError: an unknown criterion or scope, `regrow` out of range, masks of another
-        structure or shape, `keep` of another shape; gradient or key missing.
-      TypeError: `regrow` is no number.
+      ValueError: An unknown criterion or scope, `regrow` out of range, masks of another
+        structure or shape, `keep` of another shape, or a missing gradient or key.
+      TypeError: `regrow` is not a number.
     """
     check_scope(scope)
     checks.check_fraction("regrow", regrow)
@@ -244,8 +246,10 @@ def prune(
     if not isinstance(number, Tracer) and np.any(np.asarray(number) < 0):
         raise ValueError(f"keep must not be negative, got {keep!r}.")
     if grads is None and (criterion == "gradient" or regrow > 0):
-        why = "criterion 'gradient'" if criterion == "gradient" else f"regrow={regrow}"
-        raise ValueError(f"grads must be given with {why}: the dense gradient.")
+        reason = (
+            "criterion 'gradient'" if criterion == "gradient" else f"regrow={regrow}"
+        )
+        raise ValueError(f"grads must be given with {reason}: the dense gradient.")
     if key is None and criterion == "random":
         raise ValueError("key must be given with criterion 'random': a random key.")
     return _prune(
@@ -297,20 +301,19 @@ def _prune(
 def apply_pruned(
     params: PyTree, inner_state: PyTree, pruned: Pruned
 ) -> tuple[PyTree, PyTree]:
-    """Parameters and moments as they are after a pruning.
+    """Apply the result of `prune` to parameters and moments.
 
     Args:
-      params: pytree of arrays.
-      inner_state: state of the optimizer that steps on them: of any optax optimizer
-        that keeps moments in the parameters' shapes. Not a `SparseState`, but the
-        `inner_state` in it.
-      pruned: from `prune`.
+      params: Pytree of arrays.
+      inner_state: State of an optax optimizer whose moments have the shapes of the
+        parameters. For a `SparseState`, pass its field `inner_state`.
+      pruned: Result of `prune`.
 
     Returns:
-      (params, inner_state), zero wherever a weight does not continue.
+      (params, inner_state), with zeros at weights that do not keep their value.
 
     Raises:
-      ValueError: masks of another structure or shape; `optax.flatten`.
+      ValueError: Masks of another structure or shape, or a state of `optax.flatten`.
     """
     checks.check_type("pruned", pruned, Pruned, "from granet_jax.analysis.prune")
     moments.refuse_flattened(inner_state, params, "inner_state")

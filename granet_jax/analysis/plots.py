@@ -1,25 +1,25 @@
-"""Pictures of sparse networks: each function returns a matplotlib `Figure`.
+"""Plots of sparse networks. Each function returns a matplotlib `Figure`.
 
     figure = plots.densities({"GraNet": granet_jax.sparsity(masks)})
     figure.savefig("densities.png", dpi=150)
 
-No state of pyplot is touched: nothing is shown by itself, and no window opens. A
-notebook draws the figure that a cell ends with once `%matplotlib inline` was run, which
-tells it how; `IPython.display.display(figure)` does so in the middle of a cell.
-Matplotlib comes with `pip install 'granet_jax[analysis]'`.
+The functions do not use pyplot, so no window opens. In a notebook, run
+`%matplotlib inline` once; the notebook then shows a figure that is the last expression
+of a cell, and `IPython.display.display(figure)` shows one anywhere else. Install
+matplotlib with `pip install 'granet_jax[analysis]'`.
 """
 
 import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from granet_jax.analysis._leaves import named_masks
-from granet_jax.analysis.metrics import churn as changes
+from granet_jax.analysis.metrics import churn as mask_churn
 from granet_jax.analysis.metrics import exploration_over_time
+from granet_jax.analysis.named_leaves import named_masks
 from granet_jax.checks import (
     check_fraction,
     check_integer,
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
 Look = tuple[str, str]
 
-# Okabe and Ito's colours, which the colour-blind tell apart, with grey for the yellow
-# that white paper swallows, and then Tol's darker ones; dense is black.
+# Colour-blind readers can tell these colours apart: first those of Okabe and Ito, with
+# grey instead of yellow, which is too pale on white, then darker ones of Tol. Dense
+# training is black.
 LOOKS: dict[str, Look] = {
     "granet": ("#D55E00", "o"),
     "granet-st": ("#E69F00", "s"),
@@ -53,41 +54,46 @@ LOOKS: dict[str, Look] = {
     "top-kast": ("#999933", "d"),
     "greg2": ("#661100", "*"),
 }
-"""Colour and marker of methods, by their names in the experiments."""
+"""Colour and marker of each method, by its name in the experiments."""
 
 _STYLES = ("-", "--", "-.", ":")
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")
-# More lines than this have colours in order, on a bar, instead of names.
-_MOST_NAMES = 10
-# An image has no more cells than this a side, a pixel each at least; those of larger
-# masks are averaged.
-_MOST_CELLS = 500
-# Lines between more tiles a side would hide them.
-_MOST_TILES = 64
+_ORDER = ("gmp", "granet", "rigl", "set", "granet-st", "static", "snfs", "cyclical")
+# With more layers than this, a colour bar replaces the names in the legend.
+_MAX_NAMED_LAYERS = 10
+# Larger masks are averaged down to at most this many cells along each side, so that a
+# cell covers at least one pixel.
+_MAX_CELLS = 500
+# With more tiles than this along a side, lines between the tiles would hide them.
+_MAX_TILES = 64
 
 
 def looks(labels: Iterable[str]) -> dict[str, Look]:
-    """Colour and marker of every label: a method's own, or those of one not there."""
+    """Return a colour and a marker for each label.
+
+    Labels that `LOOKS` names keep their own; other labels take those of a method that
+    is not among the labels.
+    """
     if isinstance(labels, str) or not isinstance(labels, Iterable):
         raise TypeError(f"labels must be several strings, got {labels!r}.")
     labels = list(labels)
     for label in labels:
         check_type("labels", label, str, "strings")
-    free = itertools.cycle([m for m in LOOKS if m not in labels] or LOOKS)
-    return {name: LOOKS[name if name in LOOKS else next(free)] for name in labels}
+    unused = itertools.cycle([m for m in LOOKS if m not in labels] or LOOKS)
+    return {name: LOOKS[name if name in LOOKS else next(unused)] for name in labels}
 
 
 def densities(networks: Mapping[str, Sparsity]) -> "Figure":
-    """Density of every layer, as bars, of one network or several.
+    """Draw the density of every layer as bars, for one or several networks.
 
     Args:
-      networks: `granet_jax.sparsity(masks)` by the name of the network; of the same
+      networks: `granet_jax.sparsity(masks)` by the name of the network, all of the same
         leaves.
 
     Raises:
-      ValueError: no networks, or of other leaves.
+      ValueError: No networks, or networks of different leaves.
     """
-    leaves = _leaves("networks", networks)
+    leaves = _common_leaves("networks", networks)
     rows = len(leaves) * max(len(networks), 1.3)
     figure = _figure(7.0, min(1.4 + 0.16 * rows, 60.0))
     axes = figure.subplots()
@@ -107,16 +113,16 @@ def densities(networks: Mapping[str, Sparsity]) -> "Figure":
 
 
 def draw_bars(axes: "Axes", networks: Mapping[str, Mapping[str, float]]) -> None:
-    """Densities in [0, 1] of the same leaves, by network, as bars on `axes`."""
+    """Draw densities in [0, 1] as bars on `axes`, by network and leaf."""
     leaves = list(next(iter(networks.values())))
     height = 0.8 / len(networks)
-    colours = [colour for colour, _ in _by_number(len(networks))]
-    for i, (name, found) in enumerate(networks.items()):
+    for i, (name, densities) in enumerate(networks.items()):
+        offset = (i - (len(networks) - 1) / 2) * height
         bars = axes.barh(
-            [j + (i - (len(networks) - 1) / 2) * height for j in range(len(leaves))],
-            [100 * found[leaf] for leaf in leaves],
+            [j + offset for j in range(len(leaves))],
+            [100 * densities[leaf] for leaf in leaves],
             height * 0.92,
-            color=colours[i],
+            color=_colour(i),
             hatch=_HATCHES[i % len(_HATCHES)],
             edgecolor="white",
             label=name,
@@ -126,84 +132,75 @@ def draw_bars(axes: "Axes", networks: Mapping[str, Mapping[str, float]]) -> None
         range(len(leaves)), [leaf.replace("/kernel", "") for leaf in leaves]
     )
     axes.set_ylim(len(leaves) - 0.5, -0.5)
-    axes.set(
-        xlabel="active weights / % of the layer",
-        ylabel="layer",
-        xlim=(0, 114),
-    )
+    axes.set(xlabel="active weights / % of the layer", ylabel="layer", xlim=(0, 114))
     axes.set_xticks(range(0, 101, 20))
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
 
 
 def mask(mask: Any, title: str = "") -> "Figure":
-    """A mask as an image: active weights are dark.
+    """Draw a mask as an image in which active weights are dark.
 
-    A dense kernel (in, out) has its inputs from top to bottom and its outputs from left
-    to right; a convolution (height, width, in, out) a tile for each pair, as it lies on
-    the image. Cells of a large mask show the density of several weights.
+    A dense kernel (inputs, outputs) has its inputs from top to bottom and its outputs
+    from left to right. A convolution (height, width, inputs, outputs) is a grid of
+    tiles, one for each pair of channels. In a large mask, one cell of the image shows
+    the density of several weights.
 
     Args:
-      mask: boolean, packed or not, of two axes or more.
-      title: of the figure.
+      mask: Boolean mask of two axes or more, packed or not.
+      title: Title of the figure.
 
     Raises:
-      ValueError: a mask of less than two axes, or without weights.
+      ValueError: A mask with fewer than two axes, or without weights.
     """
-    array = _single(mask)
+    array = _kernel_mask(mask)
     *kernel, inputs, outputs = array.shape
     height = kernel[0] if len(kernel) > 1 else 1
     width = math.prod(kernel) // height
     tiles = array.reshape(height, width, inputs, outputs).transpose(2, 0, 3, 1)
     cells = tiles.reshape(inputs * height, outputs * width).astype(float)
-    steps = [-(-n // _MOST_CELLS) for n in cells.shape]
-    cells = _averaged(cells, *steps)
+    cells = _averaged(cells, *(math.ceil(n / _MAX_CELLS) for n in cells.shape))
     rows, columns = cells.shape
-    # Cells are square as long as the figure stays a rectangle that fits a page.
+    # Cells are square unless that would make the figure too long for a page.
     aspect = min(max(rows / columns, 0.2), 3.0)
+    is_square = aspect == rows / columns
     figure = _figure(6.0, min(max(6.0 * aspect, 2.0), 8.5) + 0.7)
     axes = figure.subplots()
-    square = 0.2 <= rows / columns <= 3.0
     axes.imshow(
         cells,
         cmap="Greys",
         vmin=0.0,
         vmax=1.0,
         interpolation="nearest",
-        aspect="equal" if square else "auto",
+        aspect="equal" if is_square else "auto",
         extent=(0, outputs * width, inputs * height, 0),
     )
     active = int(np.count_nonzero(array))
-    share = f"{active:,} of {array.size:,} weights active ({active / array.size:.2%})"
-    axes.set_title(f"{title}\n{share}" if title else share, fontsize=11)
+    text = f"{active:,} of {array.size:,} weights active ({active / array.size:.2%})"
+    axes.set_title(f"{title}\n{text}" if title else text, fontsize=11)
     if kernel:
-        small = " x ".join(map(str, kernel))
-        _tiles(axes, (inputs * height, outputs * width), (inputs, outputs))
-        axes.set_xlabel(f"output channel (each tile is a {small} kernel)")
+        size = " x ".join(map(str, kernel))
+        axes.set_xlabel(f"output channel (each tile is a {size} kernel)")
         axes.set_ylabel("input channel")
-        if max(inputs, outputs) <= _MOST_TILES and height * width > 1:
-            for n in range(1, inputs):
-                axes.axhline(n * height, color="#E69F00", linewidth=0.8)
-            for n in range(1, outputs):
-                axes.axvline(n * width, color="#E69F00", linewidth=0.8)
+        _label_tiles(axes, (inputs, outputs), (height, width))
     else:
         axes.set(xlabel="output unit", ylabel="input unit")
     return figure
 
 
 def inputs(mask: Any, image_shape: Sequence[int], title: str = "") -> "Figure":
-    """How many weights the first layer keeps of every pixel, on the grid of the image.
+    """Draw how many weights of each pixel the first layer keeps.
 
     Args:
-      mask: of a dense kernel (pixels, units), packed or not; the pixels of an image
-        flattened row by row, channels last.
-      image_shape: (height, width) or (height, width, channels).
-      title: of the figure.
+      mask: Mask of a dense kernel (pixels, units), packed or not. Its pixels are those
+        of an image, flattened row by row with channels last.
+      image_shape: Shape (height, width) or (height, width, channels).
+      title: Title of the figure.
 
     Raises:
-      ValueError: a mask that is not of such images.
+      ValueError: A mask that does not fit images of this shape.
     """
-    array = _single(mask)
+    array = _kernel_mask(mask)
     check_type("image_shape", image_shape, Sequence, "(height, width) or with channels")
     for side in image_shape:
         check_integer("image_shape", side, least=1)
@@ -222,8 +219,8 @@ def inputs(mask: Any, image_shape: Sequence[int], title: str = "") -> "Figure":
     figure = _figure(5.6, 4.9 * max(height / width, 0.7) + 0.3)
     axes = figure.subplots()
     image = axes.imshow(kept, cmap="cividis", vmin=0, interpolation="nearest")
-    among = array.shape[1] * math.prod(channels)
-    figure.colorbar(image, label=f"active weights of a pixel, of {among:,}")
+    weights = array.shape[1] * math.prod(channels)
+    figure.colorbar(image, label=f"active weights of a pixel, of {weights:,}")
     unused = int(np.count_nonzero(kept == 0))
     text = f"{unused:,} of {kept.size:,} pixels are not used"
     axes.set_title(f"{title}\n{text}" if title else text, fontsize=11)
@@ -234,16 +231,16 @@ def inputs(mask: Any, image_shape: Sequence[int], title: str = "") -> "Figure":
 def densities_over_time(
     history: Mapping[int, Sparsity], title: str = "Density over the training"
 ) -> "Figure":
-    """Density of every layer over the steps, and of all weights together.
+    """Draw the density of every layer, and of all weights together, over the steps.
 
     Args:
       history: `granet_jax.sparsity(masks)` by step.
-      title: of the figure.
+      title: Title of the figure.
 
     Raises:
-      ValueError: no history, or of other leaves.
+      ValueError: An empty history, or different leaves at different steps.
     """
-    leaves = _leaves("history", history)
+    leaves = _common_leaves("history", history)
     steps = sorted(history)
     lines = {
         leaf: [100 * (1.0 - history[step].leaves[leaf]) for step in steps]
@@ -251,9 +248,9 @@ def densities_over_time(
     }
     figure = _figure(8.5, 4.6)
     axes = figure.subplots()
-    _layers(figure, [axes], [(steps, lines)], "post")
+    _draw_layers(figure, [axes], steps, [lines], "steps-post")
     overall = [100 * (1.0 - history[step].overall) for step in steps]
-    _all(axes, steps, overall, "post")
+    _draw_total(axes, steps, overall, "steps-post")
     axes.set(
         title=title,
         xlabel="optimizer steps",
@@ -267,14 +264,14 @@ def densities_over_time(
 def churn(
     history: Mapping[int, PyTree], title: str = "Weights that updates exchange"
 ) -> "Figure":
-    """What share of the weights changes from one tree of masks to the next, by layer.
+    """Draw the fraction of weights that change from one tree of masks to the next.
 
     Args:
-      history: trees of masks by step, two or more: after every update, say.
-      title: of the figure.
+      history: Two or more trees of masks by step, for example one for each update.
+      title: Title of the figure.
 
     Raises:
-      ValueError: fewer than two, or of other leaves.
+      ValueError: Fewer than two trees of masks, or trees of different leaves.
     """
     check_type("history", history, Mapping, "trees of masks by step")
     if len(history) < 2:
@@ -282,20 +279,20 @@ def churn(
     steps = sorted(history)
     for step in steps:
         named_masks(history[step], f"history[{step}]")
-    found = [changes(history[a], history[b]) for a, b in itertools.pairwise(steps)]
+    changes = [mask_churn(history[a], history[b]) for a, b in itertools.pairwise(steps)]
     figure = _figure(8.5, 6.0)
     dropped, grown = figure.subplots(2, 1, sharex=True)
-    panels = []
-    for field in ("dropped", "grown"):
-        lines = {
-            leaf: [100 * getattr(change.leaves[leaf], field) for change in found]
-            for leaf in found[0].leaves
+    lines = [
+        {
+            leaf: [100 * getattr(change.leaves[leaf], field) for change in changes]
+            for leaf in changes[0].leaves
         }
-        panels.append((steps[1:], lines))
-    _layers(figure, [dropped, grown], panels, None)
+        for field in ("dropped", "grown")
+    ]
+    _draw_layers(figure, [dropped, grown], steps[1:], lines, "default")
     for axes, field in ((dropped, "dropped"), (grown, "grown")):
-        total = [100 * getattr(change.total, field) for change in found]
-        _all(axes, steps[1:], total, None)
+        total = [100 * getattr(change.total, field) for change in changes]
+        _draw_total(axes, steps[1:], total, "default")
         axes.set_ylim(bottom=0)
     dropped.set(title=title, ylabel="dropped / % of those\nactive before")
     grown.set(xlabel="optimizer steps", ylabel="grown / % of those\nactive after")
@@ -307,15 +304,15 @@ def exploration(
     histories: Mapping[str, Mapping[int, PyTree]],
     title: str = "Weights that were active at least once",
 ) -> "Figure":
-    """Exploration rate R_s over the steps, a line for every network.
+    """Draw the exploration rate R_s over the steps, with one line for each network.
 
     Args:
-      histories: trees of masks by step, by the name of the network: after every update,
-        say, and those of step 0.
-      title: of the figure.
+      histories: Trees of masks by step, by the name of the network: for example those
+        of step 0 and after every update.
+      title: Title of the figure.
 
     Raises:
-      ValueError: no networks, no masks, or other leaves in one history.
+      ValueError: No networks, no masks, or different leaves in one history.
     """
     check_type("histories", histories, Mapping, "trees of masks by step, by network")
     if not histories:
@@ -326,14 +323,13 @@ def exploration(
             raise ValueError(f"histories[{name!r}] must hold masks, got none.")
     figure = _figure(8.5, 4.6)
     axes = figure.subplots()
-    colours = [colour for colour, _ in _by_number(len(histories))]
     for i, (name, history) in enumerate(histories.items()):
-        found = exploration_over_time(history)
+        rates = exploration_over_time(history)
         axes.step(
-            [*found],
-            [100 * rate.total for rate in found.values()],
+            [*rates],
+            [100 * rate.total for rate in rates.values()],
             where="post",
-            color=colours[i],
+            color=_colour(i),
             linestyle=_STYLES[i % len(_STYLES)],
             linewidth=1.8,
             label=name,
@@ -353,16 +349,16 @@ def accuracies(
     dense: Sequence[float] = (),
     title: str = "",
 ) -> "Figure":
-    """Accuracy against sparsity, a line a method: means, and deviations over seeds.
+    """Draw accuracy against sparsity: means and deviations over seeds.
 
     Args:
-      methods: accuracies in [0, 1], one for each seed, by sparsity in [0, 1), by
+      methods: Accuracies in [0, 1], one for each seed, by sparsity in [0, 1), by
         method. Methods that `LOOKS` names look as in the experiments.
-      dense: those of dense training, if they are to be shown.
-      title: of the figure.
+      dense: Accuracies of dense training to compare with, if any.
+      title: Title of the figure.
 
     Raises:
-      ValueError: no accuracies.
+      ValueError: No accuracies.
     """
     check_type("methods", methods, Mapping, "accuracies by sparsity, by method")
     for name, points in methods.items():
@@ -379,28 +375,24 @@ def accuracies(
         raise ValueError(f"methods must hold accuracies, got {methods!r}.")
     figure = _figure(8.0, 5.0)
     axes = figure.subplots()
-    places = {s: i for i, s in enumerate(sparsities)}
-    several = False
+    positions = {s: i for i, s in enumerate(sparsities)}
     for i, (name, look) in enumerate(looks(methods).items()):
         points = sorted(methods[name].items())
-        several |= any(len(values) > 1 for _, values in points)
-        # Side by side, so that error bars do not hide one another.
+        # A small shift keeps the error bars of different methods apart.
         shift = 0.035 * (i - (len(methods) - 1) / 2)
-        draw_accuracies(
-            axes,
-            [places[s] + shift for s, _ in points],
-            [values for _, values in points],
-            look,
-            name,
-        )
+        places = [positions[s] + shift for s, _ in points]
+        draw_accuracies(axes, places, [values for _, values in points], look, name)
     if dense:
         draw_dense(axes, dense)
     axes.set_xlim(-0.4, len(sparsities) - 0.6)
     axes.set_xticks(range(len(sparsities)), [f"{100 * s:.10g}%" for s in sparsities])
+    has_deviations = any(
+        len(values) > 1 for points in methods.values() for values in points.values()
+    )
     axes.set(
         title=title,
         xlabel="sparsity (share of all weights that are zero)",
-        ylabel=f"accuracy / %{', mean ± std' if several else ''}",
+        ylabel=f"accuracy / %{', mean ± std' if has_deviations else ''}",
     )
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right center", frameon=False)
@@ -414,13 +406,21 @@ def draw_accuracies(
     look: Look,
     label: str,
 ) -> None:
-    """A line of accuracies in [0, 1] on `axes`: means, with sample deviations."""
-    points = [[100 * x for x in each] for each in values]
-    errors = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in points]
+    """Draw a line of mean accuracies on `axes`, with sample standard deviations.
+
+    Args:
+      axes: Axes to draw on.
+      places: Horizontal position of each point.
+      values: Accuracies in [0, 1] of each point, one for each seed.
+      look: Colour and marker, as in `LOOKS`.
+      label: Label in the legend.
+    """
+    percentages = [[100 * x for x in seeds] for seeds in values]
+    errors = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in percentages]
     colour, marker = look
     axes.errorbar(
         places,
-        [statistics.mean(each) for each in points],
+        [statistics.mean(x) for x in percentages],
         yerr=errors if any(errors) else None,
         color=colour,
         marker=marker,
@@ -435,7 +435,7 @@ def draw_accuracies(
 
 
 def draw_dense(axes: "Axes", accuracies: Sequence[float]) -> None:
-    """Mean and sample deviation of dense training, across the whole width of `axes`."""
+    """Draw mean and deviation of dense training across the whole width of `axes`."""
     values = [100 * accuracy for accuracy in accuracies]
     mean = statistics.mean(values)
     std = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -444,14 +444,14 @@ def draw_dense(axes: "Axes", accuracies: Sequence[float]) -> None:
 
 
 def sparsities(methods: Mapping[str, Method], total_steps: int) -> "Figure":
-    """The sparsity that methods prescribe over the steps of a training.
+    """Draw the sparsity that methods prescribe over the steps of a training run.
 
     Args:
-      methods: records such as `granet_jax.granet(...)`, by a name.
-      total_steps: of the training.
+      methods: Records such as `granet_jax.granet(...)`, by name.
+      total_steps: Number of optimizer steps.
 
     Raises:
-      ValueError: no methods.
+      ValueError: No methods.
     """
     check_type("methods", methods, Mapping, "records such as granet_jax.rigl(...)")
     if not methods:
@@ -497,16 +497,15 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _by_number(number: int) -> list[Look]:
-    order = ("gmp", "granet", "rigl", "set", "granet-st", "static", "snfs", "cyclical")
-    return [LOOKS[name] for name in itertools.islice(itertools.cycle(order), number)]
+def _colour(i: int) -> str:
+    colour, _ = LOOKS[_ORDER[i % len(_ORDER)]]
+    return colour
 
 
-def _leaves(name: str, sparsities: Mapping[Any, Sparsity]) -> list[str]:
-    """The leaves that all of them have."""
+def _common_leaves(name: str, sparsities: Mapping[Any, Sparsity]) -> list[str]:
     check_type(name, sparsities, Mapping, "granet_jax.sparsity(masks), by a name")
-    for key, found in sparsities.items():
-        check_type(f"{name}[{key!r}]", found, Sparsity, "a granet_jax.sparsity(masks)")
+    for key, value in sparsities.items():
+        check_type(f"{name}[{key!r}]", value, Sparsity, "a granet_jax.sparsity(masks)")
     if not sparsities:
         raise ValueError(f"{name} must hold granet_jax.sparsity(masks), got none.")
     first, *others = (list(s.leaves) for s in sparsities.values())
@@ -518,7 +517,7 @@ def _leaves(name: str, sparsities: Mapping[Any, Sparsity]) -> list[str]:
     return first
 
 
-def _single(mask: Any) -> np.ndarray:
+def _kernel_mask(mask: Any) -> np.ndarray:
     (array,) = named_masks(mask, "mask").values()
     if array.ndim < 2 or not array.size:
         raise ValueError(
@@ -528,7 +527,7 @@ def _single(mask: Any) -> np.ndarray:
 
 
 def _averaged(cells: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Means of blocks of cells, those at the edges of what is left."""
+    """Average blocks of cells; blocks at the edges may be smaller."""
     for axis, step in enumerate((rows, columns)):
         starts = np.arange(0, cells.shape[axis], step)
         lengths = np.diff([*starts, cells.shape[axis]])
@@ -537,29 +536,38 @@ def _averaged(cells: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return cells
 
 
-def _tiles(axes: "Axes", shape: tuple[int, int], channels: tuple[int, int]) -> None:
-    """Numbers channels, and not weights, along both axes."""
-    sides = ((axes.yaxis, shape[0], channels[0]), (axes.xaxis, shape[1], channels[1]))
-    for axis, length, number in sides:
+def _label_tiles(
+    axes: "Axes", channels: tuple[int, int], kernel: tuple[int, int]
+) -> None:
+    """Number the channels along both axes, and draw lines between the tiles."""
+    for axis, number, size in zip(
+        (axes.yaxis, axes.xaxis), channels, kernel, strict=True
+    ):
         step = max(1, 2 ** math.ceil(math.log2(number / 12)))
-        at = np.arange(0, number, step)
-        axis.set_ticks((at + 0.5) * length / number, [str(n) for n in at])
+        ticks = np.arange(0, number, step)
+        axis.set_ticks((ticks + 0.5) * size, [str(n) for n in ticks])
+    if max(channels) <= _MAX_TILES and math.prod(kernel) > 1:
+        for n in range(1, channels[0]):
+            axes.axhline(n * kernel[0], color="#E69F00", linewidth=0.8)
+        for n in range(1, channels[1]):
+            axes.axvline(n * kernel[1], color="#E69F00", linewidth=0.8)
 
 
-def _layers(
+def _draw_layers(
     figure: "Figure",
     panels: Sequence["Axes"],
-    data: Sequence[tuple[list[int], Mapping[str, list[float]]]],
-    drawstyle: str | None,
+    steps: list[int],
+    lines: Sequence[Mapping[str, list[float]]],
+    drawstyle: Literal["default", "steps-post"],
 ) -> None:
-    """A line for every layer: with a name each, or colours in order on a bar."""
+    """Draw a line for each layer on each panel; a colour bar identifies many layers."""
     from matplotlib import cm, colormaps, colors
 
-    names = list(data[0][1])
-    many = len(names) > _MOST_NAMES
-    colours = [colour for colour, _ in _by_number(len(names))]
+    names = list(lines[0])
+    many = len(names) > _MAX_NAMED_LAYERS
+    colours = [_colour(i) for i in range(len(names))]
     if many:
-        # Without its palest end, which white paper swallows.
+        # The palest tenth of the colour map would be hard to see on white.
         scale = colors.Normalize(1, len(names) / 0.9)
         colours = [colormaps["viridis"](scale(i + 1)) for i in range(len(names))]
         bar = cm.ScalarMappable(
@@ -567,38 +575,41 @@ def _layers(
             colors.ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, 256))),
         )
         figure.colorbar(bar, ax=list(panels), label="layer, in their order", aspect=30)
-    for axes, (steps, lines) in zip(panels, data, strict=True):
-        for i, (name, values) in enumerate(lines.items()):
+    for axes, by_layer in zip(panels, lines, strict=True):
+        for i, (name, values) in enumerate(by_layer.items()):
             axes.plot(
                 steps,
                 values,
                 color=colours[i],
                 linestyle="-" if many else _STYLES[i % len(_STYLES)],
                 linewidth=1.0 if many else 1.7,
-                marker="." if drawstyle is None and len(steps) < 60 else "",
-                drawstyle="default" if drawstyle is None else f"steps-{drawstyle}",
+                marker="." if drawstyle == "default" and len(steps) < 60 else "",
+                drawstyle=drawstyle,
                 label=None if many else name.replace("/kernel", ""),
             )
 
 
-def _all(
-    axes: "Axes", steps: list[int], values: list[float], drawstyle: str | None
+def _draw_total(
+    axes: "Axes",
+    steps: list[int],
+    values: list[float],
+    drawstyle: Literal["default", "steps-post"],
 ) -> None:
     axes.plot(
         steps,
         values,
         color="black",
         linewidth=2.4,
-        drawstyle="default" if drawstyle is None else f"steps-{drawstyle}",
+        drawstyle=drawstyle,
         label="all weights",
     )
 
 
 def _finish(figure: "Figure", axes: "Axes", *others: "Axes") -> None:
-    """Grids, steps with thousands set apart, and one legend outside of the data."""
-    for each in (axes, *others):
-        each.grid(alpha=0.3)
-        each.margins(x=0.01)
-        each.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    """Add grids, thousands separators, and one legend next to the axes."""
+    for panel in (axes, *others):
+        panel.grid(alpha=0.3)
+        panel.margins(x=0.01)
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", frameon=False)

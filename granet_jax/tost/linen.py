@@ -1,4 +1,4 @@
-"""Ghost skips as a module of flax.linen. The only module here that needs flax.
+"""Ghost skips as a module of flax.linen. No other module of the library needs flax.
 
 from granet_jax.tost import linen
 """
@@ -8,35 +8,38 @@ import jax
 import jax.numpy as jnp
 
 from granet_jax.checks import check_axis_name, check_choice, check_function, check_type
-from granet_jax.tost.record import Skips
-from granet_jax.tost.skips import SKIP_KINDS, SkipKind, check_skip, ghost_skip
+from granet_jax.tost.config import Skips
+from granet_jax.tost.ghost_skips import SKIP_KINDS, SkipKind, check_skip, ghost_skip
 
 constant_init: jax.nn.initializers.Initializer = nn.initializers.constant(1e-4)
-"""Initial kernel of the authors' code. Not small, since a norm follows; and all output
-channels start equal."""
+"""Initializer of the authors' code.
+
+Its scale has no effect, because a norm follows; all output channels start equal.
+"""
 
 
 class GhostSkip(nn.Module):
-    """G(x) of y = F(x) + alpha G(x), beside a convolution with its norm.
+    """Ghost skip G(x) in y = F(x) + alpha G(x), for F a convolution and its norm.
 
     ::
 
         y = norm(conv(x))
-        if ghosts:  # static: the plain network is another program
+        if ghosts:  # Static: the plain network compiles to another program.
             g = GhostSkip(features, strides, name="ghost_1")(x, train)
             y = y + alpha.astype(y.dtype) * g
 
-    Whatever the module's own name, its parameters stand under names that begin with
-    `"ghost_"`, for `drop_ghosts` and `without_ghosts`.
+    Whatever the name of the module, the names of its parameters begin with `"ghost_"`,
+    so that `drop_ghosts` and `without_ghosts` recognize them.
 
     Attributes:
-      features: channels of the result.
-      strides: of the convolution beside it; one for all axes, or one for each.
+      features: Number of output channels.
+      strides: Strides of the convolution F; one for all axes, or one for each.
       kind: "identity", without parameters (see `ghost_skip`); or "conv", a 1 x 1
-        convolution without bias and a batch norm, as in the authors' code.
-      kernel_init: initial kernel of "conv"; `constant_init` in the authors' code.
-      dtype: of the result of "conv"; None for that of the input and parameters.
-      axis_name: mapped axis that the norm averages the statistics of the batch over.
+        convolution without bias followed by batch norm, as in the authors' code.
+      kernel_init: Initializer of the kernel of "conv"; `constant_init` in the authors'
+        code.
+      dtype: Dtype of the result of "conv"; None for that of the input and parameters.
+      axis_name: Mapped axis over which the norm averages the batch statistics.
 
     References:
       Jaiswal et al., Training Your Sparse Neural Network Better with Any Mask, ICML
@@ -52,17 +55,18 @@ class GhostSkip(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """G(x).
+        """Return G(x).
 
         Args:
-          x: array of shape `(n, *positions, channels)`.
-          train: with the statistics of the batch, which the running ones then follow.
+          x: Array of shape `(n, *positions, channels)`.
+          train: Whether the norm uses the statistics of the batch and updates its
+            running statistics, instead of using the running statistics.
 
         Returns:
           Array of shape `(n, *ceil(positions / strides), features)`.
 
         Raises:
-          TypeError, ValueError: an attribute of the wrong type or out of range.
+          TypeError, ValueError: An attribute of the wrong type or out of range.
         """
         check_choice("kind", self.kind, SKIP_KINDS)
         if self.kind == "identity":
@@ -87,7 +91,7 @@ class GhostSkip(nn.Module):
         )(y)
 
     def _check(self, x: jax.Array) -> None:
-        """Raises TypeError or ValueError for an attribute that cannot be used."""
+        """Raise TypeError or ValueError for an invalid attribute."""
         check_skip(x, self.features, self.strides)
         check_function("kernel_init", self.kernel_init, "an initializer")
         if self.dtype is not None:
@@ -111,10 +115,10 @@ def make_skip(
     axis_name: str | None = None,
     name: str | None = None,
 ) -> GhostSkip:
-    """The module that the record asks for; for arguments see `GhostSkip`.
+    """Create the module that a record describes. For arguments see `GhostSkip`.
 
     Raises:
-      TypeError: `config` is no `Skips`.
+      TypeError: `config` is not a `Skips`.
     """
     check_type("config", config, Skips, "a record granet_jax.tost.Skips(...)")
     return GhostSkip(

@@ -1,4 +1,4 @@
-"""Label refinement: smoothed targets, in the authors' form and the usual one."""
+"""Label smoothing, in the convention of the ToST authors and in the standard one."""
 
 from typing import Literal
 
@@ -21,26 +21,26 @@ def smooth_targets(
     alpha: Array | float,
     convention: Convention = "tost",
 ) -> Array:
-    """Distributions over the classes that keep `alpha` away from the true class.
+    """Return smoothed target distributions over the classes.
 
-    - "tost" (the authors' code): 1 - alpha at the true class, alpha / (classes - 1) at
-      every other;
+    - "tost" (the authors' code): 1 - alpha for the true class, alpha / (classes - 1)
+      for every other class;
     - "standard" (optax, PyTorch): (1 - alpha) onehot + alpha / classes.
 
-    They agree where the standard alpha is classes / (classes - 1) times the other.
+    They agree if the standard alpha is classes / (classes - 1) times the ToST alpha.
 
     Args:
-      labels: integers in [0, classes), of any shape.
-      classes: number of classes, 2 or more.
-      alpha: amount of smoothing in [0, 1]; may be traced (a schedule's value).
+      labels: Integer array with values in [0, classes), of any shape.
+      classes: Number of classes, 2 or more.
+      alpha: Amount of smoothing in [0, 1]; may be traced, such as a schedule's value.
       convention: "tost" or "standard".
 
     Returns:
       Floating array of shape `(*labels.shape, classes)`; the last axis sums to 1.
 
     Raises:
-      TypeError, ValueError: an argument of the wrong type or out of range, as far as
-        values are known when it is called.
+      TypeError, ValueError: An argument of the wrong type or out of range. Values of
+        traced arguments are not checked.
     """
     check_choice("convention", convention, CONVENTIONS)
     check_integer("classes", classes, least=2)
@@ -56,7 +56,8 @@ def smooth_targets(
     if not isinstance(alpha, Tracer):
         check_number("alpha", np.asarray(alpha).item(), least=0.0, most=1.0)
     if not isinstance(labels, Tracer) and labels.size:
-        with jax.ensure_compile_time_eval():  # Known also where others are traced.
+        # Concrete labels can be checked even while other values are traced.
+        with jax.ensure_compile_time_eval():
             low, high = int(jnp.min(labels)), int(jnp.max(labels))
         if low < 0 or high >= classes:
             raise ValueError(
@@ -76,19 +77,19 @@ def smoothed_cross_entropy(
     *,
     convention: Convention = "tost",
 ) -> Array:
-    """Cross-entropy with smoothed labels, of every example.
+    """Return the cross-entropy of each example with its smoothed label.
 
     Args:
-      logits: floating array of shape (..., classes).
-      labels: integers in [0, classes), of shape (...).
-      alpha: amount of smoothing in [0, 1], 0.1 in the authors' code; may be traced.
+      logits: Floating array of shape (..., classes).
+      labels: Integer array of shape (...), with values in [0, classes).
+      alpha: Amount of smoothing in [0, 1], 0.1 in the authors' code; may be traced.
       convention: "tost" or "standard", see `smooth_targets`.
 
     Returns:
-      Floating array of shape (...), as optax's losses; take its mean.
+      Floating array of shape (...). As with the losses of optax, take its mean.
 
     Raises:
-      TypeError, ValueError: as `smooth_targets`, and for shapes that do not agree.
+      TypeError, ValueError: As `smooth_targets`, and for shapes that do not match.
 
     References:
       Szegedy et al., Rethinking the Inception Architecture, CVPR 2016. Jaiswal et al.,

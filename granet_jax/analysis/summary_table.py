@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from granet_jax.analysis._flops import Flops
-from granet_jax.analysis._leaves import paired
+from granet_jax.analysis.named_leaves import pair_with_masks
+from granet_jax.analysis.network_flops import Flops
 from granet_jax.checks import check_type
 from granet_jax.masking import PyTree
 
@@ -26,29 +26,30 @@ _HEADINGS = {
     "dense_flops": "dense FLOPs",
     "flops": "FLOPs",
 }
+_TEXT_COLUMNS = 2  # Left-aligned columns; the others hold numbers.
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a sparse network has, leaf by leaf; `print` and `rich.print` show a table.
+    """Size and cost of a sparse network, leaf by leaf and in total.
 
-    Each is a dict with::
+    `print` and `rich.print` show it as a table. Each record is a dict with::
 
-      path: name of the leaf ("dense/kernel").
-      shape: tuple of integers; None for totals.
-      masked: whether it carries a mask.
-      weights: number of weights.
-      active: number of active weights; all of them without a mask.
-      sparsity: share of its weights that are pruned.
-      share: its share of all active weights of the network.
-      dense_flops, flops: of the products with it, without and with the mask; only where
-        FLOPs were given.
+      path: Name of the leaf ("dense/kernel").
+      shape: Tuple of integers; None for totals.
+      masked: Whether the leaf has a mask.
+      weights: Number of weights.
+      active: Number of active weights; all of them without a mask.
+      sparsity: Fraction of its weights that are pruned.
+      share: Its share of all active weights of the network.
+      dense_flops, flops: FLOPs of the products with the leaf, without and with the
+        mask; present only if FLOPs were passed.
 
     Attributes:
-      records: of every leaf, ready for `pandas.DataFrame`.
-      masked: of all leaves with a mask together, as `granet_jax.sparsity` has it.
-      total: of the whole network; its FLOPs are those of products without a parameter
-        as well.
+      records: One record for each leaf, ready for `pandas.DataFrame`.
+      masked: Total over the leaves with a mask, as in `granet_jax.sparsity`.
+      total: Total over the whole network. Its FLOPs include products without a
+        parameter.
     """
 
     records: list[Record]
@@ -56,13 +57,13 @@ class Summary:
     total: Record
 
     def __str__(self) -> str:
-        """A table of plain text, with totals below a line."""
+        """Return the table as plain text."""
         rows = self._rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
         def line(row: list[str]) -> str:
             cells = [
-                cell.ljust(width) if i < _LEFT else cell.rjust(width)
+                cell.ljust(width) if i < _TEXT_COLUMNS else cell.rjust(width)
                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))
             ]
             return "  ".join(cells).rstrip()
@@ -72,18 +73,18 @@ class Summary:
         return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
 
     def __rich__(self) -> "Table":
-        """The same table for `rich.print`."""
+        """Return the table for `rich.print`."""
         from rich import box, table
 
         headings, *rows = self._rows()
         result = table.Table(box=box.SIMPLE_HEAD)
         for i, heading in enumerate(headings):
-            words = i < _LEFT
+            is_text = i < _TEXT_COLUMNS
             result.add_column(
                 heading,
-                justify="left" if words else "right",
+                justify="left" if is_text else "right",
                 overflow="fold",
-                no_wrap=not words,
+                no_wrap=not is_text,
             )
         for i, row in enumerate(rows):
             result.add_row(*row, end_section=i == len(rows) - 3)
@@ -91,61 +92,66 @@ class Summary:
 
     def _rows(self) -> list[list[str]]:
         keys = [key for key in _HEADINGS if key in self.total]
-        every = [*self.records, self.masked, self.total]
+        records = [*self.records, self.masked, self.total]
         return [
             [_HEADINGS[key] for key in keys],
-            *([_cell(key, record) for key in keys] for record in every),
+            *([_cell(key, record) for key in keys] for record in records),
         ]
 
 
-_LEFT = 2  # Columns of words.
-
-
 def summary(params: PyTree, masks: PyTree, flops: Flops | None = None) -> Summary:
-    """What a sparse network has, leaf by leaf and in total.
+    """Summarize a sparse network, leaf by leaf and in total.
 
     Args:
-      params: pytree of arrays or `jax.ShapeDtypeStruct`, of any container.
-      masks: concrete masks of these leaves (None or `optax.MaskedNode()` at leaves
-        without one, packed or not), matched by name.
-      flops: from `flops(apply_fn, params, masks, ...)`, with these masks.
+      params: Pytree of arrays or `jax.ShapeDtypeStruct`, in any container.
+      masks: Concrete masks of these leaves, packed or not, matched by name, with None
+        or `optax.MaskedNode()` at leaves without one.
+      flops: Result of `flops(apply_fn, params, masks, ...)` with the same masks.
 
     Returns:
-      See `Summary`.
+      The records of all leaves and their totals, see `Summary`.
 
     Raises:
-      ValueError: masks that do not fit, or FLOPs of other leaves or of other masks.
+      ValueError: Masks that do not match the parameters, or FLOPs of other leaves or
+        masks.
     """
-    pairs = paired(params, masks)
+    pairs = pair_with_masks(params, masks)
     if flops is not None:
         check_type("flops", flops, Flops, "from granet_jax.analysis.flops, or None")
-    if flops is not None and set(flops.leaves) != set(pairs):
-        raise ValueError(
-            f"flops must be of the leaves of params, {sorted(pairs)}, got "
-            f"{sorted(flops.leaves)}."
-        )
+        _check_flops(flops, pairs)
     records: list[Record] = []
     for name, (leaf, mask) in pairs.items():
         size = math.prod(leaf.shape)
         active = size if mask is None else int(np.count_nonzero(mask))
         record = _record(name, tuple(leaf.shape), mask is not None, size, active)
         if flops is not None:
-            found = flops.leaves[name]
-            if (found.masked, found.active) != (mask is not None, active):
-                raise ValueError(
-                    f"flops must be of these masks, got {found.active} active weights "
-                    f"at {name!r}, which has {active}."
-                )
-            record |= {"dense_flops": found.dense, "flops": found.sparse}
+            costs = flops.leaves[name]
+            record |= {"dense_flops": costs.dense, "flops": costs.sparse}
         records.append(record)
-    masked = _sum("with a mask", [r for r in records if r["masked"]])
-    total = _sum("all", records)
+    masked = _total("with a mask", [r for r in records if r["masked"]])
+    total = _total("all", records)
     if flops is not None:
         total |= {"dense_flops": flops.dense, "flops": flops.sparse}
     for record in (*records, masked, total):
-        everything = total["active"]
-        record["share"] = record["active"] / everything if everything else 0.0
+        all_active = total["active"]
+        record["share"] = record["active"] / all_active if all_active else 0.0
     return Summary(records, masked, total)
+
+
+def _check_flops(flops: Flops, pairs: dict[str, tuple[Any, np.ndarray | None]]) -> None:
+    if set(flops.leaves) != set(pairs):
+        raise ValueError(
+            f"flops must be of the leaves of params, {sorted(pairs)}, got "
+            f"{sorted(flops.leaves)}."
+        )
+    for name, (leaf, mask) in pairs.items():
+        costs = flops.leaves[name]
+        active = math.prod(leaf.shape) if mask is None else np.count_nonzero(mask)
+        if (costs.masked, costs.active) != (mask is not None, active):
+            raise ValueError(
+                f"flops must be of these masks, got {costs.active} active weights "
+                f"at {name!r}, which has {active}."
+            )
 
 
 def _record(
@@ -162,7 +168,7 @@ def _record(
     }
 
 
-def _sum(path: str, records: list[Record]) -> Record:
+def _total(path: str, records: list[Record]) -> Record:
     weights, active = (sum(r[key] for r in records) for key in ("weights", "active"))
     masked = all(r["masked"] for r in records)
     result = _record(path, None, masked, weights, active)
@@ -174,16 +180,16 @@ def _sum(path: str, records: list[Record]) -> Record:
 
 def _cell(key: str, record: Record) -> str:
     value = record[key]
+    is_dense_leaf = not record["masked"] and record["shape"] is not None
     match key:
         case "path":
             return value
         case "shape":
             return "" if value is None else " x ".join(map(str, value))
-        case "active" if not record["masked"] and record["shape"] is not None:
+        case "active" if is_dense_leaf:
             return "dense"
         case "sparsity":
-            dense = not record["masked"] and record["shape"] is not None
-            return "" if dense else f"{100 * value:.2f}"
+            return "" if is_dense_leaf else f"{100 * value:.2f}"
         case "share":
             return f"{100 * value:.2f}"
         case _:
