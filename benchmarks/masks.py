@@ -18,10 +18,11 @@ import numpy as np
 import granet_jax
 from benchmarks import commands, timing
 from benchmarks.throughput import random_images
-from experiments import models, sources
-from experiments.config import Config
-from experiments.methods import MaskConfig, SourceName
-from experiments.step import Functions
+from experiments import models
+from experiments.config.methods import MaskConfig, SourceName
+from experiments.config.run import Config
+from experiments.training import initial_masks
+from experiments.training.step import Functions
 from granet_jax import distributions
 
 SPARSITY = 0.95
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         variables = jax.jit(functions.variables)(np.uint32(0))
         params, statistics = variables["params"], variables.get("batch_stats", {})
         start = time.perf_counter()
-        found = sources.masks(functions, params, statistics, 0)
+        found = initial_masks.masks(functions, params, statistics, 0)
         jax.block_until_ready(found)
         seconds[source] = time.perf_counter() - start
         counts = granet_jax.sparsity(found)

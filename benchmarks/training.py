@@ -23,9 +23,10 @@ import numpy as np
 
 from benchmarks import commands, timing
 from benchmarks.throughput import random_images
-from experiments import models, trainer
-from experiments.config import Config, DataConfig, MaskConfig
+from experiments import models
+from experiments.config.run import Config, DataConfig, MaskConfig
 from experiments.data import Dataset
+from experiments.training import loop
 from granet_jax import distributions, masking
 
 INTERVAL = 100
@@ -40,7 +41,7 @@ class Run:
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         """Initialises; compiles with the first step."""
-        self._trainer = trainer.create(config, dataset, jax.devices()[:1])
+        self._trainer = loop.create(config, dataset, jax.devices()[:1])
         self._state: Any = self._trainer.program.create([0])
 
     def __call__(self) -> jax.Array:

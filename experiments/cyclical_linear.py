@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 
 import granet_jax
 from experiments import train
-from experiments.files import complete, write_json
+from experiments.training.atomic_files import complete, write_json
 from granet_jax import schedules
 
 RECOVERIES = ("hard", "projected", "straight_through")

@@ -25,10 +25,11 @@ import tqdm
 import tyro
 
 import granet_jax
-from experiments import initial, models, tickets, train, trainer
-from experiments.config import Config, DistributedConfig, MaskConfig, ToSTConfig
+from experiments import models, train
+from experiments.config.run import Config, DistributedConfig, MaskConfig, ToSTConfig
 from experiments.data import load
-from experiments.parallel import Program
+from experiments.training import initial_state, loop, ticket_files
+from experiments.training.devices import Program
 from granet_jax import mask_sources
 
 PyTree = Any
@@ -103,7 +104,7 @@ def run(config: LotteryConfig) -> None:
       Those of `experiments.train.run`.
     """
     settings = config.train
-    each = trainer.create(settings, load(settings.data.dataset, settings.data.data_dir))
+    each = loop.create(settings, load(settings.data.dataset, settings.data.data_dir))
     train.claim(config.out, config.to_dict())
     seeds = range(settings.seed, settings.seed + settings.seeds)
     steps = settings.steps - config.rewind_steps
@@ -130,15 +131,15 @@ def run(config: LotteryConfig) -> None:
                     )
                     if sparsity:
                         start, masks = jax.device_get((ticket.start, ticket.masks))
-                        tickets.write(config.out, seed, sparsity, start, masks)
-    except trainer.StoppedError as stopped:
+                        ticket_files.write(config.out, seed, sparsity, start, masks)
+    except loop.StoppedError as stopped:
         stopped.add_note("Go on with the same command.")
         raise
 
 
 def _tickets(
     config: LotteryConfig,
-    each: trainer.Trainer,
+    each: loop.Trainer,
     seed: int,
     stopped: Callable[[int], int | None],
     bar: "tqdm.tqdm[Any]",
@@ -155,11 +156,11 @@ def _tickets(
             shardings = jax.tree.map(lambda x: x.sharding, program.abstract())
             state = program.restore(jax.device_put(origin, shardings))
             host = jax.device_get((params, masks))
-            return initial.with_weights(program, state, *host)
+            return initial_state.with_weights(program, state, *host)
 
         number = len(accuracies)
         bar.set_description(f"seed {seed}, round {number}", refresh=False)
-        (records,), state = trainer.fit(
+        (records,), state = loop.fit(
             _with_sparsity(each, (0.0, *config.sparsities)[number]),
             [seed],
             config.out / f"seed{seed}" / f"round{number}",
@@ -184,7 +185,7 @@ def _tickets(
         yield ticket, accuracies[-1]
 
 
-def _with_sparsity(each: trainer.Trainer, sparsity: float) -> trainer.Trainer:
+def _with_sparsity(each: loop.Trainer, sparsity: float) -> loop.Trainer:
     """The same programs, for masks of this sparsity: static training keeps them."""
     program = each.program
     functions = program.functions
@@ -194,11 +195,11 @@ def _with_sparsity(each: trainer.Trainer, sparsity: float) -> trainer.Trainer:
     return each._replace(program=dataclasses.replace(program, functions=changed))
 
 
-def _origin(config: LotteryConfig, each: trainer.Trainer, seed: int) -> PyTree:
+def _origin(config: LotteryConfig, each: loop.Trainer, seed: int) -> PyTree:
     """The dense state that weights go back to, its moments zero."""
     program = each.program
     state = program.create([seed])
-    batches = trainer.batches(each, seed, 0)
+    batches = loop.batches(each, seed, 0)
     for _ in range(config.rewind_steps):
         state, loss = program.steps(state, next(batches), 1)
         jax.block_until_ready(loss)

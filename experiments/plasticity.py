@@ -15,14 +15,17 @@ import numpy as np
 import tqdm
 import tyro
 
-from experiments import plasticity_report, report, train, trainer
-from experiments.checkpoints import Checkpoints
+from experiments import train
+from experiments.config.plasticity import Branch, Point, Study
 from experiments.data import Dataset, Stream, load
-from experiments.files import read_json
-from experiments.parallel import Program, compiled
-from experiments.plasticity_branches import Job, pruner_of, train_jobs
-from experiments.plasticity_config import Branch, Point, Study
-from experiments.plasticity_report import Results
+from experiments.reports import plasticity as plasticity_report
+from experiments.reports import training as training_report
+from experiments.reports.plasticity import Results
+from experiments.training import loop
+from experiments.training.atomic_files import read_json
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.devices import Program, compiled
+from experiments.training.plasticity_branches import Job, pruner_of, train_jobs
 
 
 def run(study: Study) -> Results | None:
@@ -32,12 +35,12 @@ def run(study: Study) -> Results | None:
       ValueError: a study that cannot be run, or not that of the folder.
       OSError: the folder has other files in it, or cannot be written; data that is not
         there or cannot be read.
-      trainer.DivergedError: a loss is no longer finite.
-      trainer.StoppedError: SIGTERM or SIGINT came. What is done stays.
+      loop.DivergedError: a loss is no longer finite.
+      loop.StoppedError: SIGTERM or SIGINT came. What is done stays.
     """
     dataset = load(study.train.data.dataset, study.train.data.data_dir)
     steps = continued_steps(study, dataset)
-    dense = trainer.create(study.dense, dataset)
+    dense = loop.create(study.dense, dataset)
     program = dense.program
     # All that can be wrong is to come to light before anything trains.
     compiled(study.continued(study.train.optimizer.learning_rate), dataset)
@@ -63,7 +66,7 @@ def run(study: Study) -> Results | None:
                     # Compiled once a learning rate.
                     if each is None or each.config != config:
                         each = None
-                        each = trainer.create(config, dataset)
+                        each = loop.create(config, dataset)
                     bar.set_description(f"from step {point.step}", refresh=False)
                     for first in range(0, len(jobs), study.lanes):
                         chosen = jobs[first : first + study.lanes]
@@ -77,7 +80,7 @@ def run(study: Study) -> Results | None:
                             stop.reached,
                         )
                     write_results(study, program, runs, folder, steps)
-    except trainer.StoppedError as stopped:
+    except loop.StoppedError as stopped:
         stopped.add_note(f"Go on with the same command and --out {folder}")
         raise
     results = write_results(study, program, runs, folder, steps)
@@ -132,7 +135,7 @@ def _path(folder: pathlib.Path, step: int, seed: int, branch: Branch) -> pathlib
     return folder / "branches" / f"step{step}" / f"seed{seed}-{branch.name}.json"
 
 
-def _calls(study: Study, runs: report.Runs, folder: pathlib.Path) -> int:
+def _calls(study: Study, runs: training_report.Runs, folder: pathlib.Path) -> int:
     """How many times a program of so many lanes is to be run."""
     missing = [
         sum(
@@ -148,7 +151,7 @@ def _calls(study: Study, runs: report.Runs, folder: pathlib.Path) -> int:
 def _missing(
     study: Study,
     dense: Program,
-    runs: report.Runs,
+    runs: training_report.Runs,
     folder: pathlib.Path,
     point: Point,
 ) -> list[Job]:
@@ -171,14 +174,16 @@ def _missing(
     return jobs
 
 
-def _record(records: Sequence[report.Record], step: int) -> report.Record:
+def _record(
+    records: Sequence[training_report.Record], step: int
+) -> training_report.Record:
     return next(record for record in records if record.step == step)
 
 
 def write_results(
     study: Study,
     dense: Program,
-    runs: report.Runs,
+    runs: training_report.Runs,
     folder: pathlib.Path,
     steps: int,
 ) -> Results | None:

@@ -12,17 +12,20 @@ import jax
 import tqdm
 import tyro
 
-from experiments import parallel, report, sweep_report, train, trainer
-from experiments.config import Config, check_same
+from experiments import train
+from experiments.config.run import Config, check_same
+from experiments.config.sweep import Sweep, read
 from experiments.data import Dataset, Stream, load
-from experiments.files import read_json, write_json
-from experiments.metrics import Log
-from experiments.sweep_file import Sweep, read
+from experiments.reports import sweep as sweep_report
+from experiments.reports import training as training_report
+from experiments.training import devices, loop
+from experiments.training.atomic_files import read_json, write_json
+from experiments.training.metrics import Log
 
 
 def run(
     sweep: Sweep, out: pathlib.Path, *, progress: bool = True
-) -> dict[str, report.Runs]:
+) -> dict[str, training_report.Runs]:
     """Trains all cells that are not finished in `out`, and writes the results there.
 
     Returns:
@@ -32,8 +35,8 @@ def run(
       ValueError: a configuration that cannot be run, or not that of the cells there.
       OSError: a folder has other files in it, or cannot be written; data that is not
         there or cannot be read.
-      trainer.DivergedError: a loss was no longer finite. All else is trained.
-      trainer.StoppedError: SIGTERM or SIGINT came. Checkpoints stay.
+      loop.DivergedError: a loss was no longer finite. All else is trained.
+      loop.StoppedError: SIGTERM or SIGINT came. Checkpoints stay.
     """
     settings = open_folder(sweep, out)
     finished = {
@@ -51,7 +54,7 @@ def run(
             # All that can be wrong is to come to light before anything trains.
             for name, config in left.items():
                 try:
-                    parallel.compiled(config, dataset)
+                    devices.compiled(config, dataset)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
             vmap_seeds = _choose(sweep, settings, dataset, out)
@@ -65,7 +68,7 @@ def run(
     print(f"Results in {out}")
     if diverged:
         name, error = next(iter(diverged.items()))
-        raise trainer.DivergedError(f"{name}: {error}")
+        raise loop.DivergedError(f"{name}: {error}")
     return runs
 
 
@@ -93,11 +96,11 @@ def _train(
             (out / name).mkdir(parents=True, exist_ok=True)
             config = dataclasses.replace(config, vmap_seeds=vmap_seeds)
             write_json(out / name / "config.json", config.to_dict())
-            trainers: dict[int, trainer.Trainer] = {}
+            trainers: dict[int, loop.Trainer] = {}
             for seeds in plan[name]:
                 lanes = len(seeds)
                 if lanes not in trainers:
-                    trainers[lanes] = trainer.create(
+                    trainers[lanes] = loop.create(
                         dataclasses.replace(
                             config,
                             seed=seeds[0],
@@ -108,10 +111,10 @@ def _train(
                     )
                 try:
                     train.train_seeds(trainers[lanes], seeds, out / name, bar, stopped)
-                except trainer.DivergedError as error:
+                except loop.DivergedError as error:
                     diverged[name] = str(error)
                     bar.write(f"{name}: {error}", file=sys.stderr)
-                except trainer.StoppedError as error:
+                except loop.StoppedError as error:
                     error.add_note(f"Go on with the same command and --out {out}")
                     raise
             runs = write_results(sweep, out, diverged)
@@ -210,9 +213,7 @@ def seconds_per_step(
     timings: list[list[float]] = [[], []]
     programs = []
     for vmap_seeds in (False, True):
-        each = trainer.create(
-            dataclasses.replace(config, vmap_seeds=vmap_seeds), dataset
-        )
+        each = loop.create(dataclasses.replace(config, vmap_seeds=vmap_seeds), dataset)
         state = each.program.create(seeds[: each.program.lanes])
         programs.append([each, state])
     for i in range(rounds + 1):
@@ -290,7 +291,7 @@ def _is_finished(config: Config, folder: pathlib.Path, seeds: range) -> bool:
 
 def _records(
     config: Config, folder: pathlib.Path, seeds: range
-) -> list[list[report.Record]]:
+) -> list[list[training_report.Record]]:
     log = Log(
         folder / train.run_name(config.method, seeds),
         config.method,
@@ -303,7 +304,7 @@ def _records(
 
 def write_results(
     sweep: Sweep, out: pathlib.Path, diverged: Mapping[str, str]
-) -> dict[str, report.Runs]:
+) -> dict[str, training_report.Runs]:
     """Writes results.md, results.json and accuracy.png from what is finished so far.
 
     Args:
@@ -326,7 +327,7 @@ def write_results(
         }
         if records:
             seeds = tuple(sorted(records))
-            runs[name] = report.Runs(
+            runs[name] = training_report.Runs(
                 config.method, seeds, tuple(records[seed] for seed in seeds)
             )
     sweep_report.write(sweep, runs, diverged, train.environment(), out)

@@ -20,16 +20,19 @@ import tyro
 from jax.experimental import multihost_utils
 
 import granet_jax
-from experiments import distributed, dry_run, recipes, report, trainer
-from experiments.config import Config, MaskConfig, check_same
+from experiments.config import recipes
+from experiments.config.run import Config, MaskConfig, check_same
 from experiments.data import Dataset, Stream, load
-from experiments.files import complete, read_json, write_json
-from experiments.metrics import Record
+from experiments.reports import dry_run
+from experiments.reports import training as training_report
+from experiments.training import loop, processes
+from experiments.training.atomic_files import complete, read_json, write_json
+from experiments.training.metrics import Record
 
 DEFAULT_FOLDER = pathlib.Path("runs")
 
 
-def run(config: Config) -> list[report.Runs]:
+def run(config: Config) -> list[training_report.Runs]:
     """Trains as configured, or goes on from where that stopped, and writes the results.
 
     Returns:
@@ -39,19 +42,19 @@ def run(config: Config) -> list[report.Runs]:
       ValueError: a configuration that cannot be run.
       OSError: the folder has other files in it, or cannot be written; data that is not
         there or cannot be read.
-      trainer.DivergedError: the loss is no longer finite. Checkpoints stay.
-      trainer.StoppedError: SIGTERM or SIGINT came. Checkpoints stay.
+      loop.DivergedError: the loss is no longer finite. Checkpoints stay.
+      loop.StoppedError: SIGTERM or SIGINT came. Checkpoints stay.
     """
     configs = [config]
     if config.baseline and config.method != "dense":
         configs.append(dataclasses.replace(config, method="dense", masks=MaskConfig()))
 
-    def prepare() -> tuple[Dataset | Stream, trainer.Trainer, pathlib.Path]:
+    def prepare() -> tuple[Dataset | Stream, loop.Trainer, pathlib.Path]:
         dataset = load(config.data.dataset, config.data.data_dir)
-        first = trainer.create(configs[0], dataset)
+        first = loop.create(configs[0], dataset)
         return dataset, first, open_folder(config)
 
-    dataset, each, folder = distributed.in_all(prepare)
+    dataset, each, folder = processes.in_all(prepare)
     title = (
         f"{config.data.dataset}, {config.model}, {config.steps:,} steps of "
         f"{config.data.batch_size}"
@@ -62,26 +65,28 @@ def run(config: Config) -> list[report.Runs]:
             # Made when it is its turn, so that the devices hold the data once.
             for other in configs[1:]:
                 del each
-                each = trainer.create(other, dataset)
+                each = loop.create(other, dataset)
                 runs.append(train_all(each, folder, stop.reached))
-    except trainer.StoppedError as stopped:
+    except loop.StoppedError as stopped:
         stopped.add_note(f"Go on with the same command and --out {folder}")
         raise
-    if distributed.is_first():
+    if processes.is_first():
         with complete(folder / "curves.png") as path:
-            report.plot(title, runs, path)
-        write_json(folder / "summary.json", report.summary(runs, environment()))
+            training_report.plot(title, runs, path)
+        write_json(
+            folder / "summary.json", training_report.summary(runs, environment())
+        )
         console = rich.console.Console()
-        console.print(report.table(title, runs))
+        console.print(training_report.table(title, runs))
         console.print(f"Results in {folder}", soft_wrap=True, highlight=False)
     return runs
 
 
 def train_all(
-    each: trainer.Trainer,
+    each: loop.Trainer,
     folder: pathlib.Path,
     stopped: Callable[[int], int | None] = lambda step: None,
-) -> report.Runs:
+) -> training_report.Runs:
     """Trains with all seeds of a configuration, in folders of their own in `folder`."""
     config = each.config
     seeds = tuple(range(config.seed, config.seed + config.seeds))
@@ -90,17 +95,17 @@ def train_all(
     with tqdm.tqdm(
         total=config.steps * config.seeds // lanes,
         unit="step",
-        disable=not (config.progress and distributed.is_first()),
+        disable=not (config.progress and processes.is_first()),
         dynamic_ncols=True,
     ) as bar:
         for first in range(0, len(seeds), lanes):
             chosen = seeds[first : first + lanes]
             records += train_seeds(each, chosen, folder, bar, stopped)
-    return report.Runs(config.method, seeds, tuple(records))
+    return training_report.Runs(config.method, seeds, tuple(records))
 
 
 def train_seeds(
-    each: trainer.Trainer,
+    each: loop.Trainer,
     seeds: Sequence[int],
     folder: pathlib.Path,
     bar: "tqdm.tqdm[Any]",
@@ -109,7 +114,7 @@ def train_seeds(
     """Trains with as many seeds as the program has lanes, in one folder in `folder`."""
     name = run_name(each.config.method, seeds)
     bar.set_description(name, refresh=False)
-    records, _ = trainer.fit(
+    records, _ = loop.fit(
         each,
         seeds,
         folder / name,
@@ -178,7 +183,7 @@ def open_folder(config: Config) -> pathlib.Path:
         if jax.process_count() > 1:
             raise ValueError("several processes need one folder: give --out.")
         return _new_folder(config)
-    if distributed.is_first():
+    if processes.is_first():
         claim(config.out, config.to_dict())
     return config.out
 
@@ -272,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if chosen.dry_run:
             dry_run.run(config, recipe)
             return
-        distributed.initialize(config.distributed)
+        processes.initialize(config.distributed)
         run(config)
 
     return exit_status(command)
@@ -342,10 +347,10 @@ def exit_status(command: Callable[[], object]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except trainer.DivergedError as error:
+    except loop.DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except trainer.StoppedError as stopped:
+    except loop.StoppedError as stopped:
         print("\n".join([str(stopped), *stopped.__notes__]), file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:

@@ -5,9 +5,9 @@ moved and normalised within the training step. ImageNet is a `Stream`. Nothing h
 downloads anything; `python -m experiments.prepare NAME` does.
 """
 
-from experiments.data.arrays import Dataset, Split, from_arrays
+from experiments.data.imagenet import Stream
+from experiments.data.in_memory import Dataset, Split, from_arrays
+from experiments.data.loading import load
 from experiments.data.preparation import NAMES
-from experiments.data.reading import load
-from experiments.data.stream import Stream
 
 __all__ = ["NAMES", "Dataset", "Split", "Stream", "from_arrays", "load"]

@@ -17,9 +17,9 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants
 
-from experiments.data import builders, files
+from experiments.data import downloads, tfds_builders
 
-NAMES = (*builders.BUILDERS, "imagenet2012")
+NAMES = (*tfds_builders.BUILDERS, "imagenet2012")
 
 # What the two archives of imagenet2012 hold.
 IMAGENET_ARCHIVES = {
@@ -52,7 +52,9 @@ def builder_of(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     check_name(name)
     given = None if data_dir is None else pathlib.Path(data_dir).expanduser().absolute()
     builder: Any = (
-        tfds.builder_cls(name) if name == "imagenet2012" else builders.BUILDERS[name]
+        tfds.builder_cls(name)
+        if name == "imagenet2012"
+        else tfds_builders.BUILDERS[name]
     )
     try:
         return builder(data_dir=given)
@@ -168,10 +170,12 @@ def is_at_hand(name: str) -> bool:
     """Whether all files of `name` are on this machine, without any download."""
     if name == "imagenet2012":
         return False
-    archives = builders.BUILDERS[name].archives()
+    archives = tfds_builders.BUILDERS[name].archives()
     return not archives or (
         name == "fashion_mnist"
-        and all((files.DEBIAN_FASHION_MNIST / each.name).is_file() for each in archives)
+        and all(
+            (downloads.DEBIAN_FASHION_MNIST / each.name).is_file() for each in archives
+        )
     )
 
 
@@ -186,12 +190,12 @@ def missing_message(name: str, data_dir: str | os.PathLike[str] | None) -> str:
             f"{start}Put {' and '.join(IMAGENET_ARCHIVES)} into {manual}, run "
             f"`pip install '.[imagenet]'`, then {run}."
         )
-    archives = builders.BUILDERS[name].archives()
+    archives = tfds_builders.BUILDERS[name].archives()
     names = ", ".join(archive.name for archive in archives)
     if any(archive.url is None for archive in archives):
         return f"{start}Put {names} into {manual}, then run {run}."
     package = (
-        f" Debian's package {files.DEBIAN_PACKAGE} has the files, too: where it is "
+        f" Debian's package {downloads.DEBIAN_PACKAGE} has the files, too: where it is "
         "installed, nothing needs to be run."
         if name == "fashion_mnist"
         else ""

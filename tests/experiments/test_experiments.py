@@ -23,17 +23,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from experiments import (
-    augment,
-    data,
-    metrics,
-    models,
-    schedules,
-    step,
-    train,
-    trainer,
-)
-from experiments.config import (
+from experiments import data, models, train
+from experiments.config.run import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -43,6 +34,8 @@ from experiments.config import (
     ToSTConfig,
     build_method,
 )
+from experiments.data import augment
+from experiments.training import loop, metrics, optimizer, step
 from granet_jax.penalties import PenaltyInputs
 from tests.helpers.runs import same
 from tests.nightly import NIGHTLY
@@ -78,35 +71,35 @@ def lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-CREATE = functools.partial(trainer.create, devices=jax.devices()[:1])
+CREATE = functools.partial(loop.create, devices=jax.devices()[:1])
 
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "create", CREATE)
+    monkeypatch.setattr(loop, "create", CREATE)
 
 
-def make(**changes: Any) -> trainer.Trainer:
+def make(**changes: Any) -> loop.Trainer:
     config = dataclasses.replace(SHORT_CONFIG, **changes)
     return CREATE(config, data.load("digits"))
 
 
 @pytest.fixture(scope="module")
-def makers() -> dict[str, trainer.Trainer]:
+def makers() -> dict[str, loop.Trainer]:
     """Trainers to share, since compilation takes nearly all of the time."""
     return {method: make(method=method) for method in ("granet", "static", "dense")}
 
 
 def trained(
-    maker: trainer.Trainer, seed: int, folder: pathlib.Path
+    maker: loop.Trainer, seed: int, folder: pathlib.Path
 ) -> tuple[list[metrics.Record], step.TrainState]:
     """The records without their times, and the final state."""
     folder.mkdir()
-    (records,), state = trainer.fit(maker, [seed], folder)
+    (records,), state = loop.fit(maker, [seed], folder)
     return [record._replace(seconds=0.0) for record in records], state
 
 
-def masks_of(maker: trainer.Trainer, state: step.TrainState) -> Any:
+def masks_of(maker: loop.Trainer, state: step.TrainState) -> Any:
     return maker.program.functions.masks(state)
 
 
@@ -329,7 +322,7 @@ def test_mirrored_images_are_the_chosen_ones():
     ],
 )
 def test_learning_rate(config, expected):
-    rate = schedules.learning_rate(config, 100)
+    rate = optimizer.learning_rate(config, 100)
     for at, value in expected.items():
         assert float(np.asarray(rate(at))) == pytest.approx(value, rel=1e-6, abs=1e-9)
 
@@ -400,7 +393,7 @@ def test_evaluation_counts_every_image_once(makers, size):
     maker = makers["dense"]
     dataset, program = maker.dataset, maker.program
     state = program.create([3])
-    batches = trainer.padded(dataset.test, size, 1)
+    batches = loop.padded(dataset.test, size, 1)
     assert len({batch.labels.shape for batch in batches}) == 1
     scores = [program.evaluate(state, program.place_test(b)) for b in batches]
 
@@ -422,7 +415,7 @@ def test_evaluation_counts_every_image_once(makers, size):
 def test_test_batches_suit_the_devices(devices):
     labels = np.arange(50, dtype=np.int32) % 10
     split = data.Split(np.arange(50, dtype=np.uint8).reshape(50, 1, 1, 1), labels)
-    batches = trainer.padded(split, 20, devices)
+    batches = loop.padded(split, 20, devices)
     assert all(len(batch.labels) % devices == 0 for batch in batches)
     real = [batch.labels >= 0 for batch in batches]
     inputs = [np.asarray(b.inputs)[r] for b, r in zip(batches, real, strict=True)]
@@ -432,7 +425,7 @@ def test_test_batches_suit_the_devices(devices):
 def test_a_network_that_is_not_as_sparse_as_it_should_be_is_noticed(makers):
     maker = makers["static"]
     state = maker.program.create([0])
-    trainer._check(maker, state, STEPS, None)
+    loop._check(maker, state, STEPS, None)
     wrong = dataclasses.replace(
         maker.program,
         functions=dataclasses.replace(
@@ -441,16 +434,16 @@ def test_a_network_that_is_not_as_sparse_as_it_should_be_is_noticed(makers):
         ),
     )
     with pytest.raises(RuntimeError, match=f"{kept(0.9)} weights are active"):
-        trainer._check(maker._replace(program=wrong), state, STEPS, None)
+        loop._check(maker._replace(program=wrong), state, STEPS, None)
     filled = jax.tree.map(jnp.ones_like, state.params)
     with pytest.raises(RuntimeError, match="hidden_0/kernel has weights"):
-        trainer._check(maker, state._replace(params=filled), 1, None)
+        loop._check(maker, state._replace(params=filled), 1, None)
 
 
 def test_weight_decay_is_on_weights_alone():
     maker = make(method="dense", optimizer=OptimizerConfig(weight_decay=0.5))
     shapes = jax.eval_shape(maker.program.functions.create, np.uint32(0)).params
-    decayed = schedules.decayed(shapes, models.maskable)
+    decayed = optimizer.decayed(shapes, models.maskable)
     for layer in ("hidden_0", "hidden_1", "output"):
         assert decayed[layer] == {"kernel": True, "bias": False}
 
@@ -510,7 +503,7 @@ def test_a_moving_average_is_evaluated_masked(tmp_path):
         assert not np.any(np.asarray(evaluated[name]["kernel"])[~mask])
         assert np.any(np.asarray(state.average[name]["kernel"])[~mask])
     # Neither the average as it is nor the weights give the recorded loss.
-    (batch,) = trainer.padded(maker.dataset.test, 1024, 1)
+    (batch,) = loop.padded(maker.dataset.test, 1024, 1)
     dense = make(method="dense").program
     losses = [
         float(dense.evaluate(state._replace(params=params), batch).loss[0]) / 596
@@ -551,7 +544,7 @@ def finished(tmp_path_factory) -> Finished:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "80")
         capture = tmp_path_factory.mktemp("out") / "stdout"
-        patch.setattr(trainer, "create", CREATE)
+        patch.setattr(loop, "create", CREATE)
         with capture.open("w") as file:
             patch.setattr(sys, "stdout", file)
             status = train.main([*SHORT, "--seeds", "2", "--out", str(folder)])

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, models, trainer
-from experiments.config import Config, MaskConfig, OptimizerConfig, ToSTConfig
+from experiments import data, models
+from experiments.config.run import Config, MaskConfig, OptimizerConfig, ToSTConfig
+from experiments.training import loop
 from granet_jax import distributions, tost
 from tests.helpers.runs import make, same
 
@@ -34,7 +35,7 @@ maker_of = functools.cache(make)
 
 def trained(config: Config, folder: Any, devices: int = 1) -> Any:
     maker = maker_of(config, devices)
-    records, state = trainer.fit(maker, [0], folder)
+    records, state = loop.fit(maker, [0], folder)
     return maker, records[0], state
 
 
@@ -133,7 +134,7 @@ def test_after_the_ghosts_the_network_is_the_plain_one(changes, devices, tmp_pat
     expected_active = distributions.total_count(total, 0.9)
     assert [r.sparsity.active for r in records] == 5 * [expected_active]
     # Its function is that of the plain network, bit for bit.
-    (batch,) = trainer.padded(maker.dataset.test, 1024, devices)
+    (batch,) = loop.padded(maker.dataset.test, 1024, devices)
     placed = plain.program.place_test(batch)
     score = plain.program.evaluate(state, placed)
     assert int(score.correct[0]) == records[-1].test_correct
@@ -182,8 +183,8 @@ def test_blocks_of_steps_end_where_the_ghosts_do(tmp_path):
 @pytest.mark.parametrize("stop", [4, 6])
 def test_a_run_stopped_at_any_phase_goes_on_exactly(stop, tmp_path):
     _, whole_records, whole = trained(CONFIG, tmp_path / "whole")
-    with pytest.raises(trainer.StoppedError):
-        trainer.fit(maker_of(CONFIG, 1), [0], tmp_path / "run", stopped={stop: 15}.get)
+    with pytest.raises(loop.StoppedError):
+        loop.fit(maker_of(CONFIG, 1), [0], tmp_path / "run", stopped={stop: 15}.get)
     _, records, rest = trained(CONFIG, tmp_path / "run")
     assert same(jax.device_get(whole), jax.device_get(rest))
     strip = [r._replace(seconds=0.0) for r in whole_records]
@@ -219,7 +220,7 @@ def test_refined_labels_are_in_the_loss_of_training_only():
     for each in (config, usual, plain):
         maker = make(each)
         state = maker.program.create([0])
-        (batch,) = trainer.padded(data.load("digits").test, 1024, 1)
+        (batch,) = loop.padded(data.load("digits").test, 1024, 1)
         scores.append(maker.program.evaluate(state, batch).loss[0])
         _, loss = maker.program.steps(state, maker.train, 1)
         losses.append(float(loss[0, 0]))

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments import data, trainer
-from experiments.config import Config, DataConfig, MaskConfig, OptimizerConfig
+from experiments import data
+from experiments.config.run import Config, DataConfig, MaskConfig, OptimizerConfig
+from experiments.training import loop
 
 CONFIG = Config(
     model="lenet-300-100",
@@ -35,12 +36,12 @@ FORMS: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @functools.cache
-def make(devices: int, **changes: Any) -> trainer.Trainer:
+def make(devices: int, **changes: Any) -> loop.Trainer:
     config = dataclasses.replace(CONFIG, **changes)
-    return trainer.create(config, data.load("digits"), jax.devices()[:devices])
+    return loop.create(config, data.load("digits"), jax.devices()[:devices])
 
 
-def run(maker: trainer.Trainer, steps: int) -> tuple[Any, np.ndarray]:
+def run(maker: loop.Trainer, steps: int) -> tuple[Any, np.ndarray]:
     """The state after some steps, as saved, and the losses (lanes, steps)."""
     state = maker.program.create(range(maker.program.lanes))
     losses = []
@@ -246,7 +247,7 @@ def test_text_trains_too():
         data=DataConfig(batch_size=8, shift=0, flip=False),
         optimizer=OptimizerConfig(name="adamw", learning_rate=1e-3),
     )
-    maker = trainer.create(config, dataset, jax.devices()[:1])
+    maker = loop.create(config, dataset, jax.devices()[:1])
     state, losses = run(maker, 6)
     assert jnp.isfinite(losses).all()
     assert losses[0, -1] < losses[0, 0]

@@ -16,19 +16,13 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import (
-    data,
-    models,
-    plasticity,
-    plasticity_branches,
-    plasticity_report,
-    train,
-    trainer,
-)
-from experiments.checkpoints import Checkpoints
-from experiments.config import Config, DataConfig, OptimizerConfig
-from experiments.plasticity_config import UNPRUNED, Branch, Point, Study
-from experiments.plasticity_report import Results
+from experiments import data, models, plasticity, train
+from experiments.config.plasticity import UNPRUNED, Branch, Point, Study
+from experiments.config.run import Config, DataConfig, OptimizerConfig
+from experiments.reports import plasticity as plasticity_report
+from experiments.reports.plasticity import Results
+from experiments.training import loop, plasticity_branches
+from experiments.training.checkpoints import Checkpoints
 from tests.helpers import runs
 
 WEIGHTS = 64 * 40 + 40 * 10
@@ -64,7 +58,7 @@ def _small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "create", create)
         one = jax.devices()[:1]
-        for module, name in ((trainer, "create"), (plasticity, "compiled")):
+        for module, name in ((loop, "create"), (plasticity, "compiled")):
             function = getattr(module, name)
             patch.setattr(module, name, functools.partial(function, devices=one))
         yield
@@ -136,7 +130,7 @@ def test_a_whole_study(tmp_path, capsys):
     assert (unpruned[0] != found["accuracy_before"][1]).any()
 
     checkpoints = Checkpoints(tmp_path / "study/dense-seed1/checkpoints", keep=4)
-    dense = trainer.create(study.dense, data.load("digits"))
+    dense = loop.create(study.dense, data.load("digits"))
     state, _ = checkpoints.restore(16, dense.program.abstract())
     checkpoints.close()
     after, when_pruned = by_hand(dense, state, rate=0.9, learning_rate=0.01)
@@ -150,7 +144,7 @@ def test_a_whole_study(tmp_path, capsys):
 
 
 def by_hand(
-    dense: trainer.Trainer, state: Any, *, rate: float, learning_rate: float
+    dense: loop.Trainer, state: Any, *, rate: float, learning_rate: float
 ) -> tuple[float, float]:
     """Accuracy of a state pruned by magnitude, eight steps later and at once."""
     functions: Any = dense.program.functions
@@ -257,7 +251,7 @@ def test_a_study_that_is_stopped_and_killed_ends_like_one_that_is_not(
             "reached",
             lambda self, step: signal.SIGTERM if next(asked) > 70 else None,
         )
-        with pytest.raises(trainer.StoppedError) as caught:
+        with pytest.raises(loop.StoppedError) as caught:
             plasticity.run(again)
     assert caught.value.signal == signal.SIGTERM
     assert "--out" in caught.value.__notes__[0]

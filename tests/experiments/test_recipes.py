@@ -11,16 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, dry_run, recipes, schedules, train
-from experiments.config import (
+from experiments import data, train
+from experiments.config import recipes
+from experiments.config.run import (
     Config,
     DataConfig,
     MaskConfig,
     ToSTConfig,
     build_method,
 )
-from experiments.data import builders
-from experiments.step import Functions
+from experiments.data import tfds_builders
+from experiments.reports import dry_run
+from experiments.training import optimizer
+from experiments.training.step import Functions
 
 ALL = recipes.recipes()
 FULL = {name: r for name, r in ALL.items() if not name.endswith("-mini")}
@@ -143,7 +146,7 @@ def test_steps():
 )
 def test_learning_rates(name, rates):
     config = ALL[name].config
-    schedule = schedules.learning_rate(config.optimizer, config.steps)
+    schedule = optimizer.learning_rate(config.optimizer, config.steps)
     found = [float(schedule(jnp.int32(step))) for step in rates]
     np.testing.assert_allclose(found, list(rates.values()), rtol=1e-5)
 
@@ -292,7 +295,7 @@ def test_facts_are_those_of_the_data(tmp_path):
     for name, facts in dry_run.FACTS.items():
         if name == "imagenet2012":
             continue
-        features = builders.BUILDERS[name](data_dir=tmp_path).info.features
+        features = tfds_builders.BUILDERS[name](data_dir=tmp_path).info.features
         if "text" in features:
             assert facts[:2] == ((128,), 256)
             continue

@@ -19,9 +19,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import models, trainer
-from experiments.checkpoints import Checkpoints, Progress
-from experiments.config import CheckpointConfig, Config, MaskConfig, OptimizerConfig
+from experiments import models
+from experiments.config.run import CheckpointConfig, Config, MaskConfig, OptimizerConfig
+from experiments.training import loop
+from experiments.training.checkpoints import Checkpoints, Progress
 from tests.helpers import runs
 from tests.nightly import NIGHTLY
 
@@ -74,16 +75,14 @@ def _small(monkeypatch):
     monkeypatch.setattr(models, "create", create)
 
 
-def fit_until(
-    maker: trainer.Trainer, run: pathlib.Path, stop: int
-) -> trainer.StoppedError:
+def fit_until(maker: loop.Trainer, run: pathlib.Path, stop: int) -> loop.StoppedError:
     """Trains, in a run's folder, up to a step."""
 
     def stopped(step: int) -> int | None:
         return signal.SIGTERM if step >= stop else None
 
-    with pytest.raises(trainer.StoppedError) as caught:
-        trainer.fit(maker, [3], run, stopped=stopped)
+    with pytest.raises(loop.StoppedError) as caught:
+        loop.fit(maker, [3], run, stopped=stopped)
     return caught.value
 
 
@@ -96,7 +95,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_is_not(
     variant, tmp_path
 ):
     maker = runs.make(dataclasses.replace(CONFIG, **VARIANTS[variant]))
-    records, state = trainer.fit(maker, [3], tmp_path / "straight")
+    records, state = loop.fit(maker, [3], tmp_path / "straight")
     assert [record.step for record in records[0]] == [0, 7, 14, 21, 24]
     run = tmp_path / "stopped"
     # Before, at and after evaluations, checkpoints, updates and the end of the epoch;
@@ -109,7 +108,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_is_not(
         assert "with a checkpoint" in str(error)
         assert error.signal == signal.SIGTERM
         assert runs.steps_saved(run)[-1] >= stop
-    records_again, state_again = trainer.fit(maker, [3], run)
+    records_again, state_again = loop.fit(maker, [3], run)
     assert runs.same(state_again, state)
     without_times = [
         [record._replace(seconds=0.0) for record in each[0]]
@@ -139,7 +138,7 @@ def test_a_checkpoint_holds_the_losses_since_the_last_evaluation(tmp_path, monke
         save(self, step, state, progress)
 
     monkeypatch.setattr(Checkpoints, "save", noting)
-    records, _ = trainer.fit(maker, [3], tmp_path)
+    records, _ = loop.fit(maker, [3], tmp_path)
     assert list(given) == [5, 10, 15, 20, 24]
     for step, progress in given.items():
         (losses,) = progress.losses
@@ -162,7 +161,7 @@ FORMS: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @functools.cache
-def form(name: str) -> trainer.Trainer:
+def form(name: str) -> loop.Trainer:
     changes, devices = FORMS[name]
     config = dataclasses.replace(
         CONFIG, steps=8, method="static", masks=MaskConfig(), **changes
@@ -189,7 +188,7 @@ def test_a_checkpoint_of_8_devices_is_gone_on_from_on_1_and_on_4(source, tmp_pat
         assert runs.same(jax.device_get(again), expected)
     ends = {}
     for name in ("jit, 1", "jit, 4", source):
-        records, state = trainer.fit(form(name), [3], copied(tmp_path, name))
+        records, state = loop.fit(form(name), [3], copied(tmp_path, name))
         assert [record.step for record in records[0]] == [0, 7, 8]
         ends[name] = jax.device_get(form(name).program.snapshot(state))
     # Sums over devices round differently.
@@ -237,7 +236,7 @@ def cache(tmp_path_factory) -> pathlib.Path:
 
 
 @functools.cache
-def reader() -> trainer.Trainer:
+def reader() -> loop.Trainer:
     """A trainer of the configuration above, to read checkpoints with."""
     return runs.make(
         Config(

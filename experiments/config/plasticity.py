@@ -5,7 +5,7 @@ import itertools
 import pathlib
 from typing import Any, Literal, NamedTuple
 
-from experiments.config import CheckpointConfig, Config, MaskConfig
+from experiments.config.run import CheckpointConfig, Config, MaskConfig
 from granet_jax.selection import Scope
 
 # Options of `train` that the study itself decides.

@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 
 import granet_jax
 from experiments import models
-from experiments.config import Config
+from experiments.config.recipes import Recipe, columns
+from experiments.config.run import Config
 from experiments.data import Dataset, Split, Stream
-from experiments.files import complete
-from experiments.recipes import Recipe, columns
-from experiments.step import Functions
+from experiments.training.atomic_files import complete
+from experiments.training.step import Functions
 from granet_jax import analysis, distributions, masking
 
 PyTree = Any

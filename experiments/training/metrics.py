@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tensorboardX import SummaryWriter
 
 import granet_jax
-from experiments.files import complete, writing
+from experiments.training.atomic_files import complete, writing
 
 FILE = "metrics.jsonl"
 

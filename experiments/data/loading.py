@@ -10,8 +10,8 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from experiments.data import preparation
-from experiments.data.arrays import Dataset, Split, from_arrays
-from experiments.data.stream import Stream, open_stream
+from experiments.data.imagenet import Stream, open_stream
+from experiments.data.in_memory import Dataset, Split, from_arrays
 
 # Length of a row of text, in bytes.
 TEXT_LENGTH = 128

@@ -2,7 +2,8 @@
 
 The step holds all that changes in `TrainState`, its random numbers being functions of
 the seed and the step, so that a state is all one needs to go on from. Nothing here
-knows of devices: `experiments.parallel` says how a batch is split, by two functions.
+knows of devices: `experiments.training.devices` says how a batch is split, by two
+functions.
 """
 
 import dataclasses
@@ -17,9 +18,10 @@ import optax
 from jax import Array, lax
 
 import granet_jax
-from experiments import augment, models, schedules
-from experiments.config import Config, build_method
-from experiments.data import Dataset, Split, Stream
+from experiments import models
+from experiments.config.run import Config, build_method
+from experiments.data import Dataset, Split, Stream, augment
+from experiments.training import optimizer
 from granet_jax import tost
 
 PyTree = Any
@@ -105,7 +107,7 @@ class Functions:
     @functools.cached_property
     def schedule(self) -> optax.Schedule:
         """Learning rate as a function of the steps done."""
-        return schedules.learning_rate(self.config.optimizer, self.config.steps)
+        return optimizer.learning_rate(self.config.optimizer, self.config.steps)
 
     @functools.cached_property
     def method(self) -> granet_jax.Method | None:
@@ -119,10 +121,10 @@ class Functions:
 
     def optimizer(self, seed: Array) -> optax.GradientTransformation:
         """The whole optimizer, masks included, for a seed that may be traced."""
-        inner = schedules.optimizer(
+        inner = optimizer.optimizer(
             self.config.optimizer,
             self.schedule,
-            functools.partial(schedules.decayed, maskable=models.maskable),
+            functools.partial(optimizer.decayed, maskable=models.maskable),
         )
         if self.method is None:
             return inner

@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 import granet_jax
-from experiments import manifest
+from experiments.training import manifest
 from granet_jax import activity, masking
 
 PyTree = Any

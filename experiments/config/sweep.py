@@ -10,8 +10,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from experiments.config import Config
-from experiments.methods import OPTIONS, MethodName
+from experiments.config.methods import OPTIONS, MethodName
+from experiments.config.run import Config
 
 METHODS: tuple[str, ...] = typing.get_args(MethodName)
 

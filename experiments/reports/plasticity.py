@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.files import complete, write_json
-from experiments.plasticity_config import UNPRUNED, Branch, Point
+from experiments.config.plasticity import UNPRUNED, Branch, Point
+from experiments.training.atomic_files import complete, write_json
 from granet_jax.analysis.plasticity import Recovery
 from granet_jax.analysis.plots import LOOKS
 

@@ -33,7 +33,8 @@ import difflib
 import functools
 from collections.abc import Iterator
 
-from experiments.config import (
+from experiments.config.methods import MaskConfig, MethodName, SourceName
+from experiments.config.run import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -41,7 +42,6 @@ from experiments.config import (
     ToSTConfig,
     differences,
 )
-from experiments.methods import MaskConfig, MethodName, SourceName
 
 METHODS: tuple[MethodName, ...] = (
     "granet",

@@ -12,7 +12,7 @@ from jax import Array
 
 from experiments import models
 from experiments.data import Stream
-from experiments.step import Functions
+from experiments.training.step import Functions
 from granet_jax import mask_sources
 
 PyTree = Any

@@ -12,16 +12,16 @@ import numpy as np
 from jax import Array
 
 import granet_jax
-from experiments import initial
-from experiments.checkpoints import Checkpoints, Progress
-from experiments.config import Config
+from experiments.config.run import Config
 from experiments.data import Dataset, Split, Stream
-from experiments.metrics import Log, Record
-from experiments.parallel import Program, compiled
+from experiments.training import initial_state
+from experiments.training.checkpoints import Checkpoints, Progress
+from experiments.training.devices import Program, compiled
+from experiments.training.metrics import Log, Record
 from granet_jax import distributions, masking, tost
 
 if TYPE_CHECKING:
-    from experiments.step import Score
+    from experiments.training.step import Score
 
 PyTree = Any
 EVALUATION_BATCH = 1024
@@ -130,7 +130,7 @@ def fit(
     on_records: Callable[[Sequence[Record]], None] = lambda records: None,
     stopped: Callable[[int], int | None] = lambda step: None,
     first: int = 0,
-    begin: Callable[[Program, Sequence[int]], PyTree] = initial.state,
+    begin: Callable[[Program, Sequence[int]], PyTree] = initial_state.state,
 ) -> tuple[list[list[Record]], PyTree]:
     """Trains for the configured steps, or for those that are left of them.
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.config import Config
-from experiments.files import complete, write_json
-from experiments.report import Runs
-from experiments.sweep_file import Sweep
+from experiments.config.run import Config
+from experiments.config.sweep import Sweep
+from experiments.reports.training import Runs
+from experiments.training.atomic_files import complete, write_json
 from granet_jax.analysis import plots
 
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import granet_jax
-from experiments import data, methods, models
-from experiments.methods import OPTIONS, MaskConfig, MethodName
+from experiments import data, models
+from experiments.config import methods
+from experiments.config.methods import OPTIONS, MaskConfig, MethodName
 from granet_jax import tost
 
 # Evaluations and checkpoints in a training run where no interval is given.

@@ -21,7 +21,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 from absl import flags
 
-from experiments.data.arrays import Split
+from experiments.data.in_memory import Split
 
 # Side of the images a network sees, and what the shorter side of a test image is
 # resized to before its centre is cut out, in pixels.

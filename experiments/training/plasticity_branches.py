@@ -11,12 +11,12 @@ import numpy as np
 from jax import Array
 
 import granet_jax
-from experiments import trainer
+from experiments.config.plasticity import UNPRUNED, Branch, Study
 from experiments.data import Dataset, Stream
-from experiments.files import write_json
-from experiments.parallel import Program
-from experiments.plasticity_config import UNPRUNED, Branch, Study
-from experiments.step import Functions, TrainState
+from experiments.training import loop
+from experiments.training.atomic_files import write_json
+from experiments.training.devices import Program
+from experiments.training.step import Functions, TrainState
 from granet_jax.analysis import plasticity
 from granet_jax.selection import Scope
 
@@ -114,7 +114,7 @@ def _cut(
 
 def train_jobs(
     study: Study,
-    each: trainer.Trainer,
+    each: loop.Trainer,
     pruner: Pruner,
     jobs: Sequence[Job],
     steps: int,
@@ -128,7 +128,7 @@ def train_jobs(
     lanes = [*jobs, *[jobs[-1]] * (study.lanes - len(jobs))]
     keeps = [keep_numbers(job.branch, masks, study, steps) for job in lanes]
     state, pruned = _trained(each, pruner, lanes, keeps, steps, on_step, stopped)
-    after, loss = trainer.evaluate(each, state, steps)
+    after, loss = loop.evaluate(each, state, steps)
     seen = each.program.inspect(state)
     total = each.dataset.test_size
     for i, job in enumerate(jobs):
@@ -148,7 +148,7 @@ def train_jobs(
 
 
 def _trained(
-    each: trainer.Trainer,
+    each: loop.Trainer,
     pruner: Pruner,
     jobs: Sequence[Job],
     keeps: Sequence[dict[int, np.ndarray]],
@@ -167,12 +167,12 @@ def _trained(
     states = [pruner.start(job.state) for job in jobs]
     state = program.restore(_stacked(program, states))
     pruned = np.asarray([job.before for job in jobs])
-    losses = trainer.Losses(program.lanes)
-    data = trainer.batches(each, jobs[0].seed, int(jobs[0].state.step))
-    ahead, done = trainer.steps_ahead(program), 0
+    losses = loop.Losses(program.lanes)
+    data = loop.batches(each, jobs[0].seed, int(jobs[0].state.step))
+    ahead, done = loop.steps_ahead(program), 0
     while done < steps:
         if (wish := stopped(done)) is not None:
-            raise trainer.StoppedError(done, wish)
+            raise loop.StoppedError(done, wish)
         batch = next(data)
         due = [i for i, keep in enumerate(keeps) if done in keep]
         if due:
@@ -182,7 +182,7 @@ def _trained(
             state = program.restore(_stacked(program, states))
             last = [i for i in due if done == max(keeps[i])]
             if last:
-                pruned[last] = trainer.evaluate(each, state, done)[0][last]
+                pruned[last] = loop.evaluate(each, state, done)[0][last]
         later = [at for keep in keeps for at in keep if at > done]
         left = min([*later, steps]) - done
         number = each.config.scan_block if left >= each.config.scan_block else 1
@@ -193,7 +193,7 @@ def _trained(
     on_step(losses.wait(0))
     if losses.diverged:
         names = ", ".join(job.path.stem for job in jobs)
-        raise trainer.DivergedError(
+        raise loop.DivergedError(
             f"{names}: a loss is not finite: lower train.optimizer.learning_rate, or "
             "leave out this way of pruning."
         )

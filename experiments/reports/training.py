@@ -10,7 +10,7 @@ import rich.table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.metrics import Record
+from experiments.training.metrics import Record
 from granet_jax.analysis import plots
 
 # Okabe and Ito's colours, which the colour-blind tell apart: method, dense.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from experiments.config import OptimizerConfig
+from experiments.config.run import OptimizerConfig
 
 PyTree = Any
 

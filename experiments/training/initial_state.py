@@ -15,10 +15,11 @@ import numpy as np
 from jax import Array
 
 import granet_jax
-from experiments import models, sources, tickets
+from experiments import models
 from experiments.data import Stream
-from experiments.parallel import Program
-from experiments.step import Functions, TrainState
+from experiments.training import initial_masks, ticket_files
+from experiments.training.devices import Program
+from experiments.training.step import Functions, TrainState
 from granet_jax import mask_sources, masking, tost
 
 PyTree = Any
@@ -99,7 +100,7 @@ def weights(functions: Functions, seed: int) -> tuple[PyTree, PyTree]:
             plain = Functions(config, functions.dataset)
             kept, kept_statistics = tost.drop_ghosts((params, statistics))
             if config.masks.tickets is not None:
-                kept, found = tickets.read(
+                kept, found = ticket_files.read(
                     config.masks.tickets,
                     seed,
                     method.sparsity(0),
@@ -108,7 +109,7 @@ def weights(functions: Functions, seed: int) -> tuple[PyTree, PyTree]:
                 )
                 params = _with(params, kept)
             else:
-                found = sources.masks(plain, kept, kept_statistics, seed)
+                found = initial_masks.masks(plain, kept, kept_statistics, seed)
             masks = _with(jax.eval_shape(draw, params), found)
         if not functions.keeps_dense:
             params = granet_jax.apply_masks(params, masks)

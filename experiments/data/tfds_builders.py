@@ -22,7 +22,7 @@ import PIL.Image
 import requests
 import tensorflow_datasets as tfds
 
-from experiments.data import files
+from experiments.data import downloads
 
 _Examples = Iterator[tuple[int, dict[str, Any]]]
 
@@ -63,12 +63,12 @@ class FromFiles(_Unregistered, _BUILDER):
     checksums: Mapping[str, str] = {}
 
     @classmethod
-    def archives(cls) -> tuple[files.Archive, ...]:
+    def archives(cls) -> tuple[downloads.Archive, ...]:
         """The files that the data set is made of, none where it is bundled."""
         if cls.catalogue is None:
             return ()
         return tuple(
-            files.Archive(url.rsplit("/", 1)[-1], info.checksum, url)
+            downloads.Archive(url.rsplit("/", 1)[-1], info.checksum, url)
             for url, info in cls.url_infos.items()
         )
 
@@ -81,12 +81,12 @@ class FromFiles(_Unregistered, _BUILDER):
 
         # The catalogue's mnist has files of the same names.
         is_packaged = self.name == "fashion_mnist"
-        debian_dir = files.DEBIAN_FASHION_MNIST if is_packaged else None
+        debian_dir = downloads.DEBIAN_FASHION_MNIST if is_packaged else None
         found = {}
         for archive in self.archives():
             sha256 = self.checksums.get(archive.name, archive.sha256)
-            archive = files.Archive(archive.name, sha256, archive.url)
-            found[archive.name] = files.content(
+            archive = downloads.Archive(archive.name, sha256, archive.url)
+            found[archive.name] = downloads.content(
                 archive, self.manual_dir, debian_dir, download
             )
         return found
@@ -153,7 +153,7 @@ class _Mnist(FromFiles):
         splits = {}
         for split, prefix in (("train", "train"), ("test", "t10k")):
             pixels, labels = (
-                files.read_idx(gzip.decompress(found[name]), name)
+                downloads.read_idx(gzip.decompress(found[name]), name)
                 for name in (
                     f"{prefix}-images-idx3-ubyte.gz",
                     f"{prefix}-labels-idx1-ubyte.gz",
@@ -239,10 +239,10 @@ class TinyImagenet(FromFiles):
     VERSION = tfds.core.Version("1.0.0")
 
     @classmethod
-    def archives(cls) -> tuple[files.Archive, ...]:
+    def archives(cls) -> tuple[downloads.Archive, ...]:
         # The checksum of the official archive, of 248,100,043 bytes.
         sha256 = "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821"
-        return (files.Archive("tiny-imagenet-200.zip", sha256),)
+        return (downloads.Archive("tiny-imagenet-200.zip", sha256),)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(

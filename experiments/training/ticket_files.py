@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.files import complete
+from experiments.training.atomic_files import complete
 from granet_jax import distributions, masking
 
 PyTree = Any

@@ -21,9 +21,9 @@ from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.config import Config
+from experiments.config.run import Config
 from experiments.data import Dataset, Split, Stream
-from experiments.step import Functions, Score, TrainState
+from experiments.training.step import Functions, Score, TrainState
 from granet_jax import masking
 
 PyTree = Any

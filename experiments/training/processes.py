@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.config import DistributedConfig
+from experiments.config.run import DistributedConfig
 
 T = TypeVar("T")
 
