@@ -200,9 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def check(losses: Sequence[float], config: Config, dataset: data.Dataset) -> None:
     """Asserts that the trainer's first losses are those of the minimal loop."""
     each = loop.create(config, dataset, jax.devices()[:1])
-    state = each.program.create([0])
+    state = each.compiled_step.create([0])
     for step in range(4):
-        state, loss = each.program.steps(state, each.train, 1)
+        state, loss = each.compiled_step.steps(state, each.train_data, 1)
         np.testing.assert_allclose(loss[0, 0], losses[step], rtol=2e-2)
 
 

@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 
 import granet_jax
 from experiments import train
-from experiments.training.atomic_files import complete, write_json
+from experiments.training.atomic_files import atomic_path, write_json
 from granet_jax import schedules
 
 RECOVERIES = ("hard", "projected", "straight_through")
@@ -336,9 +336,9 @@ the first and before the last:
 
 {table(results, second_chance)}
 """
-    with complete(config.out / "results.md") as partial:
+    with atomic_path(config.out / "results.md") as partial:
         partial.write_text(text)
-    with complete(config.out / "recovery.png") as partial:
+    with atomic_path(config.out / "recovery.png") as partial:
         plot(config, results, partial)
 
 

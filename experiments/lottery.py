@@ -29,7 +29,7 @@ from experiments import models, train
 from experiments.config.run import Config, DistributedConfig, MaskConfig, ToSTConfig
 from experiments.data import load
 from experiments.training import initial_state, loop, ticket_files
-from experiments.training.devices import Program
+from experiments.training.devices import CompiledStep
 from granet_jax import mask_sources
 
 PyTree = Any
@@ -139,24 +139,24 @@ def run(config: LotteryConfig) -> None:
 
 def _tickets(
     config: LotteryConfig,
-    each: loop.Trainer,
+    each: loop.TrainSetup,
     seed: int,
     stopped: Callable[[int], int | None],
     bar: "tqdm.tqdm[Any]",
 ) -> Iterator[tuple[mask_sources.Ticket, float]]:
     """The tickets of a seed, each with the test accuracy of its training."""
-    program = each.program
-    origin = jax.device_get(program.snapshot(_origin(config, each, seed)))
+    compiled_step = each.compiled_step
+    origin = jax.device_get(compiled_step.snapshot(_origin(config, each, seed)))
     accuracies: list[float] = []
 
     def trained(params: PyTree, masks: PyTree, key: jax.Array) -> PyTree:
         del key  # All random numbers follow from the seed and the step.
 
-        def begin(program: Program, _: Sequence[int]) -> PyTree:
-            shardings = jax.tree.map(lambda x: x.sharding, program.abstract())
-            state = program.restore(jax.device_put(origin, shardings))
+        def begin(compiled_step: CompiledStep, _: Sequence[int]) -> PyTree:
+            shardings = jax.tree.map(lambda x: x.sharding, compiled_step.abstract())
+            state = compiled_step.restore(jax.device_put(origin, shardings))
             host = jax.device_get((params, masks))
-            return initial_state.with_weights(program, state, *host)
+            return initial_state.with_weights(compiled_step, state, *host)
 
         number = len(accuracies)
         bar.set_description(f"seed {seed}, round {number}", refresh=False)
@@ -170,7 +170,7 @@ def _tickets(
             begin=begin,
         )
         accuracies.append(records[-1].test_accuracy)
-        return jax.device_get(program.snapshot(state)).params
+        return jax.device_get(compiled_step.snapshot(state)).params
 
     densities = [1 - sparsity for sparsity in (0.0, *config.sparsities)]
     found = mask_sources.lottery_tickets(
@@ -185,31 +185,35 @@ def _tickets(
         yield ticket, accuracies[-1]
 
 
-def _with_sparsity(each: loop.Trainer, sparsity: float) -> loop.Trainer:
+def _with_sparsity(each: loop.TrainSetup, sparsity: float) -> loop.TrainSetup:
     """The same programs, for masks of this sparsity: static training keeps them."""
-    program = each.program
-    functions = program.functions
+    compiled_step = each.compiled_step
+    train_step = compiled_step.train_step
     changed = dataclasses.replace(
-        functions, config=dataclasses.replace(functions.config, sparsity=sparsity)
+        train_step, config=dataclasses.replace(train_step.config, sparsity=sparsity)
     )
-    return each._replace(program=dataclasses.replace(program, functions=changed))
+    return each._replace(
+        compiled_step=dataclasses.replace(compiled_step, train_step=changed)
+    )
 
 
-def _origin(config: LotteryConfig, each: loop.Trainer, seed: int) -> PyTree:
+def _origin(config: LotteryConfig, each: loop.TrainSetup, seed: int) -> PyTree:
     """The dense state that weights go back to, its moments zero."""
-    program = each.program
-    state = program.create([seed])
-    batches = loop.batches(each, seed, 0)
+    compiled_step = each.compiled_step
+    state = compiled_step.create([seed])
+    batches = loop.train_batches(each, seed, 0)
     for _ in range(config.rewind_steps):
-        state, loss = program.steps(state, next(batches), 1)
+        state, loss = compiled_step.steps(state, next(batches), 1)
         jax.block_until_ready(loss)
-    state = program.snapshot(state)
+    state = compiled_step.snapshot(state)
     found = granet_jax.get_state(state.opt_state)
     inner = jax.tree.map(
         lambda x: jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else x,
         found.inner_state,
     )
-    return program.restore(state._replace(opt_state=found._replace(inner_state=inner)))
+    return compiled_step.restore(
+        state._replace(opt_state=found._replace(inner_state=inner))
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ import tqdm
 import tyro
 
 from experiments import train
-from experiments.config.plasticity import Branch, Point, Study
+from experiments.config.plasticity import Branch, PruningPoint, Study
 from experiments.data import Dataset, Stream, load
 from experiments.reports import plasticity as plasticity_report
 from experiments.reports import training as training_report
@@ -24,8 +24,12 @@ from experiments.reports.plasticity import Results
 from experiments.training import loop
 from experiments.training.atomic_files import read_json
 from experiments.training.checkpoints import Checkpoints
-from experiments.training.devices import Program, compiled
-from experiments.training.plasticity_branches import Job, pruner_of, train_jobs
+from experiments.training.devices import CompiledStep, compile_step
+from experiments.training.plasticity_branches import (
+    BranchRun,
+    create_pruner,
+    train_branches,
+)
 
 
 def run(study: Study) -> Results | None:
@@ -41,9 +45,9 @@ def run(study: Study) -> Results | None:
     dataset = load(study.train.data.dataset, study.train.data.data_dir)
     steps = continued_steps(study, dataset)
     dense = loop.create(study.dense, dataset)
-    program = dense.program
+    compiled_step = dense.compiled_step
     # All that can be wrong is to come to light before anything trains.
-    compiled(study.continued(study.train.optimizer.learning_rate), dataset)
+    compile_step(study.continued(study.train.optimizer.learning_rate), dataset)
     folder = open_folder(study)
     try:
         with train.StopSignal() as stop:
@@ -56,10 +60,10 @@ def run(study: Study) -> Results | None:
                 disable=not study.progress,
                 dynamic_ncols=True,
             ) as bar:
-                pruner = pruner_of(study, dataset)
+                pruner = create_pruner(study, dataset)
                 each = None
-                for point in _points(study, program):
-                    jobs = _missing(study, program, runs, folder, point)
+                for point in _points(study, compiled_step):
+                    jobs = _missing(study, compiled_step, runs, folder, point)
                     if not jobs:
                         continue
                     config = study.continued(point.learning_rate)
@@ -70,7 +74,7 @@ def run(study: Study) -> Results | None:
                     bar.set_description(f"from step {point.step}", refresh=False)
                     for first in range(0, len(jobs), study.lanes):
                         chosen = jobs[first : first + study.lanes]
-                        train_jobs(
+                        train_branches(
                             study,
                             each,
                             pruner,
@@ -79,11 +83,11 @@ def run(study: Study) -> Results | None:
                             bar.update,
                             stop.reached,
                         )
-                    write_results(study, program, runs, folder, steps)
+                    write_results(study, compiled_step, runs, folder, steps)
     except loop.StoppedError as stopped:
         stopped.add_note(f"Go on with the same command and --out {folder}")
         raise
-    results = write_results(study, program, runs, folder, steps)
+    results = write_results(study, compiled_step, runs, folder, steps)
     print((folder / "results.md").read_text())
     print(f"Results in {folder}")
     return results
@@ -119,14 +123,14 @@ def open_folder(study: Study) -> pathlib.Path:
     return folder
 
 
-def _points(study: Study, dense: Program) -> list[Point]:
-    schedule = dense.functions.schedule
+def _points(study: Study, dense: CompiledStep) -> list[PruningPoint]:
+    schedule = dense.train_step.schedule
     batch_size = study.train.data.batch_size
-    per_epoch = dense.functions.dataset.steps_per_epoch(batch_size)
+    per_epoch = dense.train_step.dataset.steps_per_epoch(batch_size)
     # That of the last step before the point: where the schedule drops at this very
     # moment, the network has not been trained at the next one yet.
     return [
-        Point(step, step / per_epoch, float(np.asarray(schedule(step - 1))))
+        PruningPoint(step, step / per_epoch, float(np.asarray(schedule(step - 1))))
         for step in study.steps
     ]
 
@@ -135,7 +139,7 @@ def _path(folder: pathlib.Path, step: int, seed: int, branch: Branch) -> pathlib
     return folder / "branches" / f"step{step}" / f"seed{seed}-{branch.name}.json"
 
 
-def _calls(study: Study, runs: training_report.Runs, folder: pathlib.Path) -> int:
+def _calls(study: Study, runs: training_report.MethodRuns, folder: pathlib.Path) -> int:
     """How many times a program of so many lanes is to be run."""
     missing = [
         sum(
@@ -150,11 +154,11 @@ def _calls(study: Study, runs: training_report.Runs, folder: pathlib.Path) -> in
 
 def _missing(
     study: Study,
-    dense: Program,
-    runs: training_report.Runs,
+    dense: CompiledStep,
+    runs: training_report.MethodRuns,
     folder: pathlib.Path,
-    point: Point,
-) -> list[Job]:
+    point: PruningPoint,
+) -> list[BranchRun]:
     """The branches of a point that are not finished."""
     jobs = []
     for seed, records in zip(runs.seeds, runs.records, strict=True):
@@ -170,20 +174,20 @@ def _missing(
             checkpoints.close()
         state = jax.device_get(state)
         before = _record(records, point.step).test_correct
-        jobs += [Job(b, seed, state, before, path) for b, path in left.items()]
+        jobs += [BranchRun(b, seed, state, before, path) for b, path in left.items()]
     return jobs
 
 
 def _record(
-    records: Sequence[training_report.Record], step: int
-) -> training_report.Record:
+    records: Sequence[training_report.MetricsRecord], step: int
+) -> training_report.MetricsRecord:
     return next(record for record in records if record.step == step)
 
 
 def write_results(
     study: Study,
-    dense: Program,
-    runs: training_report.Runs,
+    dense: CompiledStep,
+    runs: training_report.MethodRuns,
     folder: pathlib.Path,
     steps: int,
 ) -> Results | None:
@@ -192,7 +196,7 @@ def write_results(
     Returns:
       The results; None without a finished point.
     """
-    per_epoch = dense.functions.dataset.steps_per_epoch(study.train.data.batch_size)
+    per_epoch = dense.train_step.dataset.steps_per_epoch(study.train.data.batch_size)
     points = [
         point
         for point in _points(study, dense)
@@ -212,7 +216,7 @@ def write_results(
         for branch in study.branches
     }
     rates = np.broadcast_to(
-        dense.functions.schedule(np.arange(study.train.steps)),
+        dense.train_step.schedule(np.arange(study.train.steps)),
         study.train.steps,
     )
     results = Results(

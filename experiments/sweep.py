@@ -25,7 +25,7 @@ from experiments.training.metrics import Log
 
 def run(
     sweep: Sweep, out: pathlib.Path, *, progress: bool = True
-) -> dict[str, training_report.Runs]:
+) -> dict[str, training_report.MethodRuns]:
     """Trains all cells that are not finished in `out`, and writes the results there.
 
     Returns:
@@ -54,7 +54,7 @@ def run(
             # All that can be wrong is to come to light before anything trains.
             for name, config in left.items():
                 try:
-                    devices.compiled(config, dataset)
+                    devices.compile_step(config, dataset)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
             vmap_seeds = _choose(sweep, settings, dataset, out)
@@ -96,7 +96,7 @@ def _train(
             (out / name).mkdir(parents=True, exist_ok=True)
             config = dataclasses.replace(config, vmap_seeds=vmap_seeds)
             write_json(out / name / "config.json", config.to_dict())
-            trainers: dict[int, loop.Trainer] = {}
+            trainers: dict[int, loop.TrainSetup] = {}
             for seeds in plan[name]:
                 lanes = len(seeds)
                 if lanes not in trainers:
@@ -211,26 +211,28 @@ def seconds_per_step(
     """
     seeds = range(config.seed, config.seed + config.seeds)
     timings: list[list[float]] = [[], []]
-    programs = []
+    compiled_steps = []
     for vmap_seeds in (False, True):
         each = loop.create(dataclasses.replace(config, vmap_seeds=vmap_seeds), dataset)
-        state = each.program.create(seeds[: each.program.lanes])
-        programs.append([each, state])
+        state = each.compiled_step.create(seeds[: each.compiled_step.lanes])
+        compiled_steps.append([each, state])
     for i in range(rounds + 1):
-        for program, found in zip(programs, timings, strict=True):
-            each, state = program
+        for compiled_step, found in zip(compiled_steps, timings, strict=True):
+            each, state = compiled_step
             steps, start = 0, time.perf_counter()
             while steps < 2 or (
                 i > 0 and steps < 50 and time.perf_counter() - start < 1
             ):
-                state, losses = each.program.steps(state, each.train, config.scan_block)
+                state, losses = each.compiled_step.steps(
+                    state, each.train_data, config.scan_block
+                )
                 jax.block_until_ready(losses)
                 steps += 1
             seconds = time.perf_counter() - start
-            program[1] = state
+            compiled_step[1] = state
             # The first round is compilation.
             if i > 0:
-                number = steps * config.scan_block * each.program.lanes
+                number = steps * config.scan_block * each.compiled_step.lanes
                 found.append(seconds / number)
     return min(timings[0]), min(timings[1])
 
@@ -291,7 +293,7 @@ def _is_finished(config: Config, folder: pathlib.Path, seeds: range) -> bool:
 
 def _records(
     config: Config, folder: pathlib.Path, seeds: range
-) -> list[list[training_report.Record]]:
+) -> list[list[training_report.MetricsRecord]]:
     log = Log(
         folder / train.run_name(config.method, seeds),
         config.method,
@@ -304,7 +306,7 @@ def _records(
 
 def write_results(
     sweep: Sweep, out: pathlib.Path, diverged: Mapping[str, str]
-) -> dict[str, training_report.Runs]:
+) -> dict[str, training_report.MethodRuns]:
     """Writes results.md, results.json and accuracy.png from what is finished so far.
 
     Args:
@@ -327,7 +329,7 @@ def write_results(
         }
         if records:
             seeds = tuple(sorted(records))
-            runs[name] = training_report.Runs(
+            runs[name] = training_report.MethodRuns(
                 config.method, seeds, tuple(records[seed] for seed in seeds)
             )
     sweep_report.write(sweep, runs, diverged, train.environment(), out)

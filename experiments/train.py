@@ -26,13 +26,13 @@ from experiments.data import Dataset, Stream, load
 from experiments.reports import dry_run
 from experiments.reports import training as training_report
 from experiments.training import loop, processes
-from experiments.training.atomic_files import complete, read_json, write_json
-from experiments.training.metrics import Record
+from experiments.training.atomic_files import atomic_path, read_json, write_json
+from experiments.training.metrics import MetricsRecord
 
 DEFAULT_FOLDER = pathlib.Path("runs")
 
 
-def run(config: Config) -> list[training_report.Runs]:
+def run(config: Config) -> list[training_report.MethodRuns]:
     """Trains as configured, or goes on from where that stopped, and writes the results.
 
     Returns:
@@ -49,7 +49,7 @@ def run(config: Config) -> list[training_report.Runs]:
     if config.baseline and config.method != "dense":
         configs.append(dataclasses.replace(config, method="dense", masks=MaskConfig()))
 
-    def prepare() -> tuple[Dataset | Stream, loop.Trainer, pathlib.Path]:
+    def prepare() -> tuple[Dataset | Stream, loop.TrainSetup, pathlib.Path]:
         dataset = load(config.data.dataset, config.data.data_dir)
         first = loop.create(configs[0], dataset)
         return dataset, first, open_folder(config)
@@ -71,7 +71,7 @@ def run(config: Config) -> list[training_report.Runs]:
         stopped.add_note(f"Go on with the same command and --out {folder}")
         raise
     if processes.is_first():
-        with complete(folder / "curves.png") as path:
+        with atomic_path(folder / "curves.png") as path:
             training_report.plot(title, runs, path)
         write_json(
             folder / "summary.json", training_report.summary(runs, environment())
@@ -83,15 +83,15 @@ def run(config: Config) -> list[training_report.Runs]:
 
 
 def train_all(
-    each: loop.Trainer,
+    each: loop.TrainSetup,
     folder: pathlib.Path,
     stopped: Callable[[int], int | None] = lambda step: None,
-) -> training_report.Runs:
+) -> training_report.MethodRuns:
     """Trains with all seeds of a configuration, in folders of their own in `folder`."""
     config = each.config
     seeds = tuple(range(config.seed, config.seed + config.seeds))
-    lanes = each.program.lanes
-    records: list[tuple[Record, ...]] = []
+    lanes = each.compiled_step.lanes
+    records: list[tuple[MetricsRecord, ...]] = []
     with tqdm.tqdm(
         total=config.steps * config.seeds // lanes,
         unit="step",
@@ -101,16 +101,16 @@ def train_all(
         for first in range(0, len(seeds), lanes):
             chosen = seeds[first : first + lanes]
             records += train_seeds(each, chosen, folder, bar, stopped)
-    return training_report.Runs(config.method, seeds, tuple(records))
+    return training_report.MethodRuns(config.method, seeds, tuple(records))
 
 
 def train_seeds(
-    each: loop.Trainer,
+    each: loop.TrainSetup,
     seeds: Sequence[int],
     folder: pathlib.Path,
     bar: "tqdm.tqdm[Any]",
     stopped: Callable[[int], int | None],
-) -> list[tuple[Record, ...]]:
+) -> list[tuple[MetricsRecord, ...]]:
     """Trains with as many seeds as the program has lanes, in one folder in `folder`."""
     name = run_name(each.config.method, seeds)
     bar.set_description(name, refresh=False)
@@ -250,7 +250,7 @@ def advance(bar: "tqdm.tqdm[Any]", steps: int) -> None:
     bar.update(steps)
 
 
-def _postfix(record: Record) -> dict[str, str]:
+def _postfix(record: MetricsRecord) -> dict[str, str]:
     loss = {} if record.train_loss is None else {"loss": f"{record.train_loss:.3f}"}
     return loss | {
         "accuracy": f"{record.test_accuracy:.2%}",

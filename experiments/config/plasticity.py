@@ -52,7 +52,7 @@ class Branch(NamedTuple):
 UNPRUNED = Branch("magnitude", "global", "one-shot", 0.0, 0.0)
 
 
-class Point(NamedTuple):
+class PruningPoint(NamedTuple):
     """A point in time.
 
     Attributes:

@@ -24,14 +24,14 @@ from experiments import models
 from experiments.config.recipes import Recipe, columns
 from experiments.config.run import Config
 from experiments.data import Dataset, Split, Stream
-from experiments.training.atomic_files import complete
-from experiments.training.step import Functions
+from experiments.training.atomic_files import atomic_path
+from experiments.training.step import TrainStep
 from granet_jax import analysis, distributions, masking
 
 PyTree = Any
 
 
-class Facts(NamedTuple):
+class DatasetInfo(NamedTuple):
     """What is known of a data set without having it.
 
     Attributes:
@@ -45,24 +45,24 @@ class Facts(NamedTuple):
     train_size: int | None
 
 
-FACTS = {
-    "digits": Facts((8, 8, 1), 10, 1_201),
-    "mnist": Facts((28, 28, 1), 10, 60_000),
-    "fashion_mnist": Facts((28, 28, 1), 10, 60_000),
-    "cifar10": Facts((32, 32, 3), 10, 50_000),
-    "cifar100": Facts((32, 32, 3), 100, 50_000),
-    "tiny_imagenet": Facts((64, 64, 3), 200, 100_000),
-    "imagenet2012": Facts((224, 224, 3), 1000, 1_281_167),
-    "tiny_shakespeare": Facts((128,), 256, 7_842),
+DATASETS = {
+    "digits": DatasetInfo((8, 8, 1), 10, 1_201),
+    "mnist": DatasetInfo((28, 28, 1), 10, 60_000),
+    "fashion_mnist": DatasetInfo((28, 28, 1), 10, 60_000),
+    "cifar10": DatasetInfo((32, 32, 3), 10, 50_000),
+    "cifar100": DatasetInfo((32, 32, 3), 100, 50_000),
+    "tiny_imagenet": DatasetInfo((64, 64, 3), 200, 100_000),
+    "imagenet2012": DatasetInfo((224, 224, 3), 1000, 1_281_167),
+    "tiny_shakespeare": DatasetInfo((128,), 256, 7_842),
     # The text is that of the Python that runs.
-    "python_docs": Facts((128,), 256, None),
+    "python_docs": DatasetInfo((128,), 256, None),
 }
 
 # Methods that keep the number of active weights of every layer.
 _FIXED = frozenset({"rigl", "set", "static", "dense"})
 
 
-class Leaf(NamedTuple):
+class ParameterInfo(NamedTuple):
     """One array of parameters.
 
     Attributes:
@@ -99,16 +99,16 @@ class DryRun:
     """
 
     config: Config
-    facts: Facts
-    functions: Functions
-    leaves: tuple[Leaf, ...]
+    facts: DatasetInfo
+    train_step: TrainStep
+    leaves: tuple[ParameterInfo, ...]
     flops: analysis.Flops
     memory: dict[str, int]
 
     @property
     def method(self) -> granet_jax.Method | None:
         """The library's record of the method; None for dense training."""
-        return self.functions.method
+        return self.train_step.method
 
     @property
     def fixed(self) -> bool:
@@ -116,7 +116,7 @@ class DryRun:
         return self.config.method in _FIXED and self.config.masks.source is None
 
     @property
-    def masked(self) -> list[Leaf]:
+    def masked(self) -> list[ParameterInfo]:
         """The parameters that are pruned."""
         return [leaf for leaf in self.leaves if leaf.maskable]
 
@@ -163,7 +163,7 @@ class DryRun:
         if self.facts.train_size is None:
             return None
         batch_size = self.config.data.batch_size
-        return self.functions.dataset.steps_per_epoch(batch_size)
+        return self.train_step.dataset.steps_per_epoch(batch_size)
 
     def densities(self, sparsity: float, distribution: str) -> dict[str, float]:
         """Density of every maskable leaf, split by a rule of the library's."""
@@ -178,15 +178,15 @@ def analyse(config: Config) -> DryRun:
     Raises:
       ValueError: a batch larger than the data, or a network that does not take it.
     """
-    facts = FACTS[config.data.dataset]
+    facts = DATASETS[config.data.dataset]
     if facts.train_size is not None and config.data.batch_size > facts.train_size:
         raise ValueError(
             f"data.batch_size must be at most the {facts.train_size} training examples "
             f"of {config.data.dataset}, got {config.data.batch_size}."
         )
-    functions = Functions(config, _stand_in(config, facts))
-    state = jax.eval_shape(functions.create, jnp.uint32(0))
-    flops = _flops(functions, facts, state)
+    train_step = TrainStep(config, _stand_in(config, facts))
+    state = jax.eval_shape(train_step.create, jnp.uint32(0))
+    flops = _flops(train_step, facts, state)
     flags = jax.tree.leaves(masking.maskable(state.params, models.maskable))
     named = [
         (masking.leaf_name(path), tuple(leaf.shape), flag)
@@ -194,20 +194,20 @@ def analyse(config: Config) -> DryRun:
             jax.tree_util.tree_leaves_with_path(state.params), flags, strict=True
         )
     ]
-    start = _active(functions, [shape for _, shape, flag in named if flag])
+    start = _active(train_step, [shape for _, shape, flag in named if flag])
     leaves, drawn = [], iter(start)
     for name, shape, flag in named:
         active = next(drawn) if flag else math.prod(shape)
         multiplied = flops.leaves[name].dense // 2
-        leaves.append(Leaf(name, shape, flag, multiplied, active))
+        leaves.append(ParameterInfo(name, shape, flag, multiplied, active))
     memory = {
         "parameters": _bytes(state.params),
         "batch statistics": _bytes(state.statistics),
-        **_optimizer_memory(functions, state.opt_state),
+        **_optimizer_memory(train_step, state.opt_state),
         "moving average": _bytes(state.average),
         "order of the data": _bytes(state.order),
     }
-    return DryRun(config, facts, functions, tuple(leaves), flops, memory)
+    return DryRun(config, facts, train_step, tuple(leaves), flops, memory)
 
 
 def path_of(config: Config, name: str) -> pathlib.Path:
@@ -239,7 +239,7 @@ def run(config: Config, recipe: Recipe | None = None) -> pathlib.Path:
     result = analyse(config)
     path = path_of(config, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with complete(path) as partial:
+    with atomic_path(path) as partial:
         plot(result, name, partial)
     print(text(result, name, recipe))
     print(f"\nSchedules: {path}")
@@ -311,7 +311,7 @@ def plot(result: DryRun, name: str, path: pathlib.Path) -> None:
     )
 
     grid = np.unique(np.linspace(0, steps - 1, min(steps, 4000)).astype(np.int32))
-    rates = np.asarray(jax.vmap(result.functions.schedule)(grid))
+    rates = np.asarray(jax.vmap(result.train_step.schedule)(grid))
     rate.plot(grid, rates, color=blue, linewidth=1.8)
     if rates.min() > 0:
         rate.set_yscale("log")
@@ -332,10 +332,10 @@ def _epochs(axes: Axes, steps: float) -> None:
     def back(x: Any) -> Any:
         return np.asarray(x) * steps
 
-    axes.secondary_xaxis("top", functions=(forward, back)).set_xlabel("epochs")
+    axes.secondary_xaxis("top", train_step=(forward, back)).set_xlabel("epochs")
 
 
-def _stand_in(config: Config, facts: Facts) -> Dataset | Stream:
+def _stand_in(config: Config, facts: DatasetInfo) -> Dataset | Stream:
     """A data set of the right shapes with nothing in it."""
     channels = facts.shape[-1] if len(facts.shape) == 3 else 0
     mean, std = (0.0,) * channels, (1.0,) * channels
@@ -364,18 +364,18 @@ def _stand_in(config: Config, facts: Facts) -> Dataset | Stream:
 
 
 def _active(
-    functions: Functions, shapes: Sequence[tuple[int, ...]]
+    train_step: TrainStep, shapes: Sequence[tuple[int, ...]]
 ) -> Sequence[int | None]:
-    method = functions.method
-    if functions.config.masks.source is not None:
+    method = train_step.method
+    if train_step.config.masks.source is not None:
         return [None] * len(shapes)
     if method is None:
         return [math.prod(shape) for shape in shapes]
     return distributions.counts(shapes, method.sparsity(0), method.distribution)
 
 
-def _optimizer_memory(functions: Functions, opt_state: PyTree) -> dict[str, int]:
-    if functions.method is None:
+def _optimizer_memory(train_step: TrainStep, opt_state: PyTree) -> dict[str, int]:
+    if train_step.method is None:
         return {"optimizer": _bytes(opt_state)}
     state = granet_jax.get_state(opt_state)
     masks = _bytes((state.activity, state.marked))
@@ -386,12 +386,12 @@ def _bytes(tree: PyTree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _flops(functions: Functions, facts: Facts, state: PyTree) -> analysis.Flops:
+def _flops(train_step: TrainStep, facts: DatasetInfo, state: PyTree) -> analysis.Flops:
     """Of an example's forward pass; not of the products of activations in attention."""
 
     def forward(params: PyTree, statistics: PyTree, x: jax.Array) -> Any:
         variables = {"params": params, "batch_stats": statistics}
-        return functions.model.apply(variables, x, train=False)
+        return train_step.model.apply(variables, x, train=False)
 
     masks = jax.tree_util.tree_map_with_path(
         lambda path, leaf: (
@@ -547,8 +547,8 @@ def _exact(result: DryRun) -> list[str]:
     total = sum(memory.values())
     parts = "; ".join(f"{name} {_mebibytes(n)}" for name, n in memory.items())
     data = 0
-    if isinstance(result.functions.dataset, Dataset) and result.facts.train_size:
-        train = result.functions.dataset.train
+    if isinstance(result.train_step.dataset, Dataset) and result.facts.train_size:
+        train = result.train_step.dataset.train
         data = sum(x.size * x.dtype.itemsize for x in train)
     dense = sum(leaf.macs for leaf in result.leaves)
     lines = [

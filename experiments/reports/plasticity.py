@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.config.plasticity import UNPRUNED, Branch, Point
-from experiments.training.atomic_files import complete, write_json
+from experiments.config.plasticity import UNPRUNED, Branch, PruningPoint
+from experiments.training.atomic_files import atomic_path, write_json
 from granet_jax.analysis.plasticity import Recovery
 from granet_jax.analysis.plots import LOOKS
 
@@ -34,7 +34,7 @@ class Results:
     """
 
     title: str
-    points: tuple[Point, ...]
+    points: tuple[PruningPoint, ...]
     seeds: tuple[int, ...]
     steps: int
     epochs: float
@@ -75,20 +75,20 @@ def write(results: Results, values: Mapping[str, Any], out: pathlib.Path) -> Non
       values: what else results.json is to hold.
       out: folder.
     """
-    with complete(out / "results.md") as path:
+    with atomic_path(out / "results.md") as path:
         path.write_text(_markdown(results))
     write_json(out / "results.json", {**_json(results), **values})
     by_ranking: dict[tuple[str, str], list[Branch]] = {}
     for branch in results.branches:
         by_ranking.setdefault(branch[:2], []).append(branch)
     for (criterion, scope), branches in by_ranking.items():
-        with complete(out / f"plasticity-{criterion}-{scope}.png") as path:
+        with atomic_path(out / f"plasticity-{criterion}-{scope}.png") as path:
             title = f"{results.title}: pruned by {criterion}, {_scope(scope)}"
             plot(results, title, branches, lambda b: b.way, path)
     if len(by_ranking) > 1:
         first = results.branches[0]
         chosen = [b for b in results.branches if b[2:4] == first[2:4]]
-        with complete(out / "criteria.png") as path:
+        with atomic_path(out / "criteria.png") as path:
             title = f"{results.title}: criteria, {first.way}"
             plot(results, title, chosen, lambda b: f"{b.criterion}, {b.scope}", path)
 

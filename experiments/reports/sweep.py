@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 
 from experiments.config.run import Config
 from experiments.config.sweep import Sweep
-from experiments.reports.training import Runs
-from experiments.training.atomic_files import complete, write_json
+from experiments.reports.training import MethodRuns
+from experiments.training.atomic_files import atomic_path, write_json
 from granet_jax.analysis import plots
 
 
 def write(
     sweep: Sweep,
-    runs: Mapping[str, Runs],
+    runs: Mapping[str, MethodRuns],
     diverged: Mapping[str, str],
     environment: Mapping[str, Any],
     out: pathlib.Path,
@@ -32,17 +32,17 @@ def write(
       environment: what the numbers depend on beside the configuration.
       out: folder.
     """
-    with complete(out / "results.md") as path:
+    with atomic_path(out / "results.md") as path:
         path.write_text(_markdown(sweep, runs, diverged))
     results = _results(sweep, runs, diverged) | {"environment": environment}
     write_json(out / "results.json", results)
     if runs:
-        with complete(out / "accuracy.png") as path:
+        with atomic_path(out / "accuracy.png") as path:
             plot(sweep, runs, path)
 
 
 def _results(
-    sweep: Sweep, runs: Mapping[str, Runs], diverged: Mapping[str, str]
+    sweep: Sweep, runs: Mapping[str, MethodRuns], diverged: Mapping[str, str]
 ) -> dict[str, Any]:
     cells = []
     for name, config in sweep.cells.items():
@@ -77,7 +77,7 @@ def _results(
 
 
 def _markdown(
-    sweep: Sweep, runs: Mapping[str, Runs], diverged: Mapping[str, str]
+    sweep: Sweep, runs: Mapping[str, MethodRuns], diverged: Mapping[str, str]
 ) -> str:
     first, optimizer = sweep.first, sweep.first.optimizer
     seeds = "1 seed" if sweep.seeds == 1 else f"mean ± std over {sweep.seeds} seeds"
@@ -151,7 +151,7 @@ def _changed(before: Config, config: Config, parts: Sequence[str]) -> list[str]:
     return found
 
 
-def _weights(sweep: Sweep, runs: Mapping[str, Runs]) -> str:
+def _weights(sweep: Sweep, runs: Mapping[str, MethodRuns]) -> str:
     active = {}
     total = 0
     for name, run in runs.items():
@@ -166,9 +166,9 @@ def _weights(sweep: Sweep, runs: Mapping[str, Runs]) -> str:
 
 def _table_of(
     sweep: Sweep,
-    runs: Mapping[str, Runs],
+    runs: Mapping[str, MethodRuns],
     diverged: Mapping[str, str],
-    accuracies: Callable[[Runs], Sequence[float]],
+    accuracies: Callable[[MethodRuns], Sequence[float]],
 ) -> str:
     def entry(name: str) -> str:
         parts = []
@@ -191,7 +191,7 @@ def _table_of(
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _table_of_gains(sweep: Sweep, runs: Mapping[str, Runs]) -> str:
+def _table_of_gains(sweep: Sweep, runs: Mapping[str, MethodRuns]) -> str:
     def accuracies(name: str, sparsity: float) -> dict[int, float]:
         run = runs.get(sweep.cell(name, sparsity))
         if run is None:
@@ -215,7 +215,7 @@ def _table_of_gains(sweep: Sweep, runs: Mapping[str, Runs]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plot(sweep: Sweep, runs: Mapping[str, Runs], path: pathlib.Path) -> None:
+def plot(sweep: Sweep, runs: Mapping[str, MethodRuns], path: pathlib.Path) -> None:
     """Accuracy against sparsity, a line a method, as a PNG image.
 
     With variants there is a panel for every row that they are variants of.
@@ -262,7 +262,7 @@ def plot(sweep: Sweep, runs: Mapping[str, Runs], path: pathlib.Path) -> None:
 def _line(
     axes: Axes,
     sweep: Sweep,
-    runs: Mapping[str, Runs],
+    runs: Mapping[str, MethodRuns],
     row: str,
     shift: float,
     look: tuple[str, str],

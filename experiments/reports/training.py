@@ -10,7 +10,7 @@ import rich.table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.training.metrics import Record
+from experiments.training.metrics import MetricsRecord
 from granet_jax.analysis import plots
 
 # Okabe and Ito's colours, which the colour-blind tell apart: method, dense.
@@ -19,7 +19,7 @@ _STYLES = ("-", "--")
 
 
 @dataclasses.dataclass(frozen=True)
-class Runs:
+class MethodRuns:
     """The records of one method, for all seeds.
 
     Attributes:
@@ -30,10 +30,10 @@ class Runs:
 
     method: str
     seeds: tuple[int, ...]
-    records: tuple[tuple[Record, ...], ...]
+    records: tuple[tuple[MetricsRecord, ...], ...]
 
     @property
-    def last(self) -> list[Record]:
+    def last(self) -> list[MetricsRecord]:
         """The last record of every run."""
         return [records[-1] for records in self.records]
 
@@ -54,7 +54,7 @@ class Runs:
         ]
 
 
-def summary(runs: Sequence[Runs], environment: dict[str, Any]) -> dict[str, Any]:
+def summary(runs: Sequence[MethodRuns], environment: dict[str, Any]) -> dict[str, Any]:
     """The final numbers of every run, ready for JSON."""
     rows = [
         {
@@ -72,7 +72,7 @@ def summary(runs: Sequence[Runs], environment: dict[str, Any]) -> dict[str, Any]
     return {"runs": rows, "environment": environment}
 
 
-def table(title: str, runs: Sequence[Runs]) -> rich.table.Table:
+def table(title: str, runs: Sequence[MethodRuns]) -> rich.table.Table:
     """The final numbers of every method: mean and standard deviation over seeds."""
     result = rich.table.Table(title=title, title_justify="left")
     result.add_column("method", no_wrap=True)
@@ -95,7 +95,7 @@ def table(title: str, runs: Sequence[Runs]) -> rich.table.Table:
     return result
 
 
-def plot(title: str, runs: Sequence[Runs], path: pathlib.Path) -> None:
+def plot(title: str, runs: Sequence[MethodRuns], path: pathlib.Path) -> None:
     """Accuracy and sparsity over the steps, and the final density of every layer.
 
     Args:
@@ -134,7 +134,7 @@ def plot(title: str, runs: Sequence[Runs], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=150, format="png")
 
 
-def _curve(axes: Axes, run: Runs, values: list[list[float]], look: Any) -> None:
+def _curve(axes: Axes, run: MethodRuns, values: list[list[float]], look: Any) -> None:
     steps = [record.step for record in run.records[0]]
     columns = list(zip(*values, strict=True))
     means = [statistics.mean(column) for column in columns]
@@ -146,7 +146,7 @@ def _curve(axes: Axes, run: Runs, values: list[list[float]], look: Any) -> None:
         )
 
 
-def _bars(axes: Axes, runs: Sequence[Runs]) -> None:
+def _bars(axes: Axes, runs: Sequence[MethodRuns]) -> None:
     layers = list(runs[0].last[0].sparsity.leaves)
     plots.draw_bars(
         axes,
@@ -165,15 +165,15 @@ def _bars(axes: Axes, runs: Sequence[Runs]) -> None:
     )
 
 
-def _accuracies(records: Sequence[Record]) -> list[float]:
+def _accuracies(records: Sequence[MetricsRecord]) -> list[float]:
     return [100 * record.test_accuracy for record in records]
 
 
-def _sparsities(records: Sequence[Record]) -> list[float]:
+def _sparsities(records: Sequence[MetricsRecord]) -> list[float]:
     return [100 * record.sparsity.overall for record in records]
 
 
-def _lower_limit(runs: Sequence[Runs]) -> float:
+def _lower_limit(runs: Sequence[MethodRuns]) -> float:
     """Cuts off the first steep rise, which would flatten all that follows."""
     later = [
         accuracy

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def complete(path: pathlib.Path) -> Generator[pathlib.Path]:
+def atomic_path(path: pathlib.Path) -> Generator[pathlib.Path]:
     """Gives a file its name only when it is complete.
 
     Yields:
@@ -19,13 +19,13 @@ def complete(path: pathlib.Path) -> Generator[pathlib.Path]:
       OSError: it cannot be written.
     """
     partial = path.with_name(path.name + ".partial")
-    with writing(path):
+    with explain_write_errors(path):
         yield partial
         partial.replace(path)
 
 
 @contextlib.contextmanager
-def writing(path: pathlib.Path) -> Generator[None]:
+def explain_write_errors(path: pathlib.Path) -> Generator[None]:
     """Has an error of writing `path` say what to do.
 
     Raises:
@@ -54,5 +54,5 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
     """Writes values to be read by people too; see `complete`."""
-    with complete(path) as partial:
+    with atomic_path(path) as partial:
         partial.write_text(json.dumps(values, indent=2) + "\n")

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.config.run import Config
 from experiments.data import Dataset, Split, Stream
-from experiments.training.step import Functions, Score, TrainState
+from experiments.training.step import Score, TrainState, TrainStep
 from granet_jax import masking
 
 PyTree = Any
@@ -47,7 +47,7 @@ class Inspection(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class CompiledStep:
     """The compiled functions of a configuration.
 
     Attributes:
@@ -67,7 +67,7 @@ class Program:
       restore: from a snapshot to a state.
     """
 
-    functions: Functions
+    train_step: TrainStep
     lanes: int
     devices: int
     create: Callable[[Sequence[int]], PyTree]
@@ -81,13 +81,13 @@ class Program:
     restore: Callable[[TrainState], PyTree]
 
 
-def compiled(
+def compile_step(
     config: Config,
     dataset: Dataset | Stream,
     devices: Sequence[Any] | None = None,
     *,
     ghosts: bool = False,
-) -> Program:
+) -> CompiledStep:
     """The program of a configuration; nothing is compiled before it is needed.
 
     Args:
@@ -107,7 +107,7 @@ def compiled(
                 f"vmap_seeds trains on one device, got {len(devices)}: leave it out, "
                 "or make one visible (CUDA_VISIBLE_DEVICES, JAX_NUM_CPU_DEVICES)."
             )
-        return _vmapped(Functions(config, dataset, ghosts=ghosts))
+        return _vmapped(TrainStep(config, dataset, ghosts=ghosts))
     part = config.data.batch_size // config.optimizer.accumulate
     if part % len(devices):
         raise ValueError(
@@ -121,7 +121,7 @@ def compiled(
 
 def _jitted(
     config: Config, dataset: Dataset | Stream, devices: Sequence[Any], ghosts: bool
-) -> Program:
+) -> CompiledStep:
     fsdp = config.fsdp
     if len(devices) % fsdp:
         raise ValueError(
@@ -138,18 +138,18 @@ def _jitted(
     def split(batch: PyTree) -> PyTree:
         return jax.tree.map(lambda x: lax.with_sharding_constraint(x, rows), batch)
 
-    functions = Functions(config, dataset, split=split, ghosts=ghosts)
-    shapes = jax.eval_shape(functions.create, jnp.uint32(0))
+    train_step = TrainStep(config, dataset, split=split, ghosts=ghosts)
+    shapes = jax.eval_shape(train_step.create, jnp.uint32(0))
     shardings = _state_shardings(shapes, mesh, fsdp)
     streamed = isinstance(dataset, Stream)
 
     def steps(state: PyTree, data: Split, number: int) -> tuple[PyTree, Array]:
-        state, losses = functions.steps(state, data, number)
+        state, losses = train_step.steps(state, data, number)
         return state, losses[None]
 
-    create = jax.jit(functions.create, out_shardings=shardings)
-    return Program(
-        functions=functions,
+    create = jax.jit(train_step.create, out_shardings=shardings)
+    return CompiledStep(
+        train_step=train_step,
         lanes=1,
         devices=len(devices),
         create=lambda seeds: create(np.uint32(seeds[0])),
@@ -159,8 +159,8 @@ def _jitted(
             donate_argnums=0,
             out_shardings=(shardings, whole),
         ),
-        evaluate=jax.jit(_lane(functions.evaluate), out_shardings=whole),
-        inspect=jax.jit(_lane(_inspector(functions)), out_shardings=whole),
+        evaluate=jax.jit(_lane(train_step.evaluate), out_shardings=whole),
+        inspect=jax.jit(_lane(_inspector(train_step)), out_shardings=whole),
         place=_local_rows(rows) if streamed else _copies(whole),
         place_test=_local_rows(rows) if streamed else _copies(rows),
         snapshot=jax.jit(_copy, out_shardings=shardings),
@@ -171,7 +171,7 @@ def _jitted(
 
 def _pmapped(
     config: Config, dataset: Dataset | Stream, devices: Sequence[Any], ghosts: bool
-) -> Program:
+) -> CompiledStep:
     axis = "devices"
     here = [d for d in devices if d.process_index == jax.process_index()]
     pmap = functools.partial(jax.pmap, axis_name=axis, devices=devices)
@@ -183,7 +183,7 @@ def _pmapped(
 
         return jax.tree.map(part, batch)
 
-    functions = Functions(
+    train_step = TrainStep(
         config,
         dataset,
         split=split,
@@ -192,14 +192,14 @@ def _pmapped(
         ghosts=ghosts,
     )
     # Outside pmap there is no axis: the same functions, of the whole batch.
-    plain = Functions(config, dataset, ghosts=ghosts)
+    plain = TrainStep(config, dataset, ghosts=ghosts)
     shapes = jax.eval_shape(plain.create, jnp.uint32(0))
     mesh = Mesh(np.asarray(devices), (axis,))
     whole = NamedSharding(mesh, P())
     shardings = jax.tree.map(lambda _: whole, shapes)
 
     def evaluate(state: PyTree, batch: Split) -> Score:
-        return lax.psum(functions.evaluate(state, batch), axis)
+        return lax.psum(train_step.evaluate(state, batch), axis)
 
     def replicated(tree: PyTree) -> PyTree:
         copy = jax.pmap(lambda _, x: x, in_axes=(0, None), devices=here)
@@ -235,11 +235,11 @@ def _pmapped(
         )
 
     create = jax.jit(plain.create)
-    steps = pmap(functions.steps, static_broadcasted_argnums=2, donate_argnums=0)
+    steps = pmap(train_step.steps, static_broadcasted_argnums=2, donate_argnums=0)
     test = pmap(evaluate)
     look = jax.jit(_inspector(plain))
-    return Program(
-        functions=functions,
+    return CompiledStep(
+        train_step=train_step,
         lanes=1,
         devices=len(devices),
         create=lambda seeds: replicated(jax.device_get(create(np.uint32(seeds[0])))),
@@ -254,22 +254,22 @@ def _pmapped(
     )
 
 
-def _vmapped(functions: Functions) -> Program:
-    config, dataset = functions.config, functions.dataset
+def _vmapped(train_step: TrainStep) -> CompiledStep:
+    config, dataset = train_step.config, train_step.dataset
     if isinstance(dataset, Stream):
         raise ValueError(f"vmap_seeds is not for streamed data ({dataset.name}).")
-    one = jax.eval_shape(functions.create, jnp.uint32(0))
+    one = jax.eval_shape(train_step.create, jnp.uint32(0))
     # The counters are the same in all lanes and stay without an axis, so that "is this
     # an update step?" is one question: an axis would turn the branches into selects,
     # and each step into a mask update.
     axes = jax.tree.map(
         lambda x: None if x.ndim == 0 and x.dtype == jnp.int32 else 0, one
     )
-    create = jax.jit(jax.vmap(functions.create, out_axes=axes))
+    create = jax.jit(jax.vmap(train_step.create, out_axes=axes))
 
     def steps(state: PyTree, data: Split, number: int) -> tuple[PyTree, Array]:
         mapped = jax.vmap(
-            functools.partial(functions.steps, number=number),
+            functools.partial(train_step.steps, number=number),
             in_axes=(axes, None),
             out_axes=(axes, 0),
         )
@@ -278,14 +278,14 @@ def _vmapped(functions: Functions) -> Program:
     seeds = np.arange(config.seed, config.seed + config.seeds, dtype=np.uint32)
     shapes = jax.eval_shape(create, seeds)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return Program(
-        functions=functions,
+    return CompiledStep(
+        train_step=train_step,
         lanes=config.seeds,
         devices=1,
         create=lambda seeds: create(np.asarray(seeds, np.uint32)),
         steps=jax.jit(steps, static_argnums=2, donate_argnums=0),
-        evaluate=jax.jit(jax.vmap(functions.evaluate, in_axes=(axes, None))),
-        inspect=jax.jit(jax.vmap(_inspector(functions), in_axes=(axes,))),
+        evaluate=jax.jit(jax.vmap(train_step.evaluate, in_axes=(axes, None))),
+        inspect=jax.jit(jax.vmap(_inspector(train_step), in_axes=(axes,))),
         place=jax.device_put,
         place_test=jax.device_put,
         snapshot=jax.jit(_copy),
@@ -294,10 +294,10 @@ def _vmapped(functions: Functions) -> Program:
     )
 
 
-def _inspector(functions: Functions) -> Callable[[TrainState], Inspection]:
+def _inspector(train_step: TrainStep) -> Callable[[TrainState], Inspection]:
     def inspect(state: TrainState) -> Inspection:
-        masks = functions.masks(state)
-        weights = masking.maskable_leaves(functions.used(state), masks)
+        masks = train_step.masks(state)
+        weights = masking.maskable_leaves(train_step.forward_params(state), masks)
         leaves = jax.tree.leaves(masks)
 
         def count(arrays: Sequence[Array]) -> Array:

@@ -12,7 +12,7 @@ from jax import Array
 
 from experiments import models
 from experiments.data import Stream
-from experiments.training.step import Functions
+from experiments.training.step import TrainStep
 from granet_jax import mask_sources
 
 PyTree = Any
@@ -27,7 +27,7 @@ _TEMPERATURE = 200.0
 
 
 def masks(
-    functions: Functions, params: PyTree, statistics: PyTree, seed: int
+    train_step: TrainStep, params: PyTree, statistics: PyTree, seed: int
 ) -> PyTree:
     """The configured masks.
 
@@ -40,34 +40,34 @@ def masks(
     Raises:
       ValueError: the data, or the network, is not for the source.
     """
-    masks, method = functions.config.masks, functions.method
+    masks, method = train_step.config.masks, train_step.method
     assert method is not None
     sparsity, where = method.sparsity(0), models.maskable
     rounds: dict[str, Any] = {} if masks.rounds is None else {"rounds": masks.rounds}
     if masks.source == "magnitude":
         return mask_sources.magnitude(params, sparsity, where=where)
     if masks.source == "synflow":
-        _check_images(functions)
-        image = jnp.ones((1, *functions.input_shape))
+        _check_images(train_step)
+        image = jnp.ones((1, *train_step.input_shape))
         # In the precision of the parameters, which SynFlow makes float64.
-        wide = functions.model.clone(dtype=None)
+        wide = train_step.model.clone(dtype=None)
         return mask_sources.synflow(
             inference(wide, statistics), params, image, sparsity, where=where, **rounds
         )
 
     def in_training(params: PyTree, inputs: Array) -> Array:
-        return functions.logits(params, statistics, inputs, 0)[0]
+        return train_step.logits(params, statistics, inputs, 0)[0]
 
     # The mode of the norms is that of each method's own code: batch statistics for
     # GraSP and FORCE, running ones (0 and 1) for SNIP and SynFlow.
     score, apply, temperature = {
-        "snip": (mask_sources.snip, inference(functions.model, statistics), 1.0),
+        "snip": (mask_sources.snip, inference(train_step.model, statistics), 1.0),
         "iterative-snip": (_iterative_snip, in_training, 1.0),
         "force": (mask_sources.force, in_training, 1.0),
         "grasp": (mask_sources.grasp, in_training, _TEMPERATURE),
     }[masks.source or ""]
     loss = mask_sources.cross_entropy(apply, temperature)
-    batches = examples(functions, seed)
+    batches = examples(train_step, seed)
     return score(loss, params, batches, sparsity, where=where, **rounds)
 
 
@@ -84,7 +84,7 @@ def inference(model: nn.Module, statistics: PyTree) -> Callable[..., Array]:
     return apply
 
 
-def examples(functions: Functions, seed: int) -> list[tuple[Array, Array]]:
+def examples(train_step: TrainStep, seed: int) -> list[tuple[Array, Array]]:
     """Training examples for a source: batches of (inputs, labels), not augmented.
 
     They are drawn by the seed, as many of each class as can be. (Of a stream they are
@@ -93,7 +93,7 @@ def examples(functions: Functions, seed: int) -> list[tuple[Array, Array]]:
     Raises:
       ValueError: more are asked for than there are.
     """
-    config, dataset = functions.config, functions.dataset
+    config, dataset = train_step.config, train_step.dataset
     wanted = config.masks.images or _IMAGES_A_CLASS * dataset.classes
     batches = math.ceil(wanted / _BATCH)
     if isinstance(dataset, Stream):
@@ -102,7 +102,7 @@ def examples(functions: Functions, seed: int) -> list[tuple[Array, Array]]:
             seed=seed, start=0, batch_size=size, process=0, processes=1, workers=0
         )
         drawn = [next(stream) for _ in range(batches)]
-        return [(functions.inputs(x.inputs), jnp.asarray(x.labels)) for x in drawn]
+        return [(train_step.inputs(x.inputs), jnp.asarray(x.labels)) for x in drawn]
     inputs, labels = map(np.asarray, dataset.train)
     if wanted > len(labels):
         raise ValueError(
@@ -118,13 +118,13 @@ def examples(functions: Functions, seed: int) -> list[tuple[Array, Array]]:
             number[members] = np.arange(members.sum())
         order = order[np.argsort(number, kind="stable")]
     return [
-        (functions.inputs(inputs[rows]), jnp.asarray(labels[rows]))
+        (train_step.inputs(inputs[rows]), jnp.asarray(labels[rows]))
         for rows in np.array_split(order[:wanted], batches)
     ]
 
 
-def _check_images(functions: Functions) -> None:
-    dataset = functions.dataset
+def _check_images(train_step: TrainStep) -> None:
+    dataset = train_step.dataset
     if not dataset.mean:
         raise ValueError(
             f"masks.source synflow takes a network of images, and {dataset.name} is "

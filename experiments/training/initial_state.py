@@ -18,14 +18,14 @@ import granet_jax
 from experiments import models
 from experiments.data import Stream
 from experiments.training import initial_masks, ticket_files
-from experiments.training.devices import Program
-from experiments.training.step import Functions, TrainState
+from experiments.training.devices import CompiledStep
+from experiments.training.step import TrainState, TrainStep
 from granet_jax import mask_sources, masking, tost
 
 PyTree = Any
 
 
-def state(program: Program, seeds: Sequence[int]) -> PyTree:
+def state(compiled_step: CompiledStep, seeds: Sequence[int]) -> PyTree:
     """The state at step 0, with the configured masks and scales, if there are some.
 
     Args:
@@ -35,23 +35,23 @@ def state(program: Program, seeds: Sequence[int]) -> PyTree:
     Raises:
       ValueError: the data, or the network, is not for the source of masks.
     """
-    config = program.functions.config
-    drawn = program.create(seeds)
+    config = compiled_step.train_step.config
+    drawn = compiled_step.create(seeds)
     if config.masks.source is None and not config.tost.lrsi:
         return drawn
-    functions = Functions(
-        config, program.functions.dataset, ghosts=program.functions.ghosts
+    train_step = TrainStep(
+        config, compiled_step.train_step.dataset, ghosts=compiled_step.train_step.ghosts
     )
-    found = [weights(functions, seed) for seed in seeds]
+    found = [weights(train_step, seed) for seed in seeds]
     if config.vmap_seeds and config.seeds > 1:
         params, masks = jax.tree.map(lambda *lanes: np.stack(lanes), *found)
     else:
         ((params, masks),) = found
-    return with_weights(program, drawn, params, masks)
+    return with_weights(compiled_step, drawn, params, masks)
 
 
 def with_weights(
-    program: Program, state: PyTree, params: PyTree, masks: PyTree | None
+    compiled_step: CompiledStep, state: PyTree, params: PyTree, masks: PyTree | None
 ) -> PyTree:
     """A state with these parameters and masks, on the program's devices.
 
@@ -69,12 +69,12 @@ def with_weights(
             opt_state = granet_jax.set_masks(opt_state, masks)
         return state._replace(params=params, opt_state=opt_state, average=average)
 
-    shardings = jax.tree.map(lambda x: x.sharding, program.abstract())
+    shardings = jax.tree.map(lambda x: x.sharding, compiled_step.abstract())
     into = jax.jit(put, out_shardings=shardings)
-    return program.restore(into(program.snapshot(state), params, masks))
+    return compiled_step.restore(into(compiled_step.snapshot(state), params, masks))
 
 
-def weights(functions: Functions, seed: int) -> tuple[PyTree, PyTree]:
+def weights(train_step: TrainStep, seed: int) -> tuple[PyTree, PyTree]:
     """Initial parameters and masks of a run, on the host.
 
     The masks are those of the plain network, whatever ghosts there are.
@@ -86,8 +86,8 @@ def weights(functions: Functions, seed: int) -> tuple[PyTree, PyTree]:
     Returns:
       (parameters, masks); None for the masks of dense training.
     """
-    config, method = functions.config, functions.method
-    variables = jax.jit(functions.variables)(np.uint32(seed))
+    config, method = train_step.config, train_step.method
+    variables = jax.jit(train_step.variables)(np.uint32(seed))
     params, statistics = variables["params"], variables.get("batch_stats", {})
     masks = None
     if method is not None:
@@ -97,7 +97,7 @@ def weights(functions: Functions, seed: int) -> tuple[PyTree, PyTree]:
         if config.masks.source is None:
             masks = jax.jit(draw)(params)
         else:
-            plain = Functions(config, functions.dataset)
+            plain = TrainStep(config, train_step.dataset)
             kept, kept_statistics = tost.drop_ghosts((params, statistics))
             if config.masks.tickets is not None:
                 kept, found = ticket_files.read(
@@ -111,16 +111,16 @@ def weights(functions: Functions, seed: int) -> tuple[PyTree, PyTree]:
             else:
                 found = initial_masks.masks(plain, kept, kept_statistics, seed)
             masks = _with(jax.eval_shape(draw, params), found)
-        if not functions.keeps_dense:
+        if not train_step.has_dense_weights:
             params = granet_jax.apply_masks(params, masks)
     settings = config.tost.build().lrsi
     if settings is not None:
 
         def logits(params: PyTree, inputs: Array) -> Array:
-            return functions.logits(params, statistics, inputs, 0)[0]
+            return train_step.logits(params, statistics, inputs, 0)[0]
 
         loss = mask_sources.cross_entropy(logits)
-        batches = _batches(functions, seed)
+        batches = _batches(train_step, seed)
         params = tost.rescale_init(loss, params, masks, batches, settings).params
     return jax.device_get((params, masks))
 
@@ -136,19 +136,19 @@ def _with(tree: PyTree, leaves: PyTree) -> PyTree:
     )
 
 
-def _batches(functions: Functions, seed: int) -> Iterator[tuple[Array, Array]]:
+def _batches(train_step: TrainStep, seed: int) -> Iterator[tuple[Array, Array]]:
     """Random batches of training examples without end, not augmented."""
-    config, dataset = functions.config, functions.dataset
+    config, dataset = train_step.config, train_step.dataset
     size = config.data.batch_size
     if isinstance(dataset, Stream):
         stream = dataset.train_batches(
             seed=seed, start=0, batch_size=size, process=0, processes=1, workers=0
         )
         for batch in stream:
-            yield functions.inputs(batch.inputs), jnp.asarray(batch.labels)
+            yield train_step.inputs(batch.inputs), jnp.asarray(batch.labels)
     else:
         inputs, labels = map(np.asarray, dataset.train)
         rng = np.random.default_rng(seed)
         while True:
             rows = rng.choice(len(labels), size, replace=False)
-            yield functions.inputs(inputs[rows]), jnp.asarray(labels[rows])
+            yield train_step.inputs(inputs[rows]), jnp.asarray(labels[rows])

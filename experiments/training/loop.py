@@ -16,8 +16,8 @@ from experiments.config.run import Config
 from experiments.data import Dataset, Split, Stream
 from experiments.training import initial_state
 from experiments.training.checkpoints import Checkpoints, Progress
-from experiments.training.devices import Program, compiled
-from experiments.training.metrics import Log, Record
+from experiments.training.devices import CompiledStep, compile_step
+from experiments.training.metrics import Log, MetricsRecord
 from granet_jax import distributions, masking, tost
 
 if TYPE_CHECKING:
@@ -46,45 +46,45 @@ class StoppedError(RuntimeError):
         self.signal = signal
 
 
-class Trainer(NamedTuple):
+class TrainSetup(NamedTuple):
     """A program with its data on the devices.
 
     Attributes:
       program: the compiled functions.
-      early: those of the network with ghosts; None without ghosts.
-      train: all training data; None for a stream.
-      test: the test data in batches; None for a stream.
-      sizes: number of weights of every maskable leaf, by its name.
+      ghost_step: those of the network with ghosts; None without ghosts.
+      train_data: all training data; None for a stream.
+      test_batches: the test data in batches; None for a stream.
+      mask_sizes: number of weights of every maskable leaf, by its name.
     """
 
-    program: Program
-    early: Program | None
-    train: PyTree | None
-    test: list[PyTree] | None
-    sizes: dict[str, int]
+    compiled_step: CompiledStep
+    ghost_step: CompiledStep | None
+    train_data: PyTree | None
+    test_batches: list[PyTree] | None
+    mask_sizes: dict[str, int]
 
     @property
     def config(self) -> Config:
         """The configuration."""
-        return self.program.functions.config
+        return self.compiled_step.train_step.config
 
     @property
     def dataset(self) -> Dataset | Stream:
         """What it trains on."""
-        return self.program.functions.dataset
+        return self.compiled_step.train_step.dataset
 
-    def at(self, step: int) -> Program:
+    def compiled_step_at(self, step: int) -> CompiledStep:
         """The program for a state of so many steps."""
-        if self.early is not None and step < self.config.ghost_steps:
-            return self.early
-        return self.program
+        if self.ghost_step is not None and step < self.config.ghost_steps:
+            return self.ghost_step
+        return self.compiled_step
 
 
 def create(
     config: Config,
     dataset: Dataset | Stream,
     devices: Sequence[Any] | None = None,
-) -> Trainer:
+) -> TrainSetup:
     """A trainer; nothing is compiled before it is needed.
 
     Raises:
@@ -102,36 +102,38 @@ def create(
             f"scan_block must be 1 for {dataset.name}, got {config.scan_block}: its "
             "batches come from the host, one a step."
         )
-    program = compiled(config, dataset, devices)
+    compiled_step = compile_step(config, dataset, devices)
     early = None
     if config.ghost_steps:
-        early = compiled(config, dataset, devices, ghosts=True)
-    sizes = _mask_sizes(program)
+        early = compile_step(config, dataset, devices, ghosts=True)
+    sizes = _mask_sizes(compiled_step)
     if streamed:
-        return Trainer(program, early, None, None, sizes)
-    return Trainer(
-        program,
+        return TrainSetup(compiled_step, early, None, None, sizes)
+    return TrainSetup(
+        compiled_step,
         early,
-        program.place(dataset.train),
+        compiled_step.place(dataset.train),
         [
-            program.place_test(batch)
-            for batch in padded(dataset.test, EVALUATION_BATCH, program.devices)
+            compiled_step.place_test(batch)
+            for batch in padded_batches(
+                dataset.test, EVALUATION_BATCH, compiled_step.devices
+            )
         ],
         sizes,
     )
 
 
 def fit(
-    trainer: Trainer,
+    trainer: TrainSetup,
     seeds: Sequence[int],
     folder: pathlib.Path,
     *,
     on_step: Callable[[int], None] = lambda steps: None,
-    on_records: Callable[[Sequence[Record]], None] = lambda records: None,
+    on_records: Callable[[Sequence[MetricsRecord]], None] = lambda records: None,
     stopped: Callable[[int], int | None] = lambda step: None,
     first: int = 0,
-    begin: Callable[[Program, Sequence[int]], PyTree] = initial_state.state,
-) -> tuple[list[list[Record]], PyTree]:
+    begin: Callable[[CompiledStep, Sequence[int]], PyTree] = initial_state.state,
+) -> tuple[list[list[MetricsRecord]], PyTree]:
     """Trains for the configured steps, or for those that are left of them.
 
     Args:
@@ -166,31 +168,31 @@ def fit(
 
 
 def _fit(
-    trainer: Trainer,
+    trainer: TrainSetup,
     seeds: Sequence[int],
     checkpoints: Checkpoints,
     log: Log,
     on_step: Callable[[int], None],
-    on_records: Callable[[Sequence[Record]], None],
+    on_records: Callable[[Sequence[MetricsRecord]], None],
     stopped: Callable[[int], int | None],
     first: int,
-    begin: Callable[[Program, Sequence[int]], PyTree],
-) -> tuple[list[list[Record]], PyTree]:
+    begin: Callable[[CompiledStep, Sequence[int]], PyTree],
+) -> tuple[list[list[MetricsRecord]], PyTree]:
     config = trainer.config
     interval, saving = config.evaluation_interval, config.checkpoint_interval
     start = time.perf_counter()
     saved = checkpoints.latest
     step = first if saved is None else saved
-    program = trainer.at(step)
-    losses = Losses(program.lanes)
+    compiled_step = trainer.compiled_step_at(step)
+    losses = Losses(compiled_step.lanes)
     if saved is None:
-        state = begin(program, seeds)
+        state = begin(compiled_step, seeds)
         log.resume(-1)
     else:
         snapshot, progress = checkpoints.restore(
-            saved, program.abstract(), config.method
+            saved, compiled_step.abstract(), config.method
         )
-        state = program.restore(snapshot)
+        state = compiled_step.restore(snapshot)
         del snapshot
         start -= progress.seconds
         losses.values = progress.losses
@@ -199,15 +201,15 @@ def _fit(
             evaluated.append(step)
         log.resume(step, evaluated)
         on_step(step - first)
-    data = batches(trainer, seeds[0], step)
-    ahead = steps_ahead(program)
+    data = train_batches(trainer, seeds[0], step)
+    ahead = steps_ahead(compiled_step)
     while True:
-        if trainer.at(step) is not program:
+        if trainer.compiled_step_at(step) is not compiled_step:
             # The end of the ghosts: from this step on the network is the plain one.
             on_step(losses.wait(0))
-            plain = tost.drop_ghosts(program.snapshot(state))
-            program = trainer.at(step)
-            state = program.restore(plain)
+            plain = tost.drop_ghosts(compiled_step.snapshot(state))
+            compiled_step = trainer.compiled_step_at(step)
+            state = compiled_step.restore(plain)
         # A checkpoint is written after the evaluation of its step: what is gone on from
         # has been evaluated.
         if step != saved and (step % interval == 0 or step == config.steps):
@@ -224,14 +226,14 @@ def _fit(
         if step != saved and (due or stopping or step == config.steps):
             on_step(losses.wait(0))
             losses.check(step, checkpoints.latest)
-            _check(trainer, state, step, checkpoints.latest)
+            _check_state(trainer, state, step, checkpoints.latest)
             # Written in the background, while more losses come in: a copy.
             progress = Progress(
                 [list(lane) for lane in losses.values],
                 time.perf_counter() - start,
                 config.method,
             )
-            checkpoints.save(step, program.snapshot(state), progress)
+            checkpoints.save(step, compiled_step.snapshot(state), progress)
             saved = step
         if wish is not None and stopping:
             checkpoints.wait()
@@ -245,7 +247,7 @@ def _fit(
         if step < config.ghost_steps:
             left = min(left, config.ghost_steps - step)
         number = config.scan_block if left >= config.scan_block else 1
-        state, loss = program.steps(state, next(data), number)
+        state, loss = compiled_step.steps(state, next(data), number)
         step += number
         losses.add(loss)
         on_step(losses.wait(ahead))
@@ -299,7 +301,7 @@ class Losses:
                     raise _diverged(f"the loss of step {where} is {loss}", saved)
 
 
-def padded(split: Split, largest: int, multiple: int) -> list[Split]:
+def padded_batches(split: Split, largest: int, multiple: int) -> list[Split]:
     """The split in batches of one size, filled up with a label that nothing has.
 
     Args:
@@ -320,12 +322,12 @@ def padded(split: Split, largest: int, multiple: int) -> list[Split]:
     return [Split(*pair) for pair in zip(inputs, labels, strict=True)]
 
 
-def batches(trainer: Trainer, seed: int, start: int) -> Iterator[PyTree]:
+def train_batches(trainer: TrainSetup, seed: int, start: int) -> Iterator[PyTree]:
     """What every step is given, from step `start` on."""
     dataset = trainer.dataset
     if not isinstance(dataset, Stream):
         while True:
-            yield trainer.train
+            yield trainer.train_data
     batches = dataset.train_batches(
         seed=seed,
         start=start,
@@ -335,14 +337,14 @@ def batches(trainer: Trainer, seed: int, start: int) -> Iterator[PyTree]:
         workers=trainer.config.data.workers,
     )
     for batch in batches:
-        yield trainer.program.place(batch)
+        yield trainer.compiled_step.place(batch)
 
 
-def _test_batches(trainer: Trainer) -> Iterator[PyTree]:
-    dataset, program = trainer.dataset, trainer.program
+def _test_batches(trainer: TrainSetup) -> Iterator[PyTree]:
+    dataset, compiled_step = trainer.dataset, trainer.compiled_step
     if not isinstance(dataset, Stream):
-        assert trainer.test is not None
-        yield from trainer.test
+        assert trainer.test_batches is not None
+        yield from trainer.test_batches
         return
     batches = dataset.test_batches(
         batch_size=trainer.config.data.batch_size,
@@ -351,11 +353,11 @@ def _test_batches(trainer: Trainer) -> Iterator[PyTree]:
         workers=trainer.config.data.workers,
     )
     for batch in batches:
-        yield program.place_test(batch)
+        yield compiled_step.place_test(batch)
 
 
 def evaluate(
-    trainer: Trainer, state: PyTree, step: int
+    trainer: TrainSetup, state: PyTree, step: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the state of a step makes of the test data.
 
@@ -363,11 +365,11 @@ def evaluate(
       (int64, labels predicted correctly; float64, sum of the cross-entropy over all
       labels in nats), (lanes,) each.
     """
-    program = trainer.at(step)
-    correct = np.zeros(program.lanes, np.int64)
-    loss = np.zeros(program.lanes, np.float64)
+    compiled_step = trainer.compiled_step_at(step)
+    correct = np.zeros(compiled_step.lanes, np.int64)
+    loss = np.zeros(compiled_step.lanes, np.float64)
     scores: collections.deque[Score] = collections.deque()
-    ahead = min(2, steps_ahead(program))
+    ahead = min(2, steps_ahead(compiled_step))
 
     def add(pending: int) -> None:
         while len(scores) > pending:
@@ -376,23 +378,23 @@ def evaluate(
             loss[:] += score.loss
 
     for batch in _test_batches(trainer):
-        scores.append(program.evaluate(state, batch))
+        scores.append(compiled_step.evaluate(state, batch))
         add(ahead)
     add(0)
     return correct, loss
 
 
 def _evaluate(
-    trainer: Trainer, state: PyTree, step: int, losses: Losses, seconds: float
-) -> list[Record]:
+    trainer: TrainSetup, state: PyTree, step: int, losses: Losses, seconds: float
+) -> list[MetricsRecord]:
     """The record of every lane."""
-    program = trainer.at(step)
+    compiled_step = trainer.compiled_step_at(step)
     correct, loss = evaluate(trainer, state, step)
     total = trainer.dataset.test_size
-    active = np.asarray(program.inspect(state).active)
-    rate = float(np.asarray(program.functions.schedule(step)))
+    active = np.asarray(compiled_step.inspect(state).active)
+    rate = float(np.asarray(compiled_step.train_step.schedule(step)))
     return [
-        Record(
+        MetricsRecord(
             step=step,
             train_loss=train_loss,
             test_correct=int(correct[lane]),
@@ -406,23 +408,23 @@ def _evaluate(
     ]
 
 
-def _sparsity(trainer: Trainer, active: Sequence[int]) -> granet_jax.Sparsity:
-    total = sum(trainer.sizes.values())
+def _sparsity(trainer: TrainSetup, active: Sequence[int]) -> granet_jax.Sparsity:
+    total = sum(trainer.mask_sizes.values())
     return granet_jax.Sparsity(
         overall=1.0 - sum(active) / total,
         leaves={
             name: 1.0 - n / size
-            for (name, size), n in zip(trainer.sizes.items(), active, strict=True)
+            for (name, size), n in zip(trainer.mask_sizes.items(), active, strict=True)
         },
         active=sum(active),
         total=total,
     )
 
 
-def _mask_sizes(program: Program) -> dict[str, int]:
-    functions = program.functions
+def _mask_sizes(compiled_step: CompiledStep) -> dict[str, int]:
+    train_step = compiled_step.train_step
     one = jax.eval_shape(
-        lambda seed: functions.masks(functions.create(seed)), np.uint32(0)
+        lambda seed: train_step.masks(train_step.create(seed)), np.uint32(0)
     )
     return {
         masking.leaf_name(path): math.prod(leaf.shape)
@@ -430,18 +432,20 @@ def _mask_sizes(program: Program) -> dict[str, int]:
     }
 
 
-def _check(trainer: Trainer, state: PyTree, step: int, saved: int | None) -> None:
+def _check_state(
+    trainer: TrainSetup, state: PyTree, step: int, saved: int | None
+) -> None:
     """Raises unless the state is worth keeping: finite, and exactly sparse."""
-    seen = trainer.at(step).inspect(state)
+    seen = trainer.compiled_step_at(step).inspect(state)
     if not np.asarray(seen.finite).all():
         raise _diverged(f"a parameter is not finite after step {step}", saved)
     for lane in np.asarray(seen.broken):
-        for name, number in zip(trainer.sizes, lane, strict=True):
+        for name, number in zip(trainer.mask_sizes, lane, strict=True):
             if number:
                 raise RuntimeError(f"{name} has weights that are pruned but not zero.")
     if step < trainer.config.steps:
         return
-    total = sum(trainer.sizes.values())
+    total = sum(trainer.mask_sizes.values())
     dense = trainer.config.method == "dense"
     sparsity = 0.0 if dense else trainer.config.sparsity
     expected = distributions.total_count(total, sparsity)
@@ -460,11 +464,11 @@ def _diverged(what: str, saved: int | None) -> DivergedError:
     )
 
 
-def steps_ahead(program: Program) -> int:
+def steps_ahead(compiled_step: CompiledStep) -> int:
     """Steps that may queue up on the device.
 
     None where several devices are one CPU: programs that wait for one another there,
     and for the few threads, can wait for ever.
     """
-    alone = program.devices == 1 or jax.default_backend() != "cpu"
+    alone = compiled_step.devices == 1 or jax.default_backend() != "cpu"
     return _AHEAD if alone else 0

@@ -9,12 +9,12 @@ from typing import NamedTuple
 from tensorboardX import SummaryWriter
 
 import granet_jax
-from experiments.training.atomic_files import complete, writing
+from experiments.training.atomic_files import atomic_path, explain_write_errors
 
 FILE = "metrics.jsonl"
 
 
-class Record(NamedTuple):
+class MetricsRecord(NamedTuple):
     """One evaluation.
 
     Attributes:
@@ -49,7 +49,7 @@ class Log:
         self, folder: pathlib.Path, method: str, seeds: Sequence[int], *, writes: bool
     ) -> None:
         """An empty log; nothing is read or written yet."""
-        self.records: list[list[Record]] = [[] for _ in seeds]
+        self.records: list[list[MetricsRecord]] = [[] for _ in seeds]
         self._path = folder / FILE
         self._method = method
         self._seeds = tuple(seeds)
@@ -87,7 +87,7 @@ class Log:
                 )
         if not self._writes:
             return
-        with complete(self._path) as path, path.open("w") as file:
+        with atomic_path(self._path) as path, path.open("w") as file:
             for i in range(len(self.records[0])):
                 for seed, records in zip(self._seeds, self.records, strict=True):
                     file.write(_line(self._method, seed, records[i]))
@@ -104,13 +104,13 @@ class Log:
             for seed in self._seeds
         ]
 
-    def add(self, new: Sequence[Record]) -> None:
+    def add(self, new: Sequence[MetricsRecord]) -> None:
         """Appends one record of every seed; when it returns they are on the disk."""
         for records, record in zip(self.records, new, strict=True):
             records.append(record)
         if not self._writes:
             return
-        with writing(self._path), self._path.open("a") as file:
+        with explain_write_errors(self._path), self._path.open("a") as file:
             for seed, record in zip(self._seeds, new, strict=True):
                 file.write(_line(self._method, seed, record))
             file.flush()
@@ -126,7 +126,7 @@ class Log:
             board.close()
 
 
-def _line(method: str, seed: int, record: Record) -> str:
+def _line(method: str, seed: int, record: MetricsRecord) -> str:
     line = {
         "method": method,
         "seed": seed,
@@ -145,7 +145,7 @@ def _line(method: str, seed: int, record: Record) -> str:
     return json.dumps(line, allow_nan=False) + "\n"
 
 
-def _parse(line: str) -> tuple[int, Record]:
+def _parse(line: str) -> tuple[int, MetricsRecord]:
     values = json.loads(line)
     sparsity = granet_jax.Sparsity(
         overall=values["sparsity"],
@@ -153,7 +153,7 @@ def _parse(line: str) -> tuple[int, Record]:
         active=values["active_weights"],
         total=values["total_weights"],
     )
-    record = Record(
+    record = MetricsRecord(
         step=values["step"],
         train_loss=values["train_loss"],
         test_correct=values["test_correct"],
@@ -166,7 +166,7 @@ def _parse(line: str) -> tuple[int, Record]:
     return values["seed"], record
 
 
-def _scalars(record: Record) -> dict[str, float]:
+def _scalars(record: MetricsRecord) -> dict[str, float]:
     scalars = {
         "test/accuracy": record.test_accuracy,
         "test/loss": record.test_loss,

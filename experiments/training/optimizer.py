@@ -56,7 +56,7 @@ def _schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
             return optax.constant_schedule(config.learning_rate)
 
 
-def optimizer(
+def create(
     config: OptimizerConfig, schedule: optax.Schedule, decayed: PyTree
 ) -> optax.GradientTransformation:
     """The optimizer that the masks are put around.
@@ -79,7 +79,7 @@ def optimizer(
     )
 
 
-def decayed(params: PyTree, maskable: Any) -> PyTree:
+def decay_mask(params: PyTree, maskable: Any) -> PyTree:
     """Which parameters decay: those that may carry a mask, by `maskable`."""
 
     def decays(path: Any, leaf: Any) -> bool:

@@ -15,8 +15,8 @@ from experiments.config.plasticity import UNPRUNED, Branch, Study
 from experiments.data import Dataset, Stream
 from experiments.training import loop
 from experiments.training.atomic_files import write_json
-from experiments.training.devices import Program
-from experiments.training.step import Functions, TrainState
+from experiments.training.devices import CompiledStep
+from experiments.training.step import TrainState, TrainStep
 from granet_jax.analysis import plasticity
 from granet_jax.selection import Scope
 
@@ -25,7 +25,7 @@ PyTree = Any
 _STREAM = 4
 
 
-class Job(NamedTuple):
+class BranchRun(NamedTuple):
     """A branch to train, of one seed, from one point.
 
     Attributes:
@@ -43,7 +43,7 @@ class Job(NamedTuple):
     path: pathlib.Path
 
 
-class Pruner(NamedTuple):
+class BranchPruner(NamedTuple):
     """What prunes states, one at a time, however many lanes there are.
 
     Compiled once for all points: nothing in it depends on the learning rate.
@@ -58,12 +58,12 @@ class Pruner(NamedTuple):
     cutter: Callable[[str, Scope, float], Callable[..., TrainState]]
 
 
-def pruner_of(study: Study, dataset: Dataset | Stream) -> Pruner:
+def create_pruner(study: Study, dataset: Dataset | Stream) -> BranchPruner:
     config = study.continued(study.train.optimizer.learning_rate)
-    functions = Functions(config, dataset)
+    train_step = TrainStep(config, dataset)
 
     def start(state: TrainState) -> TrainState:
-        opt_state = functions.optimizer(state.seed).init(state.params)
+        opt_state = train_step.optimizer(state.seed).init(state.params)
         assert isinstance(opt_state, granet_jax.SparseState)
         opt_state = opt_state._replace(inner_state=state.opt_state)
         return state._replace(opt_state=opt_state)
@@ -72,13 +72,13 @@ def pruner_of(study: Study, dataset: Dataset | Stream) -> Pruner:
     def cutter(
         criterion: str, scope: Scope, regrow: float
     ) -> Callable[..., TrainState]:
-        return jax.jit(functools.partial(_cut, functions, criterion, scope, regrow))
+        return jax.jit(functools.partial(_cut, train_step, criterion, scope, regrow))
 
-    return Pruner(jax.jit(start), cutter)
+    return BranchPruner(jax.jit(start), cutter)
 
 
 def _cut(
-    functions: Functions,
+    train_step: TrainStep,
     criterion: str,
     scope: Scope,
     regrow: float,
@@ -98,7 +98,7 @@ def _cut(
         scope=scope,
         regrow=regrow,
         # Compiled only if it is of use.
-        grads=functions.gradient(state, data),
+        grads=train_step.gradient(state, data),
         key=jax.random.fold_in(key, state.step),
     )
     params, inner_state = plasticity.apply_pruned(
@@ -112,11 +112,11 @@ def _cut(
     return state._replace(params=params, opt_state=opt_state, average=average)
 
 
-def train_jobs(
+def train_branches(
     study: Study,
-    each: loop.Trainer,
-    pruner: Pruner,
-    jobs: Sequence[Job],
+    each: loop.TrainSetup,
+    pruner: BranchPruner,
+    jobs: Sequence[BranchRun],
     steps: int,
     on_step: Callable[[int], object],
     stopped: Callable[[int], int | None],
@@ -129,7 +129,7 @@ def train_jobs(
     keeps = [keep_numbers(job.branch, masks, study, steps) for job in lanes]
     state, pruned = _trained(each, pruner, lanes, keeps, steps, on_step, stopped)
     after, loss = loop.evaluate(each, state, steps)
-    seen = each.program.inspect(state)
+    seen = each.compiled_step.inspect(state)
     total = each.dataset.test_size
     for i, job in enumerate(jobs):
         rows = [*keeps[i].values()]
@@ -148,9 +148,9 @@ def train_jobs(
 
 
 def _trained(
-    each: loop.Trainer,
-    pruner: Pruner,
-    jobs: Sequence[Job],
+    each: loop.TrainSetup,
+    pruner: BranchPruner,
+    jobs: Sequence[BranchRun],
     keeps: Sequence[dict[int, np.ndarray]],
     steps: int,
     on_step: Callable[[int], object],
@@ -162,31 +162,31 @@ def _trained(
       (the program's state after the last step, the number of test examples that each
       lane predicts correctly just after it is pruned for the last time).
     """
-    program = each.program
+    compiled_step = each.compiled_step
     cuts = [pruner.cutter(*job.branch.ranking) for job in jobs]
     states = [pruner.start(job.state) for job in jobs]
-    state = program.restore(_stacked(program, states))
+    state = compiled_step.restore(_stacked(compiled_step, states))
     pruned = np.asarray([job.before for job in jobs])
-    losses = loop.Losses(program.lanes)
-    data = loop.batches(each, jobs[0].seed, int(jobs[0].state.step))
-    ahead, done = loop.steps_ahead(program), 0
+    losses = loop.Losses(compiled_step.lanes)
+    data = loop.train_batches(each, jobs[0].seed, int(jobs[0].state.step))
+    ahead, done = loop.steps_ahead(compiled_step), 0
     while done < steps:
         if (wish := stopped(done)) is not None:
             raise loop.StoppedError(done, wish)
         batch = next(data)
         due = [i for i, keep in enumerate(keeps) if done in keep]
         if due:
-            states = _unstacked(program, state)
+            states = _unstacked(compiled_step, state)
             for i in due:
                 states[i] = cuts[i](states[i], batch, keeps[i][done])
-            state = program.restore(_stacked(program, states))
+            state = compiled_step.restore(_stacked(compiled_step, states))
             last = [i for i in due if done == max(keeps[i])]
             if last:
                 pruned[last] = loop.evaluate(each, state, done)[0][last]
         later = [at for keep in keeps for at in keep if at > done]
         left = min([*later, steps]) - done
         number = each.config.scan_block if left >= each.config.scan_block else 1
-        state, loss = program.steps(state, batch, number)
+        state, loss = compiled_step.steps(state, batch, number)
         done += number
         losses.add(loss)
         on_step(losses.wait(ahead))
@@ -216,7 +216,7 @@ def _masks(state: TrainState) -> list[Array]:
     return jax.tree.leaves(granet_jax.get_masks(state.opt_state))
 
 
-def _stacked(program: Program, states: Sequence[TrainState]) -> TrainState:
+def _stacked(compiled_step: CompiledStep, states: Sequence[TrainState]) -> TrainState:
     """Of states of one lane a snapshot of the program's; counters have no lanes."""
 
     def stack(like: jax.ShapeDtypeStruct, *leaves: Array) -> Any:
@@ -224,18 +224,18 @@ def _stacked(program: Program, states: Sequence[TrainState]) -> TrainState:
             return jnp.stack(leaves)
         return jax.device_put(leaves[0], like.sharding)
 
-    return jax.tree.map(stack, program.abstract(), *states)
+    return jax.tree.map(stack, compiled_step.abstract(), *states)
 
 
-def _unstacked(program: Program, state: PyTree) -> list[TrainState]:
+def _unstacked(compiled_step: CompiledStep, state: PyTree) -> list[TrainState]:
     """The states of the lanes."""
-    if program.lanes == 1:
-        return [program.snapshot(state)]
-    one = jax.eval_shape(program.functions.create, np.uint32(0))
+    if compiled_step.lanes == 1:
+        return [compiled_step.snapshot(state)]
+    one = jax.eval_shape(compiled_step.train_step.create, np.uint32(0))
 
     def lane(i: int) -> TrainState:
         return jax.tree.map(
             lambda x, like: x[i] if x.ndim > like.ndim else jnp.copy(x), state, one
         )
 
-    return [lane(i) for i in range(program.lanes)]
+    return [lane(i) for i in range(compiled_step.lanes)]

@@ -67,7 +67,7 @@ def _whole(batch: PyTree) -> PyTree:
 
 
 @dataclasses.dataclass(frozen=True)
-class Functions:
+class TrainStep:
     """A configuration as pure functions.
 
     Attributes:
@@ -115,16 +115,16 @@ class Functions:
         return build_method(self.config)
 
     @property
-    def keeps_dense(self) -> bool:
+    def has_dense_weights(self) -> bool:
         """Whether pruned weights live on, and only the forward pass is sparse."""
         return self.method is not None and self.method.weights == "dense"
 
     def optimizer(self, seed: Array) -> optax.GradientTransformation:
         """The whole optimizer, masks included, for a seed that may be traced."""
-        inner = optimizer.optimizer(
+        inner = optimizer.create(
             self.config.optimizer,
             self.schedule,
-            functools.partial(optimizer.decayed, maskable=models.maskable),
+            functools.partial(optimizer.decay_mask, maskable=models.maskable),
         )
         if self.method is None:
             return inner
@@ -154,7 +154,7 @@ class Functions:
         variables = self.variables(seed)
         params = variables["params"]
         opt_state = self.optimizer(seed).init(params)
-        if self.method is not None and not self.keeps_dense:
+        if self.method is not None and not self.has_dense_weights:
             params = granet_jax.apply_masks(params, granet_jax.get_masks(opt_state))
         return TrainState(
             step=jnp.int32(0),
@@ -221,7 +221,7 @@ class Functions:
 
     def evaluate(self, state: TrainState, batch: Split) -> Score:
         """What the network makes of one batch; a label of -1 is no example."""
-        params = self.evaluated(state)
+        params = self.evaluation_params(state)
         variables = {"params": params, "batch_stats": state.statistics}
         logits = self.model.apply(
             variables,
@@ -238,16 +238,16 @@ class Functions:
             jnp.sum(right, dtype=jnp.int32), jnp.sum(jnp.where(counted, losses, 0.0))
         )
 
-    def used(self, state: TrainState) -> PyTree:
+    def forward_params(self, state: TrainState) -> PyTree:
         """The parameters of the forward pass, at which the gradient is taken."""
-        if not self.keeps_dense:
+        if not self.has_dense_weights:
             return state.params
         return granet_jax.sparse_view(state.params, state.opt_state)
 
-    def evaluated(self, state: TrainState) -> PyTree:
+    def evaluation_params(self, state: TrainState) -> PyTree:
         """The parameters that are evaluated: a moving average is masked."""
         if self._decay is None:
-            return self.used(state)
+            return self.forward_params(state)
         if self.method is None:
             return state.average
         masks = granet_jax.get_masks(state.opt_state)
@@ -311,7 +311,7 @@ class Functions:
         """(loss, batch statistics, gradient) of a batch, cut into parts if so told."""
         parts = self.config.optimizer.accumulate
         differentiate = jax.value_and_grad(self._loss, has_aux=True)
-        params = self.used(state)
+        params = self.forward_params(state)
         if parts == 1:
             (loss, statistics), grads = differentiate(
                 params, state.statistics, batch, state.step

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.training.atomic_files import complete
+from experiments.training.atomic_files import atomic_path
 from granet_jax import distributions, masking
 
 PyTree = Any
@@ -24,7 +24,7 @@ def write(
     """
     arrays: Any = {f"weights/{name}": x for name, x in _named(weights).items()}
     arrays |= {f"masks/{name}": np.packbits(x) for name, x in _named(masks).items()}
-    with complete(_path(folder, seed, sparsity)) as path, path.open("wb") as file:
+    with atomic_path(_path(folder, seed, sparsity)) as path, path.open("wb") as file:
         np.savez(file, **arrays)
 
 

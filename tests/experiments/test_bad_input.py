@@ -40,7 +40,7 @@ RUN = "static-seed0"
 
 
 @functools.cache
-def maker() -> loop.Trainer:
+def maker() -> loop.TrainSetup:
     return runs.make(CONFIG)
 
 

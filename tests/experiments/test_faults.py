@@ -70,7 +70,7 @@ def _small(monkeypatch) -> None:
 
 
 @functools.cache
-def maker(**changes: Any) -> loop.Trainer:
+def maker(**changes: Any) -> loop.TrainSetup:
     return runs.make(dataclasses.replace(CONFIG, **changes))
 
 
@@ -244,7 +244,7 @@ def test_a_flipped_bit_in_any_file_is_found(recorded, tmp_path) -> None:
                 flipped[place // 8] ^= 1 << (place % 8)
                 (folder / name).write_bytes(flipped)
                 try:
-                    opened.restore(LAST, maker().program.abstract())
+                    opened.restore(LAST, maker().compiled_step.abstract())
                 except CheckpointError as error:
                     message = str(error)
                     assert f"remove {folder} to go on from the one before." in message
@@ -257,7 +257,7 @@ def test_a_flipped_bit_in_any_file_is_found(recorded, tmp_path) -> None:
                         "manifest/commit_success.txt",
                     )
             (folder / name).write_bytes(content)
-        opened.restore(LAST, maker().program.abstract())
+        opened.restore(LAST, maker().compiled_step.abstract())
     finally:
         opened.close()
 

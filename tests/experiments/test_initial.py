@@ -15,8 +15,8 @@ import granet_jax
 from experiments import data, models
 from experiments.config.run import Config, MaskConfig, OptimizerConfig, ToSTConfig
 from experiments.training import initial_masks, initial_state, loop
-from experiments.training.devices import Program
-from experiments.training.step import Functions
+from experiments.training.devices import CompiledStep
+from experiments.training.step import TrainStep
 from granet_jax import distributions, mask_sources, tost
 from tests.helpers.runs import make, same
 
@@ -39,8 +39,8 @@ def with_source(source: str, **changes: Any) -> Config:
     return dataclasses.replace(CONFIG, masks=masks, **changes)
 
 
-def functions(config: Config) -> Functions:
-    return Functions(config, data.load("digits"))
+def functions(config: Config) -> TrainStep:
+    return TrainStep(config, data.load("digits"))
 
 
 def drawn(config: Config, seed: int) -> Any:
@@ -49,8 +49,8 @@ def drawn(config: Config, seed: int) -> Any:
 
 
 @functools.cache
-def program(devices: int = 1, **changes: Any) -> Program:
-    return make(dataclasses.replace(CONFIG, **changes), devices).program
+def compiled_step(devices: int = 1, **changes: Any) -> CompiledStep:
+    return make(dataclasses.replace(CONFIG, **changes), devices).compiled_step
 
 
 @functools.cache
@@ -60,11 +60,11 @@ def weights(config: Config, seed: int) -> tuple[Any, Any]:
 
 def started(config: Config, of: list[int], devices: int = 1, **form: Any) -> Any:
     """The state at step 0, by a program that is the same for all configurations."""
-    shared = program(devices, **form)
+    shared = compiled_step(devices, **form)
     own = dataclasses.replace(
         shared,
-        functions=dataclasses.replace(
-            shared.functions, config=dataclasses.replace(config, **form)
+        train_step=dataclasses.replace(
+            shared.train_step, config=dataclasses.replace(config, **form)
         ),
     )
     return jax.device_get(shared.snapshot(initial_state.state(own, of)))

@@ -48,7 +48,7 @@ def found(request, tmp_path_factory):
     return config
 
 
-def on_all_devices(config: Config) -> loop.Trainer:
+def on_all_devices(config: Config) -> loop.TrainSetup:
     """A trainer as of `lottery.run`."""
     return make(config, jax.device_count())
 
@@ -58,7 +58,7 @@ def final(config: LotteryConfig, number: int) -> Any:
     each = on_all_devices(config.train)
     folder = config.out / "seed1" / f"round{number}" / "checkpoints"
     checkpoints = Checkpoints(folder, 1)
-    state, _ = checkpoints.restore(config.train.steps, each.program.abstract())
+    state, _ = checkpoints.restore(config.train.steps, each.compiled_step.abstract())
     checkpoints.close()
     return jax.device_get(state)
 
@@ -91,11 +91,11 @@ def test_each_round_prunes_the_smallest_weights_of_the_last(found):
 
 def test_weights_go_back_to_those_of_the_step(found):
     each = on_all_devices(TRAINING)
-    state = each.program.create([1])
+    state = each.compiled_step.create([1])
     for _ in range(found.rewind_steps):
-        state, loss = each.program.steps(state, each.train, 1)
+        state, loss = each.compiled_step.steps(state, each.train_data, 1)
         jax.block_until_ready(loss)
-    origin = jax.device_get(each.program.snapshot(state).params)
+    origin = jax.device_get(each.compiled_step.snapshot(state).params)
     for sparsity in SPARSITIES:
         weights, masks = ticket(found, sparsity)
         for name in KERNELS:
@@ -115,7 +115,7 @@ def test_training_of_a_ticket_is_that_of_its_round(found, tmp_path):
     config = dataclasses.replace(TRAINING, sparsity=0.5, masks=masks)
     each = on_all_devices(config)
     _, state = loop.fit(each, [1], tmp_path / "run")
-    state = jax.device_get(each.program.snapshot(state))
+    state = jax.device_get(each.compiled_step.snapshot(state))
     _, bits = ticket(found, 0.5)
     assert same(state.opt_state.masks, bits)
     ended = final(found, 2)
@@ -139,10 +139,10 @@ def test_seeds_at_once_and_ghosts_start_from_tickets(found, tmp_path):
     ticket_files.write(found.out, 2, 0.55, jax.tree.map(lambda x: 2 * x, weights), bits)
     try:
         each = make(config)
-        state = loop.initial_state.state(each.at(0), [1, 2])
+        state = loop.initial_state.state(each.compiled_step_at(0), [1, 2])
     finally:
         (found.out / "seed2-0.55.npz").unlink()
-    params = jax.device_get(each.at(0).snapshot(state).params)
+    params = jax.device_get(each.compiled_step_at(0).snapshot(state).params)
     for lane, factor in enumerate((1, 2)):
         expected = jax.tree.map(lambda x, f=factor: f * x, weights)
         assert same(jax.tree.map(lambda x, i=lane: x[i], params), expected)

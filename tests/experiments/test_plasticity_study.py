@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from experiments import data, models, plasticity, train
-from experiments.config.plasticity import UNPRUNED, Branch, Point, Study
+from experiments.config.plasticity import UNPRUNED, Branch, PruningPoint, Study
 from experiments.config.run import Config, DataConfig, OptimizerConfig
 from experiments.reports import plasticity as plasticity_report
 from experiments.reports.plasticity import Results
@@ -58,7 +58,7 @@ def _small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "create", create)
         one = jax.devices()[:1]
-        for module, name in ((loop, "create"), (plasticity, "compiled")):
+        for module, name in ((loop, "create"), (plasticity, "compile_step")):
             function = getattr(module, name)
             patch.setattr(module, name, functools.partial(function, devices=one))
         yield
@@ -131,7 +131,7 @@ def test_a_whole_study(tmp_path, capsys):
 
     checkpoints = Checkpoints(tmp_path / "study/dense-seed1/checkpoints", keep=4)
     dense = loop.create(study.dense, data.load("digits"))
-    state, _ = checkpoints.restore(16, dense.program.abstract())
+    state, _ = checkpoints.restore(16, dense.compiled_step.abstract())
     checkpoints.close()
     after, when_pruned = by_hand(dense, state, rate=0.9, learning_rate=0.01)
     one_shot = Branch("magnitude", "global", "one-shot", 0.0, 0.9)
@@ -144,10 +144,10 @@ def test_a_whole_study(tmp_path, capsys):
 
 
 def by_hand(
-    dense: loop.Trainer, state: Any, *, rate: float, learning_rate: float
+    dense: loop.TrainSetup, state: Any, *, rate: float, learning_rate: float
 ) -> tuple[float, float]:
     """Accuracy of a state pruned by magnitude, eight steps later and at once."""
-    functions: Any = dense.program.functions
+    train_step: Any = dense.compiled_step.train_step
     dataset: Any = dense.dataset
     train_data = dataset.train
     kernels = {n: np.asarray(state.params[n]["kernel"]) for n in ("hidden", "output")}
@@ -165,16 +165,16 @@ def by_hand(
         }
 
     def loss(params: Any, statistics: Any, images: Any, labels: Any) -> Any:
-        inputs = functions.inputs(images)
-        logits, changed = functions.logits(params, statistics, inputs, 0)
+        inputs = train_step.inputs(images)
+        logits, changed = train_step.logits(params, statistics, inputs, 0)
         found = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return found.mean(), changed
 
     def accuracy(params: Any, statistics: Any) -> float:
         variables = {"params": params, "batch_stats": statistics}
         test = dataset.test
-        logits = functions.model.apply(
-            variables, functions.inputs(test.inputs), train=False
+        logits = train_step.model.apply(
+            variables, train_step.inputs(test.inputs), train=False
         )
         return float(np.mean(np.argmax(logits, axis=1) == test.labels))
 
@@ -287,11 +287,11 @@ def test_branches_may_be_added_and_nothing_is_trained_twice(
     shutil.copytree(straight, folder)
     first = small(out=folder)
     trained: list[str] = []
-    train_jobs = plasticity.train_jobs
+    train_branches = plasticity.train_branches
 
     def noting(study: Any, each: Any, pruner: Any, jobs: Any, *rest: Any) -> None:
         trained.extend(f"{job.seed} {job.branch.name}" for job in jobs)
-        train_jobs(study, each, pruner, jobs, *rest)
+        train_branches(study, each, pruner, jobs, *rest)
 
     monkeypatch.setattr(plasticity, "train_jobs", noting)
     plasticity.run(first)
@@ -337,7 +337,11 @@ def test_tables_hold_what_was_measured():
     way = Branch("magnitude", "global", "one-shot", 0.0, 0.9)
     results = Results(
         title="a model",
-        points=(Point(10, 1, 0.1), Point(20, 2, 0.1), Point(30, 3, 0.01)),
+        points=(
+            PruningPoint(10, 1, 0.1),
+            PruningPoint(20, 2, 0.1),
+            PruningPoint(30, 3, 0.01),
+        ),
         seeds=(0, 1),
         steps=10,
         epochs=1.0,

@@ -94,7 +94,7 @@ def assert_trained_alike(out: pathlib.Path, tmp_path: pathlib.Path, **form: Any)
     """Asserts that a run of two processes is that of two devices; the final state."""
     maker = runs.make(Config(**(CONFIG.__dict__ | form)), devices=2)
     _, state = loop.fit(maker, [0], tmp_path / RUN)
-    expected = maker.program.snapshot(state)
+    expected = maker.compiled_step.snapshot(state)
     steps = maker.config.steps
     found = runs.restored(maker, out / RUN, steps)
     assert int(found.step) == steps

@@ -23,7 +23,7 @@ from experiments.config.run import (
 from experiments.data import tfds_builders
 from experiments.reports import dry_run
 from experiments.training import optimizer
-from experiments.training.step import Functions
+from experiments.training.step import TrainStep
 
 ALL = recipes.recipes()
 FULL = {name: r for name, r in ALL.items() if not name.endswith("-mini")}
@@ -291,8 +291,8 @@ def test_help_names_the_options(capsys):
 
 
 def test_facts_are_those_of_the_data(tmp_path):
-    assert set(dry_run.FACTS) == set(data.NAMES)
-    for name, facts in dry_run.FACTS.items():
+    assert set(dry_run.DATASETS) == set(data.NAMES)
+    for name, facts in dry_run.DATASETS.items():
         if name == "imagenet2012":
             continue
         features = tfds_builders.BUILDERS[name](data_dir=tmp_path).info.features
@@ -302,10 +302,10 @@ def test_facts_are_those_of_the_data(tmp_path):
         assert facts.shape == features["image"].shape
         assert facts.classes == features["label"].num_classes
     digits = data.load("digits", tmp_path)
-    facts = dry_run.FACTS["digits"]
+    facts = dry_run.DATASETS["digits"]
     assert (len(digits.train.labels), digits.classes) == (facts.train_size, 10)
     # 90% of 1,115,394 characters, in rows of 128 that each have a successor.
-    assert dry_run.FACTS["tiny_shakespeare"].train_size == (1_003_854 - 1) // 128
+    assert dry_run.DATASETS["tiny_shakespeare"].train_size == (1_003_854 - 1) // 128
 
 
 def test_counts_of_lenet():
@@ -343,8 +343,8 @@ def test_streamed_data_has_no_remainder():
 
 def test_memory_is_that_of_a_state(tmp_path):
     config = dataclasses.replace(LENET, data=DataConfig("digits"))
-    functions = Functions(config, data.load("digits", tmp_path))
-    state = jax.jit(functions.create)(jnp.uint32(0))
+    train_step = TrainStep(config, data.load("digits", tmp_path))
+    state = jax.jit(train_step.create)(jnp.uint32(0))
     result = dry_run.analyse(config)
     counters = state.step.nbytes + state.seed.nbytes
     held = sum(x.nbytes for x in jax.tree.leaves(state))

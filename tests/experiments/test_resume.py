@@ -75,7 +75,9 @@ def _small(monkeypatch):
     monkeypatch.setattr(models, "create", create)
 
 
-def fit_until(maker: loop.Trainer, run: pathlib.Path, stop: int) -> loop.StoppedError:
+def fit_until(
+    maker: loop.TrainSetup, run: pathlib.Path, stop: int
+) -> loop.StoppedError:
     """Trains, in a run's folder, up to a step."""
 
     def stopped(step: int) -> int | None:
@@ -118,9 +120,9 @@ def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_is_not(
     assert runs.lines(run) == runs.lines(tmp_path / "straight")
     final = [runs.restored(maker, tmp_path / n, 24) for n in ("straight", "stopped")]
     assert runs.same(*final)
-    assert runs.same(final[0], maker.program.snapshot(state))
+    assert runs.same(final[0], maker.compiled_step.snapshot(state))
     # What the run was compared by is what training changes.
-    begun = jax.device_get(maker.program.create([3]))
+    begun = jax.device_get(maker.compiled_step.create([3]))
     for name in ("step", "order", "params", "statistics", "opt_state", "average"):
         if name != "average" or variant == "snfs":
             assert not runs.same(getattr(begun, name), getattr(state, name))
@@ -161,7 +163,7 @@ FORMS: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @functools.cache
-def form(name: str) -> loop.Trainer:
+def form(name: str) -> loop.TrainSetup:
     changes, devices = FORMS[name]
     config = dataclasses.replace(
         CONFIG, steps=8, method="static", masks=MaskConfig(), **changes
@@ -177,7 +179,7 @@ def test_a_checkpoint_of_8_devices_is_gone_on_from_on_1_and_on_4(source, tmp_pat
     expected = jax.device_get(runs.restored(maker, tmp_path, 5))
     assert int(expected.step) == 5
     for name in FORMS:
-        other = form(name).program
+        other = form(name).compiled_step
         found = runs.restored(form(name), tmp_path, 5)
         assert runs.same(jax.device_get(found), expected)
         assert {len(x.sharding.device_set) for x in jax.tree.leaves(found)} == {
@@ -190,7 +192,7 @@ def test_a_checkpoint_of_8_devices_is_gone_on_from_on_1_and_on_4(source, tmp_pat
     for name in ("jit, 1", "jit, 4", source):
         records, state = loop.fit(form(name), [3], copied(tmp_path, name))
         assert [record.step for record in records[0]] == [0, 7, 8]
-        ends[name] = jax.device_get(form(name).program.snapshot(state))
+        ends[name] = jax.device_get(form(name).compiled_step.snapshot(state))
     # Sums over devices round differently.
     for name in ("jit, 1", "jit, 4"):
         for found, want in zip(
@@ -236,7 +238,7 @@ def cache(tmp_path_factory) -> pathlib.Path:
 
 
 @functools.cache
-def reader() -> loop.Trainer:
+def reader() -> loop.TrainSetup:
     """A trainer of the configuration above, to read checkpoints with."""
     return runs.make(
         Config(

@@ -54,7 +54,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imagenet, "RESIZED", 18)
 
 
-def make(devices: int = 1, **changes: Any) -> loop.Trainer:
+def make(devices: int = 1, **changes: Any) -> loop.TrainSetup:
     dataset = Stream(
         name="imagenet2012",
         classes=CLASSES,
@@ -93,7 +93,7 @@ def test_a_stream_trains_resumes_and_counts_every_test_image(tmp_path):
 
 def test_evaluation_is_that_of_the_images_one_by_one():
     maker = make()
-    state = maker.program.create([0])
+    state = maker.compiled_step.create([0])
     correct = 0
     for i in range(TEST):
         example = maker.dataset.test_source[i]
@@ -116,12 +116,12 @@ def test_several_devices_share_every_batch(parallel):
     losses, records = {}, {}
     for devices in (1, 4):
         maker = make(devices, parallel=parallel)
-        state = maker.program.create([0])
+        state = maker.compiled_step.create([0])
         (records[devices],) = loop._evaluate(maker, state, 0, loop.Losses(1), 0.0)
-        batches = loop.batches(maker, 0, 0)
+        batches = loop.train_batches(maker, 0, 0)
         losses[devices] = []
         for _ in range(3):
-            state, loss = maker.program.steps(state, next(batches), 1)
+            state, loss = maker.compiled_step.steps(state, next(batches), 1)
             losses[devices].append(float(jax.block_until_ready(loss)[0, 0]))
     assert records[4].test_correct == records[1].test_correct
     np.testing.assert_allclose(records[4].test_loss, records[1].test_loss, rtol=1e-5)

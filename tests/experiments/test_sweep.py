@@ -19,7 +19,7 @@ from experiments.config.sweep import Sweep, read
 from experiments.reports import sweep as sweep_report
 from experiments.reports import training as training_report
 from experiments.training import loop
-from experiments.training.metrics import Log, Record
+from experiments.training.metrics import Log, MetricsRecord
 from granet_jax.analysis import plots
 
 SWEEPS = pathlib.Path(sweep.__file__).parent / "sweeps"
@@ -49,8 +49,8 @@ def kept(sparsity: float) -> int:
     return round((1 - sparsity) * TOTAL)
 
 
-def record(step: int, accuracy: float, active: int) -> Record:
-    return Record(
+def record(step: int, accuracy: float, active: int) -> MetricsRecord:
+    return MetricsRecord(
         step=step,
         train_loss=None if step == 0 else 0.5,
         test_correct=round(accuracy * 1000),
@@ -74,7 +74,7 @@ class Fake:
         self.done: list[str] = []
         self.fails: dict[str, BaseException] = {}
         monkeypatch.setattr(loop, "create", lambda config, dataset: config)
-        monkeypatch.setattr(sweep.devices, "compiled", lambda config, dataset: None)
+        monkeypatch.setattr(sweep.devices, "compile_step", lambda config, dataset: None)
         monkeypatch.setattr(train, "train_seeds", self.train)
         monkeypatch.setattr(
             sweep_report, "plot", lambda sweep, runs, path: path.touch()
@@ -592,7 +592,7 @@ def test_gains_are_between_runs_of_one_seed(tmp_path):
     def runs(name, *accuracies, seeds=(0, 1)):
         method = found.cells[name].method
         records = tuple((record(6, a, kept(0.9)),) for a in accuracies)
-        return training_report.Runs(method, seeds, records)
+        return training_report.MethodRuns(method, seeds, records)
 
     done = {
         "dense": runs("dense", 0.9, 0.8),
@@ -618,7 +618,7 @@ def test_gains_are_between_runs_of_one_seed(tmp_path):
 def test_variants_have_a_panel_for_every_sparse_row(tmp_path, monkeypatch):
     found = written(tmp_path, VARIANTS)
     done = {
-        name: training_report.Runs(
+        name: training_report.MethodRuns(
             config.method, (0,), ((record(6, 0.9 - 0.01 * i, kept(0.9)),),)
         )
         for i, (name, config) in enumerate(found.cells.items())
@@ -673,7 +673,7 @@ def test_what_is_wrong_in_variants_is_named(old, new, message, tmp_path):
 def test_rows_with_names_have_colours_of_their_own(tmp_path):
     found = written(tmp_path, NAMED)
     runs = {
-        name: training_report.Runs(
+        name: training_report.MethodRuns(
             config.method, (0,), ((record(6, 0.9 - 0.03 * i, kept(0.9)),),)
         )
         for i, (name, config) in enumerate(found.cells.items())
@@ -698,7 +698,7 @@ def test_best_is_chosen_at_the_final_sparsity(tmp_path):
         record(3, 0.6, kept(0.9)),
         record(6, 0.5, kept(0.9)),
     )
-    runs = {"gmp-0.9": training_report.Runs("gmp", (0,), (records,))}
+    runs = {"gmp-0.9": training_report.MethodRuns("gmp", (0,), (records,))}
     sweep_report.write(found, runs, {}, {}, tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert rows(text, 0)["gmp"] == ["50.00 (1 of 2 seeds)", "-"]
@@ -723,7 +723,7 @@ def test_the_plot_shows_every_method(tmp_path):
     text = text.replace("steps = 6", "steps = 48")
     found = written(tmp_path, text)
     runs = {
-        name: training_report.Runs(
+        name: training_report.MethodRuns(
             config.method,
             (0, 1),
             tuple(
@@ -755,7 +755,7 @@ def test_timing_tells_seconds_of_one_seed(tmp_path, monkeypatch):
     tiny = written(tmp_path, TINY)
     clock = [0.0]
 
-    class Program:
+    class CompiledStep:
         def __init__(self, lanes: int, seconds: float):
             self.lanes, self.seconds = lanes, seconds
             self.create = tuple
@@ -764,14 +764,14 @@ def test_timing_tells_seconds_of_one_seed(tmp_path, monkeypatch):
             clock[0] += number * self.seconds
             return state, 0.0
 
-    class Trainer:
+    class TrainSetup:
         train = None
 
         def __init__(self, config, dataset):
             lanes = config.seeds if config.vmap_seeds else 1
-            self.program = Program(lanes, 0.05 if lanes == 1 else 0.08)
+            self.compiled_step = CompiledStep(lanes, 0.05 if lanes == 1 else 0.08)
 
-    monkeypatch.setattr(loop, "create", Trainer)
+    monkeypatch.setattr(loop, "create", TrainSetup)
     monkeypatch.setattr(sweep.time, "perf_counter", lambda: clock[0])
     plain, mapped = sweep.seconds_per_step(tiny.first, None)
     assert (plain, mapped) == (pytest.approx(0.05), pytest.approx(0.04))

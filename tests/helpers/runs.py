@@ -50,7 +50,7 @@ def same(a: PyTree, b: PyTree) -> bool:
     )
 
 
-def make(config: Config, devices: int = 1) -> loop.Trainer:
+def make(config: Config, devices: int = 1) -> loop.TrainSetup:
     """A trainer on the first devices of this process."""
     return loop.create(config, data.load(config.data.dataset), jax.devices()[:devices])
 
@@ -61,11 +61,11 @@ def steps_saved(run: pathlib.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def restored(maker: loop.Trainer, run: pathlib.Path, step: int) -> PyTree:
+def restored(maker: loop.TrainSetup, run: pathlib.Path, step: int) -> PyTree:
     """A checkpoint of a run, as the trainer of that many devices reads it."""
     checkpoints = Checkpoints(run / "checkpoints", keep=100)
     try:
-        return checkpoints.restore(step, maker.program.abstract())[0]
+        return checkpoints.restore(step, maker.compiled_step.abstract())[0]
     finally:
         checkpoints.close()
 
