@@ -1,31 +1,34 @@
-"""What a run leaves behind: metrics as JSON lines, a table, a summary and a plot."""
+"""The results of `experiments.train`: a table, a summary as JSON, and a plot."""
 
 import dataclasses
 import pathlib
 import statistics
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import rich.table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import granet_jax
 from experiments.training.metrics import MetricsRecord
 from granet_jax.analysis import plots
 
-# Okabe and Ito's colours, which the colour-blind tell apart: method, dense.
+# Colour-blind safe (Okabe and Ito): the method, then dense training.
 _COLOURS = ("#0072B2", "#D55E00")
 _STYLES = ("-", "--")
 
 
 @dataclasses.dataclass(frozen=True)
 class MethodRuns:
-    """The records of one method, for all seeds.
+    """The metrics of one method for all seeds.
 
     Attributes:
-      method: its name.
-      seeds: of the runs, in the order of `records`.
-      records: of every run, in the order of steps.
+      method: Name of the method.
+      seeds: Seeds of the runs.
+      records: Records of every run, in the order of steps.
     """
 
     method: str
@@ -39,10 +42,10 @@ class MethodRuns:
 
     @property
     def best(self) -> list[float]:
-        """The best test accuracy of every run among records of the final sparsity.
+        """The best test accuracy of every run at the final sparsity.
 
-        Chosen on the test data, as the papers do: an optimistic number, to be compared
-        with theirs only.
+        The best evaluation is chosen on the test data, as the papers do. The number is
+        therefore optimistic and comparable with the papers' numbers only.
         """
         return [
             max(
@@ -54,8 +57,21 @@ class MethodRuns:
         ]
 
 
+def environment() -> dict[str, Any]:
+    """Return the versions and devices on which the results depend."""
+    return {
+        "python": sys.version.split()[0],
+        "jax": jax.__version__,
+        "granet_jax": granet_jax.__version__,
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+    }
+
+
 def summary(runs: Sequence[MethodRuns], environment: dict[str, Any]) -> dict[str, Any]:
-    """The final numbers of every run, ready for JSON."""
+    """Return the final metrics of every run as JSON values."""
     rows = [
         {
             "method": run.method,
@@ -73,7 +89,7 @@ def summary(runs: Sequence[MethodRuns], environment: dict[str, Any]) -> dict[str
 
 
 def table(title: str, runs: Sequence[MethodRuns]) -> rich.table.Table:
-    """The final numbers of every method: mean and standard deviation over seeds."""
+    """Return a table of the final metrics, mean and standard deviation over seeds."""
     result = rich.table.Table(title=title, title_justify="left")
     result.add_column("method", no_wrap=True)
     for heading in ("last / %", "best / %", "sparsity / %", "active of all weights"):
@@ -96,12 +112,12 @@ def table(title: str, runs: Sequence[MethodRuns]) -> rich.table.Table:
 
 
 def plot(title: str, runs: Sequence[MethodRuns], path: pathlib.Path) -> None:
-    """Accuracy and sparsity over the steps, and the final density of every layer.
+    """Plot accuracy and sparsity over the steps, and every layer's final density.
 
     Args:
-      title: of the figure.
-      runs: of one or two methods, with the same seeds and steps.
-      path: of the PNG image.
+      title: Title of the figure.
+      runs: Metrics of one or two methods with the same seeds and steps.
+      path: Path of the PNG image.
     """
     figure = Figure(figsize=(11, 6), layout="constrained")
     figure.suptitle(title)
@@ -109,10 +125,10 @@ def plot(title: str, runs: Sequence[MethodRuns], path: pathlib.Path) -> None:
     accuracy = figure.add_subplot(grid[0, 0])
     sparsity = figure.add_subplot(grid[1, 0], sharex=accuracy)
     density = figure.add_subplot(grid[:, 1])
-    for run, colour, style in zip(runs, _COLOURS, _STYLES, strict=False):
-        look = {"color": colour, "linestyle": style}
-        _curve(accuracy, run, [_accuracies(r) for r in run.records], look)
-        _curve(sparsity, run, [_sparsities(r) for r in run.records], look)
+    for run, colour, line in zip(runs, _COLOURS, _STYLES, strict=False):
+        style = {"color": colour, "linestyle": line}
+        _curve(accuracy, run, [_accuracies(r) for r in run.records], style)
+        _curve(sparsity, run, [_sparsities(r) for r in run.records], style)
     several = len(runs[0].seeds) > 1
     accuracy.set(
         title="Test accuracy" + (" (mean; band: range over seeds)" if several else ""),
@@ -134,15 +150,15 @@ def plot(title: str, runs: Sequence[MethodRuns], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=150, format="png")
 
 
-def _curve(axes: Axes, run: MethodRuns, values: list[list[float]], look: Any) -> None:
+def _curve(axes: Axes, run: MethodRuns, values: list[list[float]], style: Any) -> None:
     steps = [record.step for record in run.records[0]]
     columns = list(zip(*values, strict=True))
     means = [statistics.mean(column) for column in columns]
-    axes.plot(steps, means, label=run.method, linewidth=1.8, **look)
+    axes.plot(steps, means, label=run.method, linewidth=1.8, **style)
     if len(values) > 1:
         low, high = map(min, columns), map(max, columns)
         axes.fill_between(
-            steps, list(low), list(high), color=look["color"], alpha=0.2, linewidth=0
+            steps, list(low), list(high), color=style["color"], alpha=0.2, linewidth=0
         )
 
 
@@ -174,7 +190,7 @@ def _sparsities(records: Sequence[MetricsRecord]) -> list[float]:
 
 
 def _lower_limit(runs: Sequence[MethodRuns]) -> float:
-    """Cuts off the first steep rise, which would flatten all that follows."""
+    """Return an axis limit that hides the steep rise of the first fifth of training."""
     later = [
         accuracy
         for run in runs

@@ -1,4 +1,4 @@
-"""Files of results: each gets its name when it is complete, or not at all."""
+"""Result files, each of which gets its name only when it is complete."""
 
 import contextlib
 import json
@@ -9,14 +9,14 @@ from typing import Any
 
 @contextlib.contextmanager
 def atomic_path(path: pathlib.Path) -> Generator[pathlib.Path]:
-    """Gives a file its name only when it is complete.
+    """Give a file its name only when it is complete.
 
     Yields:
-      The path to write to, `path` with ".partial" added. An exception leaves it there,
-      as does the end of the process.
+      The path to write to: `path` with ".partial" appended. If an exception or the end
+      of the process interrupts the body, that partial file remains.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: The file cannot be written.
     """
     partial = path.with_name(path.name + ".partial")
     with explain_write_errors(path):
@@ -26,11 +26,7 @@ def atomic_path(path: pathlib.Path) -> Generator[pathlib.Path]:
 
 @contextlib.contextmanager
 def explain_write_errors(path: pathlib.Path) -> Generator[None]:
-    """Has an error of writing `path` say what to do.
-
-    Raises:
-      OSError: one of the body's, with the remedy.
-    """
+    """Add the remedy to an OSError of the body, which writes `path`."""
     try:
         yield
     except OSError as error:
@@ -41,10 +37,10 @@ def explain_write_errors(path: pathlib.Path) -> Generator[None]:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The values in a file of a folder of results.
+    """Read a JSON file in a folder of results.
 
     Raises:
-      FileExistsError: it holds something else.
+      FileExistsError: The file is not JSON.
     """
     try:
         return json.loads(path.read_text())
@@ -53,6 +49,6 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes values to be read by people too; see `complete`."""
+    """Write values as an indented JSON file, atomically."""
     with atomic_path(path) as partial:
         partial.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: complete or not there at all."""
+"""Checkpoints of a training run. Every checkpoint is complete, or it does not exist."""
 
 import contextlib
 import json
@@ -9,62 +9,65 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-import granet_jax
 from experiments.training import manifest
-from granet_jax import activity, masking
+from granet_jax import masking
 
 PyTree = Any
 
 FORMAT = 3
-"""Version of what a checkpoint holds, which it states. Up to 2 a sparse state had two
-trees of masks, which are made the codes of today as they are read; 1, which stated no
-version, had no manifest of its files."""
+"""Version of the checkpoint format. It is part of every checkpoint, except that version
+1 did not state it. Other versions are refused."""
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written or read; those before it are as they were."""
+    """A checkpoint could not be written or read. Earlier checkpoints are unchanged."""
 
 
-class _OtherError(ValueError):
-    """It is in order, and not what is asked for; the message has the remedy."""
+class _MismatchError(ValueError):
+    """The checkpoint is intact but does not fit; the message says what to do."""
 
 
 class Progress(NamedTuple):
-    """What a run remembers beside its state.
+    """Values that a run needs in addition to its state to resume.
 
     Attributes:
-      losses: float32, of every lane those of the steps since the last evaluation.
-      seconds: of training so far.
-      method: the name of its method; states of several have one form. Empty where
-        none is stated, up to format 2.
+      losses: Losses of the steps since the last evaluation, one list per lane.
+      seconds: Training time so far.
+      method: Name of the method. States of different methods can look the same.
     """
 
     losses: list[list[float]]
     seconds: float
-    method: str = ""
+    method: str
 
 
 class _Manager(ocp.CheckpointManager):
-    """Leaves it to the trainer to ask whether to stop.
+    """A checkpoint manager that does not ask JAX whether to stop.
 
-    Orbax would ask JAX's service too, with numbers of its own, which would confuse the
-    count by which the processes agree on where.
+    The training loop asks JAX's preemption service with its own numbers, by which the
+    processes agree on a step. Orbax would ask with other numbers and disturb that.
     """
 
     def reached_preemption(self, step: int) -> bool:
-        """No."""
+        """Return False."""
         return False
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`, each named by its step.
+    """The checkpoints of one run, each in a subfolder named after its step.
 
-    Written in the background; a folder gets its name when all of it is written. The
-    position in the data follows from the step, so it needs no place of its own.
+    Checkpoints are written in the background. A subfolder gets its final name when all
+    of its files are complete. The position in the data is not saved: it follows from
+    the step.
     """
 
     def __init__(self, folder: pathlib.Path, keep: int) -> None:
-        """Opens the folder, without making it; all processes of a run together."""
+        """Open the folder without creating it. All processes of a run must do so.
+
+        Args:
+          folder: Folder of the checkpoints.
+          keep: Number of checkpoints to keep.
+        """
         self.folder = folder
         self._manager = _Manager(
             folder.absolute(),
@@ -74,7 +77,7 @@ class Checkpoints:
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
             ),
-            # In the order in which they are completed: the manifest comes last.
+            # Orbax finishes the items in this order, and the manifest must be last.
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "progress": ocp.JsonCheckpointHandler(),
@@ -83,12 +86,12 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: PyTree, progress: Progress) -> None:
-        """Starts to write a checkpoint; `state` must not be donated until `wait`."""
+        """Start writing a checkpoint. Do not donate `state` before `wait` returns."""
         self.wait()
-        with self._clear("written", step):
-            # Orbax would wait for minutes for a folder that it cannot make.
+        with self._explain_errors("written", step):
+            # Without this check, orbax would wait for minutes for the folder.
             if self.folder.exists() and not self.folder.is_dir():
-                raise NotADirectoryError(f"{self.folder} is no folder")
+                raise NotADirectoryError(f"{self.folder} is not a folder")
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -101,8 +104,8 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns when all is written."""
-        with self._clear("written", None):
+        """Wait until the last checkpoint is written."""
+        with self._explain_errors("written", None):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
@@ -114,32 +117,35 @@ class Checkpoints:
     def restore(
         self, step: int, abstract: PyTree, method: str = ""
     ) -> tuple[PyTree, Progress]:
-        """A checkpoint, on the devices that `abstract` names.
+        """Read a checkpoint onto the devices that `abstract` names.
 
         Args:
-          step: when it was written.
-          abstract: the state, as `jax.ShapeDtypeStruct`.
-          method: the name of the method that goes on from it, if one does.
+          step: Step of the checkpoint.
+          abstract: The state as `jax.ShapeDtypeStruct` leaves.
+          method: Name of the method that continues from it; "" for any.
+
+        Returns:
+          (state, progress).
 
         Raises:
-          CheckpointError: it is damaged, of a newer version, or of another state or
-            method.
+          CheckpointError: The checkpoint is damaged, has another format version, or
+            belongs to another state or method.
         """
-        with self._clear("read", step):
-            stated = self._check_files(step)
-            saved = self._manager.item_metadata(step)["state"].tree
-            if stated.get("format_version", 1) < 3:
-                abstract = _with_two_masks(abstract, saved)
-            found = differences(saved, abstract)
-            there = stated.get("method", "")
-            if method and there and there != method:
-                found.insert(0, f"the method is {there} there and {method} here")
-            if found:
-                more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-                raise _OtherError(
+        with self._explain_errors("read", step):
+            saved_method = self._check_files(step)
+            mismatches = differences(
+                self._manager.item_metadata(step)["state"].tree, abstract
+            )
+            if method and saved_method and saved_method != method:
+                mismatches.insert(
+                    0, f"the method is {saved_method} there and {method} here"
+                )
+            if mismatches:
+                more = f" and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
+                raise _MismatchError(
                     "it is of another model, method or optimizer: "
-                    f"{'; '.join(found[:3])}{more}. Give the options it was written "
-                    "with, or another folder as --out."
+                    f"{'; '.join(mismatches[:3])}{more}. Give the options it was "
+                    "written with, or another folder as --out."
                 )
             restored = self._manager.restore(
                 step,
@@ -149,47 +155,49 @@ class Checkpoints:
                 ),
             )
             progress = restored["progress"]
-            progress.pop("format_version", None)
-            return _with_codes(restored["state"]), Progress(**progress)
+            progress.pop("format_version")
+            return restored["state"], Progress(**progress)
 
     def close(self) -> None:
-        """Waits, and gives the background threads back."""
-        with self._clear("written", None):
+        """Finish writing and stop the background threads."""
+        with self._explain_errors("written", None):
             self._manager.close()
 
-    def _check_files(self, step: int) -> dict[str, Any]:
-        """What it states of itself; raises unless files are as they were written."""
+    def _check_files(self, step: int) -> str:
+        """Check the manifest and the format version, and return the method's name."""
         folder = self.folder / str(step)
         has_manifest = manifest.check(folder)
-        # Read here, since what else a newer version changes is not known.
-        stated = json.loads((folder / "progress" / "metadata").read_bytes())
-        version = stated.get("format_version", 1)
-        if version not in range(1, FORMAT + 1):
-            raise _OtherError(
+        # Orbax is not asked: another version of the format may change anything else.
+        progress = json.loads((folder / "progress" / "metadata").read_bytes())
+        version = progress.get("format_version", 1)
+        if version != FORMAT:
+            raise _MismatchError(
                 f"it has version {version!r} of the format, and this version of "
-                f"granet_jax reads up to {FORMAT}: go on with the one that wrote it, "
-                "or give another folder as --out."
+                f"granet_jax reads version {FORMAT} only: continue with the version of "
+                "granet_jax that wrote it, or give another folder as --out."
             )
-        if version > 1 and not has_manifest:
+        if not has_manifest:
             raise manifest.DamagedError(f"{manifest.NAME}/{manifest.FILE} is missing")
-        return stated
+        return progress["method"]
 
     @contextlib.contextmanager
-    def _clear(self, done: str, step: int | None) -> Generator[None]:
+    def _explain_errors(self, action: str, step: int | None) -> Generator[None]:
+        """Turn all errors into a CheckpointError that says what to do."""
         try:
             yield
-        except _OtherError as error:
+        except _MismatchError as error:
             raise CheckpointError(
-                f"the checkpoint of step {step} in {self.folder} could not be {done}: "
-                f"{error}"
+                f"the checkpoint of step {step} in {self.folder} could not be "
+                f"{action}: {error}"
             ) from error
-        # Orbax raises what it meets, and a bare Exception for an array it cannot read.
+        # Orbax raises many kinds of errors, among them a plain Exception for an array
+        # that it cannot read.
         except Exception as error:
             which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
             remedy = (
                 "the checkpoints before it are complete. Make room (or give another "
                 "folder as --out) and run the same command again."
-                if done == "written"
+                if action == "written"
                 else f"remove {self.folder / str(step)} to go on from the one before."
             )
             cause: BaseException = error
@@ -197,68 +205,27 @@ class Checkpoints:
                 cause = cause.__cause__
             reason = str(cause).strip().partition("\n")[0] or repr(cause)
             raise CheckpointError(
-                f"{which} in {self.folder} could not be {done}: {remedy} ({reason})"
+                f"{which} in {self.folder} could not be {action}: {remedy} ({reason})"
             ) from error
 
 
-class _TwoMasks(NamedTuple):
-    """`granet_jax.SparseState` as it was up to format 2."""
-
-    count: Any  # pyright: ignore[reportIncompatibleMethodOverride]
-    masks: PyTree
-    inner_state: PyTree
-    accumulator: PyTree
-    continuing: PyTree
-    marked: PyTree
-
-
-def _with_two_masks(abstract: PyTree, saved: PyTree) -> PyTree:
-    """The state that format 2 has of an abstract one of today."""
-    both = any("continuing" in name.split("/") for name in _forms(saved))
-
-    def before(x: Any) -> Any:
-        if not isinstance(x, granet_jax.SparseState):
-            return x
-        continuing = x.masks if both else ()
-        fields = (x.count, x.masks, x.inner_state, x.accumulator, continuing, x.marked)
-        return _TwoMasks(*fields)
-
-    return jax.tree.map(
-        before, abstract, is_leaf=lambda x: isinstance(x, granet_jax.SparseState)
-    )
-
-
-def _with_codes(state: PyTree) -> PyTree:
-    """A state of today; what entered with the last update is of no consequence."""
-
-    def today(x: Any) -> Any:
-        if not isinstance(x, _TwoMasks):
-            return x
-        codes = jax.jit(activity.codes_of)(x.masks)
-        return granet_jax.SparseState(
-            x.count, codes, x.inner_state, x.accumulator, x.marked
-        )
-
-    return jax.tree.map(today, state, is_leaf=lambda x: isinstance(x, _TwoMasks))
-
-
 def differences(saved: PyTree, abstract: PyTree) -> list[str]:
-    """What a saved state has otherwise than the one to be restored, by leaf.
+    """Describe the leaves in which a saved state and an expected state differ.
 
     Args:
-      saved: what orbax says of its arrays: pytree of what has a shape and a dtype.
-      abstract: pytree of `jax.ShapeDtypeStruct`.
+      saved: Pytree whose leaves have a shape and a dtype, as orbax returns it.
+      abstract: Pytree of `jax.ShapeDtypeStruct`.
     """
-    there, here = _forms(saved), _forms(abstract)
+    there, here = _leaf_types(saved), _leaf_types(abstract)
     return [
         f"{name} is {there.get(name, 'missing')} there and "
         f"{here.get(name, 'missing')} here"
-        for name in (*here, *(name for name in there if name not in here))
+        for name in dict.fromkeys((*here, *there))
         if there.get(name) != here.get(name)
     ]
 
 
-def _forms(tree: PyTree) -> dict[str, str]:
+def _leaf_types(tree: PyTree) -> dict[str, str]:
     return {
         masking.leaf_name(path): f"{x.dtype}{list(x.shape)}"
         for path, x in jax.tree_util.tree_leaves_with_path(tree)

@@ -1,12 +1,12 @@
-"""A configuration compiled for the devices there are: one program, in three forms.
+"""The training step compiled for the available devices, in one of three forms.
 
 - `jit` over a mesh with the axes "data" and "fsdp": each batch is split over all
-  devices, and parameters, moments and masks over those of the axis "fsdp".
-- `pmap`: one program a device, gradients averaged.
-- `vmap` over seeds: several training runs at once, on one device.
+  devices; parameters, moments and masks are split over the axis "fsdp".
+- `pmap`: every device runs the same program, and gradients are averaged.
+- `vmap` over seeds: one device trains several runs ("lanes") at once.
 
-All give states of the same meaning: a checkpoint of one form resumes in the others, on
-any number of devices, `vmap` aside, which holds several runs.
+A checkpoint written by `jit` or `pmap` resumes in either, on any number of devices. A
+checkpoint of `vmap` contains several runs and resumes only in the same form.
 """
 
 import dataclasses
@@ -27,18 +27,18 @@ from experiments.training.step import Score, TrainState, TrainStep
 from granet_jax import masking
 
 PyTree = Any
-# A leaf with fewer elements costs less to keep whole than to gather in every step.
-_SHARDED_FROM = 1024
+# Gathering a smaller leaf in every step costs more than keeping it whole.
+_MIN_SHARDED_SIZE = 1024
 _BATCH = P(("data", "fsdp"))
 
 
 class Inspection(NamedTuple):
-    """What a look at a state tells.
+    """Properties of a state.
 
     Attributes:
-      active: int32 (leaves,), active weights of every maskable leaf.
-      broken: int32 (leaves,), pruned weights that are not zero.
-      finite: bool scalar, whether all parameters are.
+      active: Number of active weights of every maskable leaf, int32 (leaves,).
+      broken: Number of pruned weights that are not zero, int32 (leaves,).
+      finite: Whether all parameters are finite, bool scalar.
     """
 
     active: Array
@@ -51,20 +51,21 @@ class CompiledStep:
     """The compiled functions of a configuration.
 
     Attributes:
-      functions: what they were compiled from.
-      lanes: training runs at once: seeds under `vmap`, else 1.
-      devices: that a batch is split over.
-      create: from seeds (lanes,) to the state at step 0.
-      steps: from (state, data, number of steps) to (state, losses (lanes, number)). The
-        given state is donated. Does not wait for the device.
-      evaluate: from (state, batch) to the scores, (lanes,) each.
-      inspect: an `Inspection` of the state, with a leading axis of lanes.
-      place: training data, or a batch of a stream (of this process), on the devices.
-      place_test: a test batch on the devices, from all rows (or of a stream those of
-        this process).
-      snapshot: a copy of the state, to be saved: one state over all processes.
-      abstract: shapes, dtypes and shardings of a snapshot.
-      restore: from a snapshot to a state.
+      train_step: Pure functions from which they are compiled.
+      lanes: Number of runs trained at once: the seeds with `vmap`, otherwise 1.
+      devices: Number of devices that share a batch.
+      create: Function from the seeds (lanes,) to the state at step 0.
+      steps: Function from (state, data, number of steps) to (state, losses of shape
+        (lanes, number)). It donates the state and does not wait for the device.
+      evaluate: Function from (state, batch) to a `Score` of arrays (lanes,).
+      inspect: Function from the state to an `Inspection` with a leading axis of lanes.
+      place: Function that puts training data on the devices; for a stream, this
+        process's part of a batch.
+      place_test: Function that puts a whole test batch on the devices; for a stream,
+        this process's part of it.
+      snapshot: Function that copies the state into the form of a checkpoint.
+      abstract: Function that returns shapes, dtypes and shardings of a snapshot.
+      restore: Function from a snapshot to a state.
     """
 
     train_step: TrainStep
@@ -88,17 +89,17 @@ def compile_step(
     *,
     ghosts: bool = False,
 ) -> CompiledStep:
-    """The program of a configuration; nothing is compiled before it is needed.
+    """Prepare the functions of a configuration; each is compiled when first called.
 
     Args:
-      config: see `parallel`, `fsdp`, `vmap_seeds` and `data.batch_size`.
-      dataset: what it trains on.
-      devices: JAX devices to use; by default all, of all processes.
-      ghosts: whether the network has the configured ghosts.
+      config: Configuration; `parallel`, `fsdp` and `vmap_seeds` choose the form.
+      dataset: Training and test data.
+      devices: JAX devices to use; by default all devices of all processes.
+      ghosts: Whether the network has the configured ghosts.
 
     Raises:
-      ValueError: a batch that cannot be split over the devices; more seeds at once
-        than one device can take.
+      ValueError: The devices cannot share a batch, or several seeds are to be trained
+        at once on several devices or on streamed data.
     """
     devices = jax.devices() if devices is None else devices
     if config.vmap_seeds and config.seeds > 1:
@@ -107,7 +108,7 @@ def compile_step(
                 f"vmap_seeds trains on one device, got {len(devices)}: leave it out, "
                 "or make one visible (CUDA_VISIBLE_DEVICES, JAX_NUM_CPU_DEVICES)."
             )
-        return _vmapped(TrainStep(config, dataset, ghosts=ghosts))
+        return _with_vmap(TrainStep(config, dataset, ghosts=ghosts))
     part = config.data.batch_size // config.optimizer.accumulate
     if part % len(devices):
         raise ValueError(
@@ -115,11 +116,11 @@ def compile_step(
             f"{len(devices)} devices, got {part}."
         )
     if config.parallel == "pmap":
-        return _pmapped(config, dataset, devices, ghosts)
-    return _jitted(config, dataset, devices, ghosts)
+        return _with_pmap(config, dataset, devices, ghosts)
+    return _with_jit(config, dataset, devices, ghosts)
 
 
-def _jitted(
+def _with_jit(
     config: Config, dataset: Dataset | Stream, devices: Sequence[Any], ghosts: bool
 ) -> CompiledStep:
     fsdp = config.fsdp
@@ -133,10 +134,10 @@ def _jitted(
         axis_types=(AxisType.Auto, AxisType.Auto),
         devices=tuple(devices),
     )
-    whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, _BATCH)
+    replicated, by_rows = NamedSharding(mesh, P()), NamedSharding(mesh, _BATCH)
 
     def split(batch: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: lax.with_sharding_constraint(x, rows), batch)
+        return jax.tree.map(lambda x: lax.with_sharding_constraint(x, by_rows), batch)
 
     train_step = TrainStep(config, dataset, split=split, ghosts=ghosts)
     shapes = jax.eval_shape(train_step.create, jnp.uint32(0))
@@ -157,31 +158,35 @@ def _jitted(
             steps,
             static_argnums=2,
             donate_argnums=0,
-            out_shardings=(shardings, whole),
+            out_shardings=(shardings, replicated),
         ),
-        evaluate=jax.jit(_lane(train_step.evaluate), out_shardings=whole),
-        inspect=jax.jit(_lane(_inspector(train_step)), out_shardings=whole),
-        place=_local_rows(rows) if streamed else _copies(whole),
-        place_test=_local_rows(rows) if streamed else _copies(rows),
+        evaluate=jax.jit(
+            _returning_lanes(train_step.evaluate), out_shardings=replicated
+        ),
+        inspect=jax.jit(
+            _returning_lanes(_inspect_with(train_step)), out_shardings=replicated
+        ),
+        place=_place_local_rows(by_rows) if streamed else _place_whole(replicated),
+        place_test=_place_local_rows(by_rows) if streamed else _place_whole(by_rows),
         snapshot=jax.jit(_copy, out_shardings=shardings),
         abstract=lambda: _abstract(shapes, shardings),
         restore=lambda state: state,
     )
 
 
-def _pmapped(
+def _with_pmap(
     config: Config, dataset: Dataset | Stream, devices: Sequence[Any], ghosts: bool
 ) -> CompiledStep:
     axis = "devices"
-    here = [d for d in devices if d.process_index == jax.process_index()]
+    local_devices = [d for d in devices if d.process_index == jax.process_index()]
     pmap = functools.partial(jax.pmap, axis_name=axis, devices=devices)
 
     def split(batch: PyTree) -> PyTree:
-        def part(x: Array) -> Array:
+        def own_rows(x: Array) -> Array:
             size = x.shape[0] // len(devices)
             return lax.dynamic_slice_in_dim(x, lax.axis_index(axis) * size, size)
 
-        return jax.tree.map(part, batch)
+        return jax.tree.map(own_rows, batch)
 
     train_step = TrainStep(
         config,
@@ -191,79 +196,81 @@ def _pmapped(
         axis_name=axis,
         ghosts=ghosts,
     )
-    # Outside pmap there is no axis: the same functions, of the whole batch.
-    plain = TrainStep(config, dataset, ghosts=ghosts)
-    shapes = jax.eval_shape(plain.create, jnp.uint32(0))
+    # The mapped axis exists only within pmap. Other functions use this one.
+    unmapped_step = TrainStep(config, dataset, ghosts=ghosts)
+    shapes = jax.eval_shape(unmapped_step.create, jnp.uint32(0))
     mesh = Mesh(np.asarray(devices), (axis,))
-    whole = NamedSharding(mesh, P())
-    shardings = jax.tree.map(lambda _: whole, shapes)
+    replicated = NamedSharding(mesh, P())
+    shardings = jax.tree.map(lambda _: replicated, shapes)
 
     def evaluate(state: PyTree, batch: Split) -> Score:
         return lax.psum(train_step.evaluate(state, batch), axis)
 
-    def replicated(tree: PyTree) -> PyTree:
-        copy = jax.pmap(lambda _, x: x, in_axes=(0, None), devices=here)
-        return copy(np.arange(len(here)), tree)
-
-    def first(tree: PyTree) -> PyTree:
-        """Of every array what this process's first device has."""
-        return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
+    def replicate(tree: PyTree) -> PyTree:
+        copy = jax.pmap(lambda _, x: x, in_axes=(0, None), devices=local_devices)
+        return copy(np.arange(len(local_devices)), tree)
 
     def snapshot(state: PyTree) -> TrainState:
-        def one(x: Array) -> Array:
+        def global_array(x: Array) -> Array:
             local = np.array(x.addressable_shards[0].data[0])
             return jax.make_array_from_callback(
-                local.shape, whole, lambda index: local[index]
+                local.shape, replicated, lambda index: local[index]
             )
 
-        return jax.tree.map(one, state)
+        return jax.tree.map(global_array, state)
 
-    def spread(batch: Split) -> PyTree:
-        """The rows of this process, with a leading axis of its devices."""
-        return jax.tree.map(
-            lambda x: np.reshape(x, (len(here), len(x) // len(here), *x.shape[1:])),
-            batch,
-        )
+    def split_by_device(batch: Split) -> PyTree:
+        n = len(local_devices)
+        return jax.tree.map(lambda x: np.reshape(x, (n, -1, *x.shape[1:])), batch)
 
     def place_test(batch: Split) -> PyTree:
         if isinstance(dataset, Stream):
-            return spread(batch)
+            return split_by_device(batch)
         size = len(batch.labels) // len(devices)
-        start = devices.index(here[0]) * size
-        return spread(
-            jax.tree.map(lambda x: x[start : start + size * len(here)], batch)
-        )
+        start = devices.index(local_devices[0]) * size
+        rows = slice(start, start + size * len(local_devices))
+        return split_by_device(jax.tree.map(lambda x: x[rows], batch))
 
-    create = jax.jit(plain.create)
-    steps = pmap(train_step.steps, static_broadcasted_argnums=2, donate_argnums=0)
-    test = pmap(evaluate)
-    look = jax.jit(_inspector(plain))
+    create = jax.jit(unmapped_step.create)
+    mapped_steps = pmap(
+        train_step.steps, static_broadcasted_argnums=2, donate_argnums=0
+    )
+    mapped_evaluate = pmap(evaluate)
+    inspect = jax.jit(_inspect_with(unmapped_step))
+
+    def steps(state: PyTree, data: PyTree, number: int) -> tuple[PyTree, Array]:
+        state, losses = mapped_steps(state, data, number)
+        # The losses are the same on all devices.
+        return state, losses.addressable_shards[0].data
+
     return CompiledStep(
         train_step=train_step,
         lanes=1,
         devices=len(devices),
-        create=lambda seeds: replicated(jax.device_get(create(np.uint32(seeds[0])))),
-        steps=lambda state, data, number: _unmapped(steps(state, data, number)),
-        evaluate=lambda state, batch: _row(first(test(state, batch))),
-        inspect=lambda state: _row(look(first(state))),
-        place=spread if isinstance(dataset, Stream) else replicated,
+        create=lambda seeds: replicate(jax.device_get(create(np.uint32(seeds[0])))),
+        steps=steps,
+        evaluate=lambda state, batch: _add_lane_axis(
+            _first_device(mapped_evaluate(state, batch))
+        ),
+        inspect=lambda state: _add_lane_axis(inspect(_first_device(state))),
+        place=split_by_device if isinstance(dataset, Stream) else replicate,
         place_test=place_test,
         snapshot=snapshot,
         abstract=lambda: _abstract(shapes, shardings),
-        restore=lambda state: replicated(jax.device_get(state)),
+        restore=lambda state: replicate(jax.device_get(state)),
     )
 
 
-def _vmapped(train_step: TrainStep) -> CompiledStep:
+def _with_vmap(train_step: TrainStep) -> CompiledStep:
     config, dataset = train_step.config, train_step.dataset
     if isinstance(dataset, Stream):
         raise ValueError(f"vmap_seeds is not for streamed data ({dataset.name}).")
-    one = jax.eval_shape(train_step.create, jnp.uint32(0))
-    # The counters are the same in all lanes and stay without an axis, so that "is this
-    # an update step?" is one question: an axis would turn the branches into selects,
-    # and each step into a mask update.
+    one_lane = jax.eval_shape(train_step.create, jnp.uint32(0))
+    # The counters are equal in all lanes and have no lane axis. With such an axis, the
+    # question "is this an update step?" would have one answer per lane, and vmap would
+    # turn its branches into selects that run a mask update in every step.
     axes = jax.tree.map(
-        lambda x: None if x.ndim == 0 and x.dtype == jnp.int32 else 0, one
+        lambda x: None if x.ndim == 0 and x.dtype == jnp.int32 else 0, one_lane
     )
     create = jax.jit(jax.vmap(train_step.create, out_axes=axes))
 
@@ -277,7 +284,7 @@ def _vmapped(train_step: TrainStep) -> CompiledStep:
 
     seeds = np.arange(config.seed, config.seed + config.seeds, dtype=np.uint32)
     shapes = jax.eval_shape(create, seeds)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return CompiledStep(
         train_step=train_step,
         lanes=config.seeds,
@@ -285,16 +292,16 @@ def _vmapped(train_step: TrainStep) -> CompiledStep:
         create=lambda seeds: create(np.asarray(seeds, np.uint32)),
         steps=jax.jit(steps, static_argnums=2, donate_argnums=0),
         evaluate=jax.jit(jax.vmap(train_step.evaluate, in_axes=(axes, None))),
-        inspect=jax.jit(jax.vmap(_inspector(train_step), in_axes=(axes,))),
+        inspect=jax.jit(jax.vmap(_inspect_with(train_step), in_axes=(axes,))),
         place=jax.device_put,
         place_test=jax.device_put,
         snapshot=jax.jit(_copy),
-        abstract=lambda: _abstract(shapes, jax.tree.map(lambda _: place, shapes)),
+        abstract=lambda: _abstract(shapes, jax.tree.map(lambda _: device, shapes)),
         restore=lambda state: state,
     )
 
 
-def _inspector(train_step: TrainStep) -> Callable[[TrainState], Inspection]:
+def _inspect_with(train_step: TrainStep) -> Callable[[TrainState], Inspection]:
     def inspect(state: TrainState) -> Inspection:
         masks = train_step.masks(state)
         weights = masking.maskable_leaves(train_step.forward_params(state), masks)
@@ -314,18 +321,18 @@ def _inspector(train_step: TrainStep) -> Callable[[TrainState], Inspection]:
 
 
 def _state_shardings(shapes: TrainState, mesh: Mesh, fsdp: int) -> TrainState:
-    """Of parameters and all that has their shapes, over "fsdp"; the rest whole."""
-    whole = NamedSharding(mesh, P())
+    """Split parameters and arrays of their shapes over "fsdp"; replicate the rest."""
+    replicated = NamedSharding(mesh, P())
 
     def sharding(x: jax.ShapeDtypeStruct) -> NamedSharding:
-        fitting = [i for i, n in enumerate(x.shape) if n % fsdp == 0]
-        if fsdp == 1 or x.size < _SHARDED_FROM or not fitting:
-            return whole
-        longest = max(fitting, key=lambda i: x.shape[i])
+        divisible = [i for i, n in enumerate(x.shape) if n % fsdp == 0]
+        if fsdp == 1 or x.size < _MIN_SHARDED_SIZE or not divisible:
+            return replicated
+        longest = max(divisible, key=lambda i: x.shape[i])
         return NamedSharding(mesh, P(*[None] * longest, "fsdp"))
 
-    result = jax.tree.map(lambda _: whole, shapes)
-    return result._replace(
+    shardings = jax.tree.map(lambda _: replicated, shapes)
+    return shardings._replace(
         **{
             field: jax.tree.map(sharding, getattr(shapes, field))
             for field in ("params", "opt_state", "average")
@@ -341,51 +348,44 @@ def _abstract(shapes: PyTree, shardings: PyTree) -> PyTree:
     )
 
 
-def _copies(sharding: NamedSharding) -> Callable[[Split], PyTree]:
-    """Places arrays that every process has whole."""
+def _place_whole(sharding: NamedSharding) -> Callable[[Split], PyTree]:
+    """Place arrays that every process has completely."""
 
-    def place(split: Split) -> PyTree:
-        def one(x: Any) -> Array:
-            array = np.asarray(x)
-            return jax.make_array_from_callback(
-                array.shape, sharding, lambda index: array[index]
-            )
-
-        return jax.tree.map(one, split)
-
-    return place
-
-
-def _local_rows(sharding: NamedSharding) -> Callable[[Split], PyTree]:
-    """Places arrays of which every process has its part of the rows."""
-
-    def place(split: Split) -> PyTree:
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
-            split,
+    def place_array(x: Any) -> Array:
+        array = np.asarray(x)
+        return jax.make_array_from_callback(
+            array.shape, sharding, lambda index: array[index]
         )
 
-    return place
+    return lambda split: jax.tree.map(place_array, split)
+
+
+def _place_local_rows(sharding: NamedSharding) -> Callable[[Split], PyTree]:
+    """Place arrays of which every process has its own rows."""
+
+    def place_array(x: Any) -> Array:
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return lambda split: jax.tree.map(place_array, split)
 
 
 def _copy(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.copy, tree)
 
 
-def _lane(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """`function` with an axis of one lane in front of all it returns."""
-
-    def with_axis(*args: Any) -> PyTree:
-        return _row(function(*args))
-
-    return with_axis
+def _first_device(tree: PyTree) -> PyTree:
+    """Return the values on this process's first device, without the device axis."""
+    return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
 
 
-def _row(tree: PyTree) -> PyTree:
+def _add_lane_axis(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x[None], tree)
 
 
-def _unmapped(result: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
-    """The losses of one device instead of all, which are the same."""
-    state, losses = result
-    return state, losses.addressable_shards[0].data
+def _returning_lanes(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """Add a leading axis of one lane to the results of a function."""
+
+    def with_axis(*args: Any) -> PyTree:
+        return _add_lane_axis(function(*args))
+
+    return with_axis

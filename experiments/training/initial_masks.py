@@ -1,4 +1,4 @@
-"""Initial masks from scores of the initial weights, instead of drawn ones."""
+"""Initial masks from scores of the initial weights, instead of random masks."""
 
 import functools
 import math
@@ -16,29 +16,30 @@ from experiments.training.step import TrainStep
 from granet_jax import mask_sources
 
 PyTree = Any
-# Examples at once, at most.
+# Largest number of examples in a batch.
 _BATCH = 128
-# As in the code of GraSP and of SynFlow.
-_IMAGES_A_CLASS = 10
-# Of iterative SNIP, as the library has it for FORCE: the authors' for both.
+# The number in the authors' code of GraSP and of SynFlow.
+_IMAGES_PER_CLASS = 10
+# Rounds of iterative SNIP: the default of FORCE, whose authors use the same for both.
 _ROUNDS = 60
-# GraSP's code divides the logits by it.
+# The authors' code of GraSP divides the logits by this number.
 _TEMPERATURE = 200.0
 
 
 def masks(
     train_step: TrainStep, params: PyTree, statistics: PyTree, seed: int
 ) -> PyTree:
-    """The configured masks.
+    """Return the masks of the configured source.
 
     Args:
-      functions: of a configuration with a source, for one device and without ghosts.
-      params: initial parameters.
-      statistics: initial batch statistics.
-      seed: of the run.
+      train_step: Pure functions for one device, without ghosts; the configuration has
+        a source of masks.
+      params: Initial parameters.
+      statistics: Initial batch statistics.
+      seed: Seed of the run.
 
     Raises:
-      ValueError: the data, or the network, is not for the source.
+      ValueError: The source does not support the data or the network.
     """
     masks, method = train_step.config.masks, train_step.method
     assert method is not None
@@ -49,22 +50,22 @@ def masks(
     if masks.source == "synflow":
         _check_images(train_step)
         image = jnp.ones((1, *train_step.input_shape))
-        # In the precision of the parameters, which SynFlow makes float64.
-        wide = train_step.model.clone(dtype=None)
+        # SynFlow uses float64 parameters, and dtype=None computes in their precision.
+        model = train_step.model.clone(dtype=None)
         return mask_sources.synflow(
-            inference(wide, statistics), params, image, sparsity, where=where, **rounds
+            inference(model, statistics), params, image, sparsity, where=where, **rounds
         )
 
-    def in_training(params: PyTree, inputs: Array) -> Array:
+    def training(params: PyTree, inputs: Array) -> Array:
         return train_step.logits(params, statistics, inputs, 0)[0]
 
-    # The mode of the norms is that of each method's own code: batch statistics for
-    # GraSP and FORCE, running ones (0 and 1) for SNIP and SynFlow.
+    # Batch norms are in the mode of each method's own code: batch statistics for GraSP
+    # and FORCE, running statistics (0 and 1) for SNIP and SynFlow.
     score, apply, temperature = {
         "snip": (mask_sources.snip, inference(train_step.model, statistics), 1.0),
-        "iterative-snip": (_iterative_snip, in_training, 1.0),
-        "force": (mask_sources.force, in_training, 1.0),
-        "grasp": (mask_sources.grasp, in_training, _TEMPERATURE),
+        "iterative-snip": (_iterative_snip, training, 1.0),
+        "force": (mask_sources.force, training, 1.0),
+        "grasp": (mask_sources.grasp, training, _TEMPERATURE),
     }[masks.source or ""]
     loss = mask_sources.cross_entropy(apply, temperature)
     batches = examples(train_step, seed)
@@ -75,7 +76,7 @@ _iterative_snip = functools.partial(mask_sources.snip, rounds=_ROUNDS)
 
 
 def inference(model: nn.Module, statistics: PyTree) -> Callable[..., Array]:
-    """A network without ghosts as a function of (params, inputs), as it is tested."""
+    """Return the function (params, inputs) -> logits of a network in test mode."""
 
     def apply(params: PyTree, inputs: Array) -> Array:
         variables = {"params": params, "batch_stats": statistics}
@@ -85,41 +86,41 @@ def inference(model: nn.Module, statistics: PyTree) -> Callable[..., Array]:
 
 
 def examples(train_step: TrainStep, seed: int) -> list[tuple[Array, Array]]:
-    """Training examples for a source: batches of (inputs, labels), not augmented.
+    """Return training examples for a source, as batches of (inputs, labels).
 
-    They are drawn by the seed, as many of each class as can be. (Of a stream they are
-    its first ones, with its augmentation.)
+    The seed chooses the examples, with equal numbers per class as far as possible and
+    without augmentation. For a stream they are its first examples, with augmentation.
 
     Raises:
-      ValueError: more are asked for than there are.
+      ValueError: The configuration asks for more examples than there are.
     """
     config, dataset = train_step.config, train_step.dataset
-    wanted = config.masks.images or _IMAGES_A_CLASS * dataset.classes
-    batches = math.ceil(wanted / _BATCH)
+    number = config.masks.images or _IMAGES_PER_CLASS * dataset.classes
+    batches = math.ceil(number / _BATCH)
     if isinstance(dataset, Stream):
-        size = math.ceil(wanted / batches)
+        size = math.ceil(number / batches)
         stream = dataset.train_batches(
             seed=seed, start=0, batch_size=size, process=0, processes=1, workers=0
         )
-        drawn = [next(stream) for _ in range(batches)]
-        return [(train_step.inputs(x.inputs), jnp.asarray(x.labels)) for x in drawn]
+        splits = [next(stream) for _ in range(batches)]
+        return [(train_step.inputs(x.inputs), jnp.asarray(x.labels)) for x in splits]
     inputs, labels = map(np.asarray, dataset.train)
-    if wanted > len(labels):
+    if number > len(labels):
         raise ValueError(
             f"masks.images must be at most the {len(labels)} training examples of "
-            f"{dataset.name}, got {wanted}."
+            f"{dataset.name}, got {number}."
         )
     order = np.random.default_rng(seed).permutation(len(labels))
     if labels.ndim == 1:
-        # The first example of every class, then the second of every class, ...
-        number = np.zeros(len(labels), int)
+        # Sort: the first example of every class, the second of every class, ...
+        rank = np.zeros(len(labels), int)
         for label in range(dataset.classes):
             members = labels[order] == label
-            number[members] = np.arange(members.sum())
-        order = order[np.argsort(number, kind="stable")]
+            rank[members] = np.arange(members.sum())
+        order = order[np.argsort(rank, kind="stable")]
     return [
         (train_step.inputs(inputs[rows]), jnp.asarray(labels[rows]))
-        for rows in np.array_split(order[:wanted], batches)
+        for rows in np.array_split(order[:number], batches)
     ]
 
 

@@ -1,8 +1,7 @@
-"""The state that training starts from, where it is not the drawn one.
+"""The state at the start of training, with masks and scales computed from the weights.
 
-Masks from a source, and scales of the initial parameters (LRsI of ToST), are computed
-on the host's first device before training, by every process alike, so that they are the
-same on any number of devices.
+Masks from a source and the scales of LRsI (ToST) are computed before training, by every
+process on its own first device, so they do not depend on the number of devices.
 """
 
 import functools
@@ -26,43 +25,42 @@ PyTree = Any
 
 
 def state(compiled_step: CompiledStep, seeds: Sequence[int]) -> PyTree:
-    """The state at step 0, with the configured masks and scales, if there are some.
+    """Return the state at step 0, with the configured masks and scales.
 
     Args:
-      program: for step 0.
-      seeds: of its lanes.
+      compiled_step: Compiled functions for step 0.
+      seeds: Seeds, one per lane.
 
     Raises:
-      ValueError: the data, or the network, is not for the source of masks.
+      ValueError: The source of the masks does not support the data or the network.
     """
-    config = compiled_step.train_step.config
-    drawn = compiled_step.create(seeds)
+    train_step = compiled_step.train_step
+    config = train_step.config
+    random_state = compiled_step.create(seeds)
     if config.masks.source is None and not config.tost.lrsi:
-        return drawn
-    train_step = TrainStep(
-        config, compiled_step.train_step.dataset, ghosts=compiled_step.train_step.ghosts
-    )
-    found = [weights(train_step, seed) for seed in seeds]
+        return random_state
+    single_device = TrainStep(config, train_step.dataset, ghosts=train_step.ghosts)
+    lanes = [weights(single_device, seed) for seed in seeds]
     if config.vmap_seeds and config.seeds > 1:
-        params, masks = jax.tree.map(lambda *lanes: np.stack(lanes), *found)
+        params, masks = jax.tree.map(lambda *leaves: np.stack(leaves), *lanes)
     else:
-        ((params, masks),) = found
-    return with_weights(compiled_step, drawn, params, masks)
+        ((params, masks),) = lanes
+    return with_weights(compiled_step, random_state, params, masks)
 
 
 def with_weights(
     compiled_step: CompiledStep, state: PyTree, params: PyTree, masks: PyTree | None
 ) -> PyTree:
-    """A state with these parameters and masks, on the program's devices.
+    """Replace the parameters and masks of a state. Moments are left unchanged.
 
     Args:
-      program: of the state.
-      state: its moments are left as they are.
-      params: on the host, with an axis of lanes where the program has several.
-      masks: likewise; None for dense training.
+      compiled_step: Compiled functions to which the state belongs.
+      state: State on the devices.
+      params: Parameters on the host, with a lane axis if there are several lanes.
+      masks: Masks on the host, with the same axes; None for dense training.
     """
 
-    def put(state: TrainState, params: PyTree, masks: PyTree) -> TrainState:
+    def replace(state: TrainState, params: PyTree, masks: PyTree) -> TrainState:
         average = () if state.average == () else jax.tree.map(jnp.copy, params)
         opt_state = state.opt_state
         if masks is not None:
@@ -70,63 +68,74 @@ def with_weights(
         return state._replace(params=params, opt_state=opt_state, average=average)
 
     shardings = jax.tree.map(lambda x: x.sharding, compiled_step.abstract())
-    into = jax.jit(put, out_shardings=shardings)
-    return compiled_step.restore(into(compiled_step.snapshot(state), params, masks))
+    replace_on_devices = jax.jit(replace, out_shardings=shardings)
+    snapshot = compiled_step.snapshot(state)
+    return compiled_step.restore(replace_on_devices(snapshot, params, masks))
 
 
 def weights(train_step: TrainStep, seed: int) -> tuple[PyTree, PyTree]:
-    """Initial parameters and masks of a run, on the host.
+    """Return the initial parameters and masks of a run, on the host.
 
-    The masks are those of the plain network, whatever ghosts there are.
+    The masks are computed from the plain network, without ghosts.
 
     Args:
-      functions: for one device.
-      seed: of the run.
+      train_step: Pure functions for one device.
+      seed: Seed of the run.
 
     Returns:
-      (parameters, masks); None for the masks of dense training.
+      (parameters, masks); the masks are None for dense training.
     """
-    config, method = train_step.config, train_step.method
     variables = jax.jit(train_step.variables)(np.uint32(seed))
     params, statistics = variables["params"], variables.get("batch_stats", {})
     masks = None
-    if method is not None:
-        draw = functools.partial(
-            granet_jax.init_masks, method, where=models.maskable, seed=seed
-        )
-        if config.masks.source is None:
-            masks = jax.jit(draw)(params)
-        else:
-            plain = TrainStep(config, train_step.dataset)
-            kept, kept_statistics = tost.drop_ghosts((params, statistics))
-            if config.masks.tickets is not None:
-                kept, found = ticket_files.read(
-                    config.masks.tickets,
-                    seed,
-                    method.sparsity(0),
-                    kept,
-                    jax.eval_shape(draw, kept),
-                )
-                params = _with(params, kept)
-            else:
-                found = initial_masks.masks(plain, kept, kept_statistics, seed)
-            masks = _with(jax.eval_shape(draw, params), found)
+    if train_step.method is not None:
+        params, masks = _params_and_masks(train_step, params, statistics, seed)
         if not train_step.has_dense_weights:
             params = granet_jax.apply_masks(params, masks)
-    settings = config.tost.build().lrsi
-    if settings is not None:
+    lrsi = train_step.config.tost.build().lrsi
+    if lrsi is not None:
 
         def logits(params: PyTree, inputs: Array) -> Array:
             return train_step.logits(params, statistics, inputs, 0)[0]
 
         loss = mask_sources.cross_entropy(logits)
         batches = _batches(train_step, seed)
-        params = tost.rescale_init(loss, params, masks, batches, settings).params
+        params = tost.rescale_init(loss, params, masks, batches, lrsi).params
     return jax.device_get((params, masks))
 
 
-def _with(tree: PyTree, leaves: PyTree) -> PyTree:
-    """A tree with those of its leaves replaced that another one has."""
+def _params_and_masks(
+    train_step: TrainStep, params: PyTree, statistics: PyTree, seed: int
+) -> tuple[PyTree, PyTree]:
+    """Return the masks from the configured source, and a ticket's parameters."""
+    config, method = train_step.config, train_step.method
+    assert method is not None
+    random_masks = functools.partial(
+        granet_jax.init_masks, method, where=models.maskable, seed=seed
+    )
+    if config.masks.source is None:
+        return params, jax.jit(random_masks)(params)
+    plain_params, plain_statistics = tost.drop_ghosts((params, statistics))
+    if config.masks.tickets is not None:
+        plain_params, plain_masks = ticket_files.read(
+            config.masks.tickets,
+            seed,
+            method.sparsity(0),
+            plain_params,
+            jax.eval_shape(random_masks, plain_params),
+        )
+        params = _with_leaves(params, plain_params)
+    else:
+        plain_step = TrainStep(config, train_step.dataset)
+        plain_masks = initial_masks.masks(
+            plain_step, plain_params, plain_statistics, seed
+        )
+    shapes = jax.eval_shape(random_masks, params)
+    return params, _with_leaves(shapes, plain_masks)
+
+
+def _with_leaves(tree: PyTree, leaves: PyTree) -> PyTree:
+    """Replace the leaves of `tree` whose names occur in `leaves`."""
     by_name = {
         masking.leaf_name(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(leaves)
@@ -137,7 +146,7 @@ def _with(tree: PyTree, leaves: PyTree) -> PyTree:
 
 
 def _batches(train_step: TrainStep, seed: int) -> Iterator[tuple[Array, Array]]:
-    """Random batches of training examples without end, not augmented."""
+    """Yield random training batches without end and without augmentation."""
     config, dataset = train_step.config, train_step.dataset
     size = config.data.batch_size
     if isinstance(dataset, Stream):

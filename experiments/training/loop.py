@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, and going on from them."""
+"""The training loop: steps, evaluations, checkpoints, and resuming from checkpoints."""
 
 import collections
 import math
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PyTree = Any
 EVALUATION_BATCH = 1024
-# Steps that the host may be ahead of the device.
+# Number of calls that may wait in the device's queue.
 _AHEAD = 32
 
 
@@ -34,27 +34,27 @@ class DivergedError(RuntimeError):
 
 
 class StoppedError(RuntimeError):
-    """Training was told to stop before its end; there is a checkpoint to go on from.
+    """A signal stopped training before its end, after a checkpoint was written.
 
     Attributes:
-      signal: number of the signal that said so.
+      signal: Number of the signal.
     """
 
     def __init__(self, step: int, signal: int) -> None:
-        """Stopped after `step` steps."""
+        """Record that training stopped after `step` steps."""
         super().__init__(f"stopped after step {step}, with a checkpoint.")
         self.signal = signal
 
 
 class TrainSetup(NamedTuple):
-    """A program with its data on the devices.
+    """A compiled training step and its data on the devices.
 
     Attributes:
-      program: the compiled functions.
-      ghost_step: those of the network with ghosts; None without ghosts.
-      train_data: all training data; None for a stream.
-      test_batches: the test data in batches; None for a stream.
-      mask_sizes: number of weights of every maskable leaf, by its name.
+      compiled_step: Compiled functions of the plain network.
+      ghost_step: Compiled functions of the network with ghosts; None without ghosts.
+      train_data: All training data; None for a stream.
+      test_batches: Test data in batches; None for a stream.
+      mask_sizes: Number of weights of every maskable leaf, by its name.
     """
 
     compiled_step: CompiledStep
@@ -65,16 +65,16 @@ class TrainSetup(NamedTuple):
 
     @property
     def config(self) -> Config:
-        """The configuration."""
+        """The configuration of the run."""
         return self.compiled_step.train_step.config
 
     @property
     def dataset(self) -> Dataset | Stream:
-        """What it trains on."""
+        """The training and test data."""
         return self.compiled_step.train_step.dataset
 
     def compiled_step_at(self, step: int) -> CompiledStep:
-        """The program for a state of so many steps."""
+        """Return the functions for the network that is trained after `step` steps."""
         if self.ghost_step is not None and step < self.config.ghost_steps:
             return self.ghost_step
         return self.compiled_step
@@ -85,11 +85,11 @@ def create(
     dataset: Dataset | Stream,
     devices: Sequence[Any] | None = None,
 ) -> TrainSetup:
-    """A trainer; nothing is compiled before it is needed.
+    """Set up training. Functions are compiled when they are first called.
 
     Raises:
-      ValueError: a batch larger than the data, or that the devices cannot split; a
-        scan over steps of streamed data.
+      ValueError: The batch is larger than the data, or the devices cannot share it, or
+        the configuration asks for a scan over steps of streamed data.
     """
     streamed = isinstance(dataset, Stream)
     if config.data.batch_size > dataset.train_size:
@@ -103,28 +103,24 @@ def create(
             "batches come from the host, one a step."
         )
     compiled_step = compile_step(config, dataset, devices)
-    early = None
+    ghost_step = None
     if config.ghost_steps:
-        early = compile_step(config, dataset, devices, ghosts=True)
-    sizes = _mask_sizes(compiled_step)
+        ghost_step = compile_step(config, dataset, devices, ghosts=True)
+    mask_sizes = _mask_sizes(compiled_step)
     if streamed:
-        return TrainSetup(compiled_step, early, None, None, sizes)
+        return TrainSetup(compiled_step, ghost_step, None, None, mask_sizes)
+    batches = padded_batches(dataset.test, EVALUATION_BATCH, compiled_step.devices)
     return TrainSetup(
         compiled_step,
-        early,
+        ghost_step,
         compiled_step.place(dataset.train),
-        [
-            compiled_step.place_test(batch)
-            for batch in padded_batches(
-                dataset.test, EVALUATION_BATCH, compiled_step.devices
-            )
-        ],
-        sizes,
+        [compiled_step.place_test(batch) for batch in batches],
+        mask_sizes,
     )
 
 
 def fit(
-    trainer: TrainSetup,
+    setup: TrainSetup,
     seeds: Sequence[int],
     folder: pathlib.Path,
     *,
@@ -134,144 +130,209 @@ def fit(
     first: int = 0,
     begin: Callable[[CompiledStep, Sequence[int]], PyTree] = initial_state.state,
 ) -> tuple[list[list[MetricsRecord]], PyTree]:
-    """Trains for the configured steps, or for those that are left of them.
+    """Train up to the configured number of steps.
 
     Args:
-      trainer: of the configuration.
-      seeds: of this run; as many as the program has lanes.
-      folder: of this run. A checkpoint found there is gone on from, exactly.
-      on_step: called with the number of steps that have just been done.
-      on_records: called with the new records of all seeds, at every evaluation.
-      stopped: asked before every step, by the number of those done, for the signal
-        that says to stop, if there is one.
-      first: step that a new run starts from.
-      begin: its state at that step, from the program for it and the seeds.
+      setup: Compiled step and data.
+      seeds: Seeds of this run, one per lane of the compiled step.
+      folder: Folder of this run. If it has a checkpoint, training resumes there and
+        gives exactly the result of an uninterrupted run.
+      on_step: Function called with the number of steps just completed.
+      on_records: Function called with the new records of all seeds after every
+        evaluation.
+      stopped: Function called before every step with the number of completed steps. It
+        returns the signal that asks training to stop, or None.
+      first: Step at which a new run starts.
+      begin: Function from the compiled step and the seeds to the state of a new run.
 
     Returns:
       (the records of every seed, the final state).
 
     Raises:
-      DivergedError: a loss or a parameter is no longer finite.
-      StoppedError: `stopped` said so. A checkpoint of that step is written.
-      CheckpointError: a checkpoint could not be written or read.
+      DivergedError: A loss or a parameter is no longer finite.
+      StoppedError: `stopped` returned a signal. A checkpoint of that step exists.
+      CheckpointError: A checkpoint could not be written or read.
     """
-    config = trainer.config
+    config = setup.config
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     log = Log(folder, config.method, seeds, writes=jax.process_index() == 0)
     try:
-        return _fit(
-            trainer, seeds, checkpoints, log, on_step, on_records, stopped, first, begin
-        )
+        run = _Run(setup, seeds, checkpoints, log, on_step)
+        run.start(first, begin)
+        return run.train(on_records, stopped)
     finally:
         log.close()
         checkpoints.close()
 
 
-def _fit(
-    trainer: TrainSetup,
-    seeds: Sequence[int],
-    checkpoints: Checkpoints,
-    log: Log,
-    on_step: Callable[[int], None],
-    on_records: Callable[[Sequence[MetricsRecord]], None],
-    stopped: Callable[[int], int | None],
-    first: int,
-    begin: Callable[[CompiledStep, Sequence[int]], PyTree],
-) -> tuple[list[list[MetricsRecord]], PyTree]:
-    config = trainer.config
-    interval, saving = config.evaluation_interval, config.checkpoint_interval
-    start = time.perf_counter()
-    saved = checkpoints.latest
-    step = first if saved is None else saved
-    compiled_step = trainer.compiled_step_at(step)
-    losses = Losses(compiled_step.lanes)
-    if saved is None:
-        state = begin(compiled_step, seeds)
-        log.resume(-1)
-    else:
-        snapshot, progress = checkpoints.restore(
-            saved, compiled_step.abstract(), config.method
+class _Run:
+    """One training run in progress."""
+
+    def __init__(
+        self,
+        setup: TrainSetup,
+        seeds: Sequence[int],
+        checkpoints: Checkpoints,
+        log: Log,
+        on_step: Callable[[int], None],
+    ) -> None:
+        self.setup = setup
+        self.config = setup.config
+        self.seeds = seeds
+        self.checkpoints = checkpoints
+        self.log = log
+        self.on_step = on_step
+        self.start_time = time.perf_counter()
+
+    def start(
+        self, first: int, begin: Callable[[CompiledStep, Sequence[int]], PyTree]
+    ) -> None:
+        """Restore the last checkpoint, or create the state of a new run."""
+        self.saved_step = self.checkpoints.latest
+        self.step = first if self.saved_step is None else self.saved_step
+        self.compiled_step = self.setup.compiled_step_at(self.step)
+        self.losses = Losses(self.compiled_step.lanes)
+        if self.saved_step is None:
+            self.state = begin(self.compiled_step, self.seeds)
+            self.log.resume(-1)
+            return
+        snapshot, progress = self.checkpoints.restore(
+            self.step, self.compiled_step.abstract(), self.config.method
         )
-        state = compiled_step.restore(snapshot)
-        del snapshot
-        start -= progress.seconds
-        losses.values = progress.losses
-        evaluated = [s for s in range(0, step + 1, interval) if s >= first]
-        if step == config.steps and step % interval:
-            evaluated.append(step)
-        log.resume(step, evaluated)
-        on_step(step - first)
-    data = train_batches(trainer, seeds[0], step)
-    ahead = steps_ahead(compiled_step)
-    while True:
-        if trainer.compiled_step_at(step) is not compiled_step:
-            # The end of the ghosts: from this step on the network is the plain one.
-            on_step(losses.wait(0))
-            plain = tost.drop_ghosts(compiled_step.snapshot(state))
-            compiled_step = trainer.compiled_step_at(step)
-            state = compiled_step.restore(plain)
-        # A checkpoint is written after the evaluation of its step: what is gone on from
-        # has been evaluated.
-        if step != saved and (step % interval == 0 or step == config.steps):
-            on_step(losses.wait(0))
-            losses.check(step, checkpoints.latest)
-            log.add(
-                _evaluate(trainer, state, step, losses, time.perf_counter() - start)
+        self.state = self.compiled_step.restore(snapshot)
+        self.start_time -= progress.seconds
+        self.losses.values = progress.losses
+        self.log.resume(self.step, self._evaluated_steps(first))
+        self.on_step(self.step - first)
+
+    def _evaluated_steps(self, first: int) -> list[int]:
+        interval = self.config.evaluation_interval
+        steps = [s for s in range(0, self.step + 1, interval) if s >= first]
+        if self.step == self.config.steps and self.step % interval:
+            steps.append(self.step)
+        return steps
+
+    def train(
+        self,
+        on_records: Callable[[Sequence[MetricsRecord]], None],
+        stopped: Callable[[int], int | None],
+    ) -> tuple[list[list[MetricsRecord]], PyTree]:
+        """Train, evaluate and write checkpoints until the last step or a signal."""
+        batches = train_batches(self.setup, self.seeds[0], self.step)
+        ahead = steps_ahead(self.compiled_step)
+        while True:
+            if self.setup.compiled_step_at(self.step) is not self.compiled_step:
+                self.drop_ghosts()
+            # Evaluate before saving: a restored checkpoint has then been evaluated.
+            if self.is_evaluation_due:
+                self.evaluate()
+                on_records([records[-1] for records in self.log.records])
+            signal = stopped(self.step)
+            finished = self.step == self.config.steps
+            stopping = signal is not None and not finished
+            if self.is_checkpoint_due or (stopping and self.step != self.saved_step):
+                self.save()
+            if signal is not None and stopping:
+                self.checkpoints.wait()
+                raise StoppedError(self.step, signal)
+            if finished:
+                self.checkpoints.wait()
+                return self.log.records, self.state
+            steps = self.block_length
+            self.state, losses = self.compiled_step.steps(
+                self.state, next(batches), steps
             )
-            losses.clear()
-            on_records([records[-1] for records in log.records])
-        wish = stopped(step)
-        stopping = wish is not None and step < config.steps
-        due = step % saving == 0 and step > 0
-        if step != saved and (due or stopping or step == config.steps):
-            on_step(losses.wait(0))
-            losses.check(step, checkpoints.latest)
-            _check_state(trainer, state, step, checkpoints.latest)
-            # Written in the background, while more losses come in: a copy.
-            progress = Progress(
-                [list(lane) for lane in losses.values],
-                time.perf_counter() - start,
-                config.method,
-            )
-            checkpoints.save(step, compiled_step.snapshot(state), progress)
-            saved = step
-        if wish is not None and stopping:
-            checkpoints.wait()
-            raise StoppedError(step, wish)
-        if step == config.steps:
-            break
-        # What is left of an interval after whole blocks goes step by step, so that at
-        # most two programs are compiled.
-        left = min(interval - step % interval, saving - step % saving)
-        left = min(left, config.steps - step)
-        if step < config.ghost_steps:
-            left = min(left, config.ghost_steps - step)
-        number = config.scan_block if left >= config.scan_block else 1
-        state, loss = compiled_step.steps(state, next(data), number)
-        step += number
-        losses.add(loss)
-        on_step(losses.wait(ahead))
-        if losses.diverged:
-            losses.check(step, checkpoints.latest)
-    checkpoints.wait()
-    return log.records, state
+            self.step += steps
+            self.losses.add(losses)
+            self.wait(ahead)
+            if self.losses.diverged:
+                self.check_losses()
+
+    @property
+    def is_evaluation_due(self) -> bool:
+        due = self.step % self.config.evaluation_interval == 0
+        return self.step != self.saved_step and (due or self.step == self.config.steps)
+
+    @property
+    def is_checkpoint_due(self) -> bool:
+        due = self.step > 0 and self.step % self.config.checkpoint_interval == 0
+        return self.step != self.saved_step and (due or self.step == self.config.steps)
+
+    @property
+    def block_length(self) -> int:
+        """Number of steps of the next call.
+
+        Only the lengths `scan_block` and 1 occur, so that at most two programs are
+        compiled.
+        """
+        evaluation = self.config.evaluation_interval
+        saving = self.config.checkpoint_interval
+        steps_left = min(
+            evaluation - self.step % evaluation,
+            saving - self.step % saving,
+            self.config.steps - self.step,
+        )
+        if self.step < self.config.ghost_steps:
+            steps_left = min(steps_left, self.config.ghost_steps - self.step)
+        return self.config.scan_block if steps_left >= self.config.scan_block else 1
+
+    def drop_ghosts(self) -> None:
+        """Continue with the plain network: the steps with ghosts are over."""
+        self.wait(0)
+        plain = tost.drop_ghosts(self.compiled_step.snapshot(self.state))
+        self.compiled_step = self.setup.compiled_step_at(self.step)
+        self.state = self.compiled_step.restore(plain)
+
+    def evaluate(self) -> None:
+        """Log the test accuracy and the mean loss since the last evaluation."""
+        self.wait(0)
+        self.check_losses()
+        self.log.add(
+            _evaluate(self.setup, self.state, self.step, self.losses, self.seconds)
+        )
+        self.losses.clear()
+
+    def save(self) -> None:
+        """Start writing a checkpoint in the background."""
+        self.wait(0)
+        self.check_losses()
+        _check_state(self.setup, self.state, self.step, self.checkpoints.latest)
+        # More losses arrive while the checkpoint is written, so it gets a copy.
+        losses = [list(lane) for lane in self.losses.values]
+        progress = Progress(losses, self.seconds, self.config.method)
+        snapshot = self.compiled_step.snapshot(self.state)
+        self.checkpoints.save(self.step, snapshot, progress)
+        self.saved_step = self.step
+
+    def wait(self, pending: int) -> None:
+        """Wait until at most `pending` calls run on the device."""
+        self.on_step(self.losses.wait(pending))
+
+    def check_losses(self) -> None:
+        """Raise DivergedError if a loss is not finite."""
+        self.losses.check(self.step, self.checkpoints.latest)
+
+    @property
+    def seconds(self) -> float:
+        """Training time in seconds, including the time before a restart."""
+        return time.perf_counter() - self.start_time
 
 
 class Losses:
-    """The losses since the last evaluation, some of them still being computed."""
+    """Losses since the last evaluation. The device may still compute the last ones."""
 
     def __init__(self, lanes: int) -> None:
-        """No losses, of so many lanes."""
+        """Start without losses."""
         self.values: list[list[float]] = [[] for _ in range(lanes)]
         self.diverged = False
         self._pending: collections.deque[Array] = collections.deque()
 
     def add(self, losses: Array) -> None:
-        """Adds those of the latest steps, (lanes, steps), without waiting for them."""
+        """Append the losses of the latest steps, (lanes, steps), without waiting."""
         self._pending.append(losses)
 
     def wait(self, pending: int) -> int:
-        """Waits until at most so many calls are not done; how many steps came in."""
+        """Wait until at most `pending` calls run, and return the completed steps."""
         steps = 0
         while len(self._pending) > pending:
             losses = np.asarray(self._pending.popleft())
@@ -282,117 +343,119 @@ class Losses:
         return steps
 
     def mean(self) -> list[float | None]:
-        """Of every lane; None if there are none."""
+        """Return the mean loss of every lane, or None without losses."""
         return [math.fsum(v) / len(v) if v else None for v in self.values]
 
     def clear(self) -> None:
-        """Forgets them."""
+        """Discard the losses."""
         self.values = [[] for _ in self.values]
 
-    def check(self, step: int, saved: int | None) -> None:
-        """Raises DivergedError if one of those up to `step` is not finite."""
+    def check(self, step: int, saved_step: int | None) -> None:
+        """Raise DivergedError if a loss up to `step` is not finite."""
         if not self.diverged:
             return
         self.wait(0)
         for values in self.values:
             for i, loss in enumerate(values):
                 if not math.isfinite(loss):
-                    where = step - len(values) + i + 1
-                    raise _diverged(f"the loss of step {where} is {loss}", saved)
+                    diverged_step = step - len(values) + i + 1
+                    raise _diverged(
+                        f"the loss of step {diverged_step} is {loss}", saved_step
+                    )
 
 
 def padded_batches(split: Split, largest: int, multiple: int) -> list[Split]:
-    """The split in batches of one size, filled up with a label that nothing has.
+    """Divide a split into batches of equal size, padded with examples of label -1.
 
     Args:
-      split: on the host.
-      largest: number of examples in a batch, exceeded only for `multiple`'s sake.
-      multiple: that the number of examples in a batch is to be.
+      split: Data on the host.
+      largest: Largest batch size, which is exceeded only to reach a multiple.
+      multiple: Number that must divide the batch size.
     """
     size = len(split.labels)
     number = math.ceil(size / largest)
-    batch = math.ceil(math.ceil(size / number) / multiple) * multiple
-    extra = number * batch - size
+    batch_size = math.ceil(math.ceil(size / number) / multiple) * multiple
+    padding = number * batch_size - size
 
-    def cut(x: Any, fill: int) -> list[np.ndarray]:
-        pads = [(0, extra)] + [(0, 0)] * (x.ndim - 1)
-        return np.split(np.pad(x, pads, constant_values=fill), number)
+    def divide(x: Any, fill: int) -> list[np.ndarray]:
+        widths = [(0, padding)] + [(0, 0)] * (x.ndim - 1)
+        return np.split(np.pad(x, widths, constant_values=fill), number)
 
-    inputs, labels = cut(split.inputs, 0), cut(split.labels, -1)
+    inputs, labels = divide(split.inputs, 0), divide(split.labels, -1)
     return [Split(*pair) for pair in zip(inputs, labels, strict=True)]
 
 
-def train_batches(trainer: TrainSetup, seed: int, start: int) -> Iterator[PyTree]:
-    """What every step is given, from step `start` on."""
-    dataset = trainer.dataset
+def train_batches(setup: TrainSetup, seed: int, start: int) -> Iterator[PyTree]:
+    """Yield the data argument of every step, beginning with step `start`."""
+    dataset = setup.dataset
     if not isinstance(dataset, Stream):
         while True:
-            yield trainer.train_data
+            yield setup.train_data
     batches = dataset.train_batches(
         seed=seed,
         start=start,
-        batch_size=trainer.config.data.batch_size,
+        batch_size=setup.config.data.batch_size,
         process=jax.process_index(),
         processes=jax.process_count(),
-        workers=trainer.config.data.workers,
+        workers=setup.config.data.workers,
     )
     for batch in batches:
-        yield trainer.compiled_step.place(batch)
+        yield setup.compiled_step.place(batch)
 
 
-def _test_batches(trainer: TrainSetup) -> Iterator[PyTree]:
-    dataset, compiled_step = trainer.dataset, trainer.compiled_step
+def _test_batches(setup: TrainSetup) -> Iterator[PyTree]:
+    dataset = setup.dataset
     if not isinstance(dataset, Stream):
-        assert trainer.test_batches is not None
-        yield from trainer.test_batches
+        assert setup.test_batches is not None
+        yield from setup.test_batches
         return
     batches = dataset.test_batches(
-        batch_size=trainer.config.data.batch_size,
+        batch_size=setup.config.data.batch_size,
         process=jax.process_index(),
         processes=jax.process_count(),
-        workers=trainer.config.data.workers,
+        workers=setup.config.data.workers,
     )
     for batch in batches:
-        yield compiled_step.place_test(batch)
+        yield setup.compiled_step.place_test(batch)
 
 
 def evaluate(
-    trainer: TrainSetup, state: PyTree, step: int
+    setup: TrainSetup, state: PyTree, step: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the state of a step makes of the test data.
+    """Evaluate the state of a step on the test data.
 
     Returns:
-      (int64, labels predicted correctly; float64, sum of the cross-entropy over all
-      labels in nats), (lanes,) each.
+      (number of labels predicted correctly, int64; sum of the cross-entropy over all
+      labels in nats, float64), each of shape (lanes,).
     """
-    compiled_step = trainer.compiled_step_at(step)
+    compiled_step = setup.compiled_step_at(step)
     correct = np.zeros(compiled_step.lanes, np.int64)
     loss = np.zeros(compiled_step.lanes, np.float64)
     scores: collections.deque[Score] = collections.deque()
     ahead = min(2, steps_ahead(compiled_step))
 
-    def add(pending: int) -> None:
+    def collect(pending: int) -> None:
         while len(scores) > pending:
             score = jax.device_get(scores.popleft())
             correct[:] += score.correct
             loss[:] += score.loss
 
-    for batch in _test_batches(trainer):
+    for batch in _test_batches(setup):
         scores.append(compiled_step.evaluate(state, batch))
-        add(ahead)
-    add(0)
+        collect(ahead)
+    collect(0)
     return correct, loss
 
 
 def _evaluate(
-    trainer: TrainSetup, state: PyTree, step: int, losses: Losses, seconds: float
+    setup: TrainSetup, state: PyTree, step: int, losses: Losses, seconds: float
 ) -> list[MetricsRecord]:
-    """The record of every lane."""
-    compiled_step = trainer.compiled_step_at(step)
-    correct, loss = evaluate(trainer, state, step)
-    total = trainer.dataset.test_size
+    """Return the metrics of every lane."""
+    compiled_step = setup.compiled_step_at(step)
+    correct, loss = evaluate(setup, state, step)
+    total = setup.dataset.test_size
     active = np.asarray(compiled_step.inspect(state).active)
-    rate = float(np.asarray(compiled_step.train_step.schedule(step)))
+    learning_rate = float(np.asarray(compiled_step.train_step.schedule(step)))
     return [
         MetricsRecord(
             step=step,
@@ -400,21 +463,21 @@ def _evaluate(
             test_correct=int(correct[lane]),
             test_accuracy=int(correct[lane]) / total,
             test_loss=float(loss[lane]) / total,
-            sparsity=_sparsity(trainer, active[lane].tolist()),
-            learning_rate=rate,
+            sparsity=_sparsity(setup, active[lane].tolist()),
+            learning_rate=learning_rate,
             seconds=seconds,
         )
         for lane, train_loss in enumerate(losses.mean())
     ]
 
 
-def _sparsity(trainer: TrainSetup, active: Sequence[int]) -> granet_jax.Sparsity:
-    total = sum(trainer.mask_sizes.values())
+def _sparsity(setup: TrainSetup, active: Sequence[int]) -> granet_jax.Sparsity:
+    total = sum(setup.mask_sizes.values())
     return granet_jax.Sparsity(
         overall=1.0 - sum(active) / total,
         leaves={
             name: 1.0 - n / size
-            for (name, size), n in zip(trainer.mask_sizes.items(), active, strict=True)
+            for (name, size), n in zip(setup.mask_sizes.items(), active, strict=True)
         },
         active=sum(active),
         total=total,
@@ -423,52 +486,51 @@ def _sparsity(trainer: TrainSetup, active: Sequence[int]) -> granet_jax.Sparsity
 
 def _mask_sizes(compiled_step: CompiledStep) -> dict[str, int]:
     train_step = compiled_step.train_step
-    one = jax.eval_shape(
+    masks = jax.eval_shape(
         lambda seed: train_step.masks(train_step.create(seed)), np.uint32(0)
     )
     return {
         masking.leaf_name(path): math.prod(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(one)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(masks)
     }
 
 
 def _check_state(
-    trainer: TrainSetup, state: PyTree, step: int, saved: int | None
+    setup: TrainSetup, state: PyTree, step: int, saved_step: int | None
 ) -> None:
-    """Raises unless the state is worth keeping: finite, and exactly sparse."""
-    seen = trainer.compiled_step_at(step).inspect(state)
-    if not np.asarray(seen.finite).all():
-        raise _diverged(f"a parameter is not finite after step {step}", saved)
-    for lane in np.asarray(seen.broken):
-        for name, number in zip(trainer.mask_sizes, lane, strict=True):
+    """Raise unless the parameters are finite and exactly as sparse as configured."""
+    inspection = setup.compiled_step_at(step).inspect(state)
+    if not np.asarray(inspection.finite).all():
+        raise _diverged(f"a parameter is not finite after step {step}", saved_step)
+    for lane in np.asarray(inspection.broken):
+        for name, number in zip(setup.mask_sizes, lane, strict=True):
             if number:
                 raise RuntimeError(f"{name} has weights that are pruned but not zero.")
-    if step < trainer.config.steps:
+    if step < setup.config.steps:
         return
-    total = sum(trainer.mask_sizes.values())
-    dense = trainer.config.method == "dense"
-    sparsity = 0.0 if dense else trainer.config.sparsity
+    total = sum(setup.mask_sizes.values())
+    sparsity = 0.0 if setup.config.method == "dense" else setup.config.sparsity
     expected = distributions.total_count(total, sparsity)
-    for lane in np.asarray(seen.active):
+    for lane in np.asarray(inspection.active):
         if lane.sum() != expected:
             raise RuntimeError(
                 f"{lane.sum()} weights are active, {expected} of {total} should be."
             )
 
 
-def _diverged(what: str, saved: int | None) -> DivergedError:
-    kept = "there is none" if saved is None else f"it is of step {saved}"
+def _diverged(reason: str, saved_step: int | None) -> DivergedError:
+    kept = "there is none" if saved_step is None else f"it is of step {saved_step}"
     return DivergedError(
-        f"{what}: lower optimizer.learning_rate. The last good checkpoint is kept "
+        f"{reason}: lower optimizer.learning_rate. The last good checkpoint is kept "
         f"({kept})."
     )
 
 
 def steps_ahead(compiled_step: CompiledStep) -> int:
-    """Steps that may queue up on the device.
+    """Return the number of calls that may wait in the device's queue.
 
-    None where several devices are one CPU: programs that wait for one another there,
-    and for the few threads, can wait for ever.
+    It is 0 if several devices share one CPU: their programs wait for each other and for
+    the few threads, and could wait forever.
     """
-    alone = compiled_step.devices == 1 or jax.default_backend() != "cpu"
-    return _AHEAD if alone else 0
+    shares_cpu = compiled_step.devices > 1 and jax.default_backend() == "cpu"
+    return 0 if shares_cpu else _AHEAD

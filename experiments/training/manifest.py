@@ -1,7 +1,7 @@
-"""A checkpoint's own account of its files, to tell one that is damaged.
+"""The SHA-256 of every file of a checkpoint, to detect damage.
 
-Orbax and tensorstore notice that a file is missing or cut off, but not every bit that
-has changed: flipped in the data of an array, some are read as other numbers.
+Orbax and tensorstore detect missing and truncated files, but not every changed bit in
+the data of an array.
 """
 
 import hashlib
@@ -16,40 +16,43 @@ FILE = "sha256.json"
 
 
 class DamagedError(ValueError):
-    """The files are not those that were written."""
+    """The files of a checkpoint differ from the files that were written."""
 
 
 class Handler(ocp.CheckpointHandler):
-    """The last item of a checkpoint: the SHA-256 of every file of the others.
+    """Writes the manifest as the last item of a checkpoint.
 
-    Written when all of them are, before the folder of the checkpoint gets its name, so
-    that there is none without it.
+    It is written after all other items and before the checkpoint's folder gets its
+    final name, so every complete checkpoint has a manifest.
     """
 
     def save(self, directory: Any, args: Any) -> None:
-        """Nothing yet: the other items are still being written."""
+        """Do nothing: the other items are still being written."""
 
     def restore(self, directory: Any, args: Any) -> None:
-        """Nothing: see `check`."""
+        """Do nothing: see `check`."""
 
     def finalize(self, directory: Any) -> None:
-        """Writes it, in the one process that orbax calls."""
+        """Write the manifest. Orbax calls this in one process."""
         folder = pathlib.Path(directory)
-        # Keys in order, so that equal checkpoints have equal manifests.
+        # Sorted keys make the manifests of equal checkpoints equal.
         text = json.dumps(_digests(folder.parent), indent=1, sort_keys=True)
         (folder / FILE).write_text(text + "\n")
 
 
 @ocp.args.register_with_handler(Handler, for_save=True, for_restore=True)
 class Args(ocp.args.CheckpointArgs):
-    """Of `Handler`: none."""
+    """Arguments of `Handler`: none."""
 
 
 def check(folder: pathlib.Path) -> bool:
-    """Whether the checkpoint in this folder has a manifest, which then is true.
+    """Check that the files of a checkpoint are the files that were written.
+
+    Returns:
+      Whether there is a manifest. Without one, nothing is checked.
 
     Raises:
-      DamagedError: a file that is missing, is another, or was not there.
+      DamagedError: A file is missing, changed, or new.
     """
     path = folder / NAME / FILE
     if not path.exists():
@@ -63,24 +66,25 @@ def check(folder: pathlib.Path) -> bool:
         names = sorted({name for name, _ in changed})
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise DamagedError(
-            f"not as they were written: {', '.join(map(str, names[:3]))}{more}"
+            f"these files were changed: {', '.join(map(str, names[:3]))}{more}"
         )
     return True
 
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:
-    """SHA-256 by path of all files in the folders of the items, but for this one's.
+    """Return the SHA-256 of the files of all items except the manifest, by path.
 
-    Those of orbax's beside them have times, and nothing that is restored.
+    Orbax's own files next to the items are left out: they contain times, and nothing
+    that is restored.
     """
-    found = {}
+    digests = {}
     for item in folder.iterdir():
-        # The manifest's own folder has a longer name until it is written.
+        # The folder of the manifest has a longer name until it is complete.
         if not item.is_dir() or item.name.startswith(NAME):
             continue
         for path in item.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
-                found[path.relative_to(folder).as_posix()] = digest
-    return found
+                digests[path.relative_to(folder).as_posix()] = digest
+    return digests

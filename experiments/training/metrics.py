@@ -1,4 +1,4 @@
-"""What is measured in a training run, kept as lines of JSON and for TensorBoard."""
+"""Metrics of a training run, written as JSON lines and for TensorBoard."""
 
 import json
 import os
@@ -15,18 +15,17 @@ FILE = "metrics.jsonl"
 
 
 class MetricsRecord(NamedTuple):
-    """One evaluation.
+    """Metrics of one evaluation.
 
     Attributes:
-      step: optimizer steps done.
-      train_loss: mean loss over the steps since the record before, in nats; None at
-        step 0.
-      test_correct: labels of the test data predicted correctly.
-      test_accuracy: their share.
-      test_loss: mean cross-entropy over the test data, in nats.
-      sparsity: how sparse the masks are (`granet_jax.Sparsity`).
-      learning_rate: of the next step.
-      seconds: wall-clock time of training so far, compilation included.
+      step: Number of completed optimizer steps.
+      train_loss: Mean loss since the previous record, in nats; None at step 0.
+      test_correct: Number of test labels predicted correctly.
+      test_accuracy: Fraction of test labels predicted correctly.
+      test_loss: Mean cross-entropy over the test data, in nats.
+      sparsity: Sparsity of the masks.
+      learning_rate: Learning rate of the next step.
+      seconds: Wall-clock training time so far, including compilation.
     """
 
     step: int
@@ -40,15 +39,15 @@ class MetricsRecord(NamedTuple):
 
 
 class Log:
-    """The records of one run's seeds, in a folder: written at once, read on resuming.
+    """The records of all seeds of one run, kept in memory and in a file.
 
-    In a process that is not the first of its run it only holds them.
+    Only the first process of a run writes files.
     """
 
     def __init__(
         self, folder: pathlib.Path, method: str, seeds: Sequence[int], *, writes: bool
     ) -> None:
-        """An empty log; nothing is read or written yet."""
+        """Create an empty log without reading or writing files."""
         self.records: list[list[MetricsRecord]] = [[] for _ in seeds]
         self._path = folder / FILE
         self._method = method
@@ -57,21 +56,21 @@ class Log:
         self._boards: list[SummaryWriter] = []
 
     def resume(self, step: int, expected: Sequence[int] | None = None) -> None:
-        """Reads the records up to `step`, and removes those after it from the file.
+        """Read the records up to `step` and remove later records from the file.
 
         Args:
-          step: of the checkpoint that is gone on from; -1 without one.
-          expected: steps that there must be records of; None for whichever there are.
+          step: Step of the checkpoint from which training resumes; -1 without one.
+          expected: Steps that must have a record; None to accept any.
 
         Raises:
-          ValueError: the file is not one of these seeds, or lacks records.
+          ValueError: The file has records of other seeds, or lacks records.
         """
         if self._path.exists():
             for line in self._path.read_text().splitlines():
                 try:
                     seed, record = _parse(line)
                 except (ValueError, KeyError, TypeError):
-                    # Killed while writing it: the checkpoint is of an earlier step.
+                    # A kill cut this line off. The checkpoint is of an earlier step.
                     continue
                 if record.step > step:
                     continue
@@ -81,9 +80,9 @@ class Log:
         for records in self.records:
             if expected is not None and [r.step for r in records] != [*expected]:
                 raise ValueError(
-                    f"{self._path} has not the records up to step {step}, which the "
-                    "checkpoint beside it is of: put the file back, or remove "
-                    f"{self._path.parent} to train anew."
+                    f"{self._path} lacks records up to step {step}, the step of the "
+                    "checkpoint next to it: put the file back, or remove "
+                    f"{self._path.parent} to train again from the start."
                 )
         if not self._writes:
             return
@@ -104,24 +103,24 @@ class Log:
             for seed in self._seeds
         ]
 
-    def add(self, new: Sequence[MetricsRecord]) -> None:
-        """Appends one record of every seed; when it returns they are on the disk."""
-        for records, record in zip(self.records, new, strict=True):
+    def add(self, new_records: Sequence[MetricsRecord]) -> None:
+        """Append one record of every seed. They are on disk when this returns."""
+        for records, record in zip(self.records, new_records, strict=True):
             records.append(record)
         if not self._writes:
             return
         with explain_write_errors(self._path), self._path.open("a") as file:
-            for seed, record in zip(self._seeds, new, strict=True):
+            for seed, record in zip(self._seeds, new_records, strict=True):
                 file.write(_line(self._method, seed, record))
             file.flush()
             os.fsync(file.fileno())
-        for board, record in zip(self._boards, new, strict=True):
+        for board, record in zip(self._boards, new_records, strict=True):
             for name, value in _scalars(record).items():
                 board.add_scalar(name, value, record.step)
             board.flush()
 
     def close(self) -> None:
-        """Ends TensorBoard's files."""
+        """Close the TensorBoard files."""
         for board in self._boards:
             board.close()
 

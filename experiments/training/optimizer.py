@@ -1,4 +1,4 @@
-"""The optimizer of a configuration, and its learning rate over the steps."""
+"""The optimizer of a configuration and its learning rate schedule."""
 
 import itertools
 from typing import Any
@@ -14,21 +14,20 @@ PyTree = Any
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate as a function of the steps done.
+    """Return the learning rate as a function of the number of completed steps.
 
-    The warm-up goes in a line to the value at its end, the first step taking the first
-    part of it, and the schedule runs underneath: it ends with the last step whatever
-    the warm-up.
+    During the warm-up the schedule is multiplied by a factor that rises linearly to 1.
+    The warm-up does not shift the schedule, which always ends with the last step.
     """
     schedule = _schedule(config, steps)
     if not config.warmup_steps:
         return schedule
 
-    def warmed(count: ArrayLike) -> ArrayLike:
-        share = (jnp.asarray(count, jnp.float32) + 1) / (config.warmup_steps + 1)
-        return schedule(count) * jnp.minimum(1.0, share)
+    def with_warmup(count: ArrayLike) -> ArrayLike:
+        factor = (jnp.asarray(count, jnp.float32) + 1) / (config.warmup_steps + 1)
+        return schedule(count) * jnp.minimum(1.0, factor)
 
-    return warmed
+    return with_warmup
 
 
 def _schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -42,7 +41,7 @@ def _schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         case "cosine":
             return optax.cosine_decay_schedule(config.learning_rate, steps)
         case "cyclic":
-            # Boundaries to the step, so that the cycles fill the steps exactly.
+            # Rounding every boundary makes the cycles fill the steps exactly.
             ends = [steps * i // config.cycles for i in range(config.cycles + 1)]
             lengths = [max(1, b - a) for a, b in itertools.pairwise(ends)]
             return optax.join_schedules(
@@ -57,30 +56,31 @@ def _schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def create(
-    config: OptimizerConfig, schedule: optax.Schedule, decayed: PyTree
+    config: OptimizerConfig, schedule: optax.Schedule, decay_mask: Any
 ) -> optax.GradientTransformation:
-    """The optimizer that the masks are put around.
+    """Return the optimizer without masks.
 
     Args:
-      config: see there.
-      schedule: learning rate.
-      decayed: pytree of bools, in the structure of the parameters: which ones decay.
+      config: Options of the optimizer.
+      schedule: Learning rate.
+      decay_mask: Pytree of bools with the structure of the parameters, or a function
+        from the parameters to it: which parameters have weight decay.
     """
     if config.name == "adamw":
         return optax.adamw(
             schedule,
             b1=config.momentum,
             weight_decay=config.weight_decay,
-            mask=decayed,
+            mask=decay_mask,
         )
     return optax.chain(
-        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
     )
 
 
 def decay_mask(params: PyTree, maskable: Any) -> PyTree:
-    """Which parameters decay: those that may carry a mask, by `maskable`."""
+    """Return which parameters have weight decay: the maskable parameters."""
 
     def decays(path: Any, leaf: Any) -> bool:
         return bool(

@@ -1,4 +1,4 @@
-"""Trains the branches of a study: prunes states of a dense run, and goes on."""
+"""Branches of a plasticity study: prune states of the dense run and keep training."""
 
 import functools
 import pathlib
@@ -21,19 +21,19 @@ from granet_jax.analysis import plasticity
 from granet_jax.selection import Scope
 
 PyTree = Any
-# A random criterion draws from a stream of its own, apart from those of `step`.
+# The random criterion has its own random stream; `step` uses streams 0 to 3.
 _STREAM = 4
 
 
 class BranchRun(NamedTuple):
-    """A branch to train, of one seed, from one point.
+    """One branch to train, for one seed and one point.
 
     Attributes:
-      branch: how it is pruned.
-      seed: of the dense run.
-      state: of the dense run at that point.
-      before: its number of test examples predicted correctly.
-      path: of the file for the outcome.
+      branch: Way of pruning.
+      seed: Seed of the dense run.
+      state: State of the dense run at the point.
+      before: Number of test examples that this state predicts correctly.
+      path: File for the outcome.
     """
 
     branch: Branch
@@ -44,14 +44,14 @@ class BranchRun(NamedTuple):
 
 
 class BranchPruner(NamedTuple):
-    """What prunes states, one at a time, however many lanes there are.
+    """Functions that prune one state at a time, for any number of lanes.
 
-    Compiled once for all points: nothing in it depends on the learning rate.
+    They do not depend on the learning rate, so they are compiled once for all points.
 
     Attributes:
-      start: from a dense state to the same with masks, all active.
-      cutter: from (criterion, scope, regrow) to a function of (state, data, keep) that
-        prunes a state down to `keep`.
+      start: Function that adds masks to a dense state, with all weights active.
+      cutter: Function from (criterion, scope, regrow) to a compiled function of
+        (state, data, keep), which prunes a state down to `keep` weights.
     """
 
     start: Callable[[TrainState], TrainState]
@@ -59,6 +59,7 @@ class BranchPruner(NamedTuple):
 
 
 def create_pruner(study: Study, dataset: Dataset | Stream) -> BranchPruner:
+    """Return the functions that prune states of a study."""
     config = study.continued(study.train.optimizer.learning_rate)
     train_step = TrainStep(config, dataset)
 
@@ -72,12 +73,12 @@ def create_pruner(study: Study, dataset: Dataset | Stream) -> BranchPruner:
     def cutter(
         criterion: str, scope: Scope, regrow: float
     ) -> Callable[..., TrainState]:
-        return jax.jit(functools.partial(_cut, train_step, criterion, scope, regrow))
+        return jax.jit(functools.partial(_prune, train_step, criterion, scope, regrow))
 
     return BranchPruner(jax.jit(start), cutter)
 
 
-def _cut(
+def _prune(
     train_step: TrainStep,
     criterion: str,
     scope: Scope,
@@ -86,7 +87,7 @@ def _cut(
     data: PyTree,
     keep: Any,
 ) -> TrainState:
-    """A state pruned down to so many weights, `regrow` of them exchanged."""
+    """Prune a state down to `keep` weights, and exchange the fraction `regrow`."""
     opt_state = state.opt_state
     assert isinstance(opt_state, granet_jax.SparseState)
     key = jax.random.fold_in(jax.random.key(state.seed), _STREAM)
@@ -97,7 +98,7 @@ def _cut(
         criterion=criterion,
         scope=scope,
         regrow=regrow,
-        # Compiled only if it is of use.
+        # The compiler removes the gradient if the criterion does not use it.
         grads=train_step.gradient(state, data),
         key=jax.random.fold_in(key, state.step),
     )
@@ -114,85 +115,91 @@ def _cut(
 
 def train_branches(
     study: Study,
-    each: loop.TrainSetup,
+    setup: loop.TrainSetup,
     pruner: BranchPruner,
-    jobs: Sequence[BranchRun],
+    branch_runs: Sequence[BranchRun],
     steps: int,
     on_step: Callable[[int], object],
     stopped: Callable[[int], int | None],
 ) -> None:
-    """Trains one branch, or several at once, and writes the outcome of each."""
-    shapes = [x.shape for x in _masks(pruner.start(jobs[0].state))]
-    masks = [np.empty(shape, bool) for shape in shapes]
-    # A last group that is smaller would be another program: it is filled up.
-    lanes = [*jobs, *[jobs[-1]] * (study.lanes - len(jobs))]
-    keeps = [keep_numbers(job.branch, masks, study, steps) for job in lanes]
-    state, pruned = _trained(each, pruner, lanes, keeps, steps, on_step, stopped)
-    after, loss = loop.evaluate(each, state, steps)
-    seen = each.compiled_step.inspect(state)
-    total = each.dataset.test_size
-    for i, job in enumerate(jobs):
+    """Train one or several branches at once, and write the outcome of each."""
+    start = pruner.start(branch_runs[0].state)
+    masks = [
+        np.empty(mask.shape, bool)
+        for mask in jax.tree.leaves(granet_jax.get_masks(start.opt_state))
+    ]
+    # A smaller last group would need another program, so it is padded with copies.
+    padding = [branch_runs[-1]] * (study.lanes - len(branch_runs))
+    lanes = [*branch_runs, *padding]
+    keeps = [keep_numbers(run.branch, masks, study, steps) for run in lanes]
+    state, pruned = _train(setup, pruner, lanes, keeps, steps, on_step, stopped)
+    after, loss = loop.evaluate(setup, state, steps)
+    inspection = setup.compiled_step.inspect(state)
+    total = setup.dataset.test_size
+    for i, run in enumerate(branch_runs):
         rows = [*keeps[i].values()]
-        active = int(rows[-1].sum()) if rows else sum(m.size for m in masks)
-        if int(np.asarray(seen.active)[i].sum()) != active or seen.broken[i].any():
-            raise RuntimeError(f"{job.path.stem} has not exactly {active} weights.")
+        expected = int(rows[-1].sum()) if rows else sum(m.size for m in masks)
+        active = int(np.asarray(inspection.active)[i].sum())
+        if active != expected or inspection.broken[i].any():
+            raise RuntimeError(f"{run.path.stem} has not exactly {expected} weights.")
         outcome = {
-            "before": job.before / total,
+            "before": run.before / total,
             "pruned": int(pruned[i]) / total,
             "after": int(after[i]) / total,
             "test_loss": float(loss[i]) / total,
             "active_weights": active,
         }
-        job.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(job.path, outcome)
+        run.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(run.path, outcome)
 
 
-def _trained(
-    each: loop.TrainSetup,
+def _train(
+    setup: loop.TrainSetup,
     pruner: BranchPruner,
-    jobs: Sequence[BranchRun],
+    lanes: Sequence[BranchRun],
     keeps: Sequence[dict[int, np.ndarray]],
     steps: int,
     on_step: Callable[[int], object],
     stopped: Callable[[int], int | None],
 ) -> tuple[PyTree, np.ndarray]:
-    """Trains a branch a lane, pruning each when it is due.
+    """Train one branch per lane and prune it when it is due.
 
     Returns:
-      (the program's state after the last step, the number of test examples that each
-      lane predicts correctly just after it is pruned for the last time).
+      (the compiled step's state after the last step, the number of test examples that
+      each lane predicts correctly right after it was pruned for the last time).
     """
-    compiled_step = each.compiled_step
-    cuts = [pruner.cutter(*job.branch.ranking) for job in jobs]
-    states = [pruner.start(job.state) for job in jobs]
-    state = compiled_step.restore(_stacked(compiled_step, states))
-    pruned = np.asarray([job.before for job in jobs])
+    compiled_step = setup.compiled_step
+    cutters = [pruner.cutter(*run.branch.ranking) for run in lanes]
+    states = [pruner.start(run.state) for run in lanes]
+    state = compiled_step.restore(_stack(compiled_step, states))
+    pruned = np.asarray([run.before for run in lanes])
     losses = loop.Losses(compiled_step.lanes)
-    data = loop.train_batches(each, jobs[0].seed, int(jobs[0].state.step))
-    ahead, done = loop.steps_ahead(compiled_step), 0
-    while done < steps:
-        if (wish := stopped(done)) is not None:
-            raise loop.StoppedError(done, wish)
-        batch = next(data)
-        due = [i for i, keep in enumerate(keeps) if done in keep]
+    batches = loop.train_batches(setup, lanes[0].seed, int(lanes[0].state.step))
+    ahead, step = loop.steps_ahead(compiled_step), 0
+    while step < steps:
+        if (signal := stopped(step)) is not None:
+            raise loop.StoppedError(step, signal)
+        batch = next(batches)
+        due = [i for i, keep in enumerate(keeps) if step in keep]
         if due:
-            states = _unstacked(compiled_step, state)
+            states = _unstack(compiled_step, state)
             for i in due:
-                states[i] = cuts[i](states[i], batch, keeps[i][done])
-            state = compiled_step.restore(_stacked(compiled_step, states))
-            last = [i for i in due if done == max(keeps[i])]
+                states[i] = cutters[i](states[i], batch, keeps[i][step])
+            state = compiled_step.restore(_stack(compiled_step, states))
+            last = [i for i in due if step == max(keeps[i])]
             if last:
-                pruned[last] = loop.evaluate(each, state, done)[0][last]
-        later = [at for keep in keeps for at in keep if at > done]
-        left = min([*later, steps]) - done
-        number = each.config.scan_block if left >= each.config.scan_block else 1
+                pruned[last] = loop.evaluate(setup, state, step)[0][last]
+        later = [cut for keep in keeps for cut in keep if cut > step]
+        steps_left = min([*later, steps]) - step
+        block = setup.config.scan_block
+        number = block if steps_left >= block else 1
         state, loss = compiled_step.steps(state, batch, number)
-        done += number
+        step += number
         losses.add(loss)
         on_step(losses.wait(ahead))
     on_step(losses.wait(0))
     if losses.diverged:
-        names = ", ".join(job.path.stem for job in jobs)
+        names = ", ".join(run.path.stem for run in lanes)
         raise loop.DivergedError(
             f"{names}: a loss is not finite: lower train.optimizer.learning_rate, or "
             "leave out this way of pruning."
@@ -203,21 +210,17 @@ def _trained(
 def keep_numbers(
     branch: Branch, masks: PyTree, study: Study, steps: int
 ) -> dict[int, np.ndarray]:
-    """The numbers of weights that a branch keeps, by the steps done before it does."""
+    """Return the numbers of weights to keep, by the step at which to prune."""
     if branch == UNPRUNED:
         return {}
     updates = study.updates if branch.pruning == "gradual" else 1
-    rising = plasticity.sparsities(branch.rate, updates)
-    rows = plasticity.keep_counts(masks, rising, scope=branch.scope)
+    sparsities = plasticity.sparsities(branch.rate, updates)
+    rows = plasticity.keep_counts(masks, sparsities, scope=branch.scope)
     return {i * (steps // 2 // updates): row for i, row in enumerate(rows)}
 
 
-def _masks(state: TrainState) -> list[Array]:
-    return jax.tree.leaves(granet_jax.get_masks(state.opt_state))
-
-
-def _stacked(compiled_step: CompiledStep, states: Sequence[TrainState]) -> TrainState:
-    """Of states of one lane a snapshot of the program's; counters have no lanes."""
+def _stack(compiled_step: CompiledStep, states: Sequence[TrainState]) -> TrainState:
+    """Combine states of one lane into a snapshot. Counters have no lane axis."""
 
     def stack(like: jax.ShapeDtypeStruct, *leaves: Array) -> Any:
         if len(like.shape) > leaves[0].ndim:
@@ -227,15 +230,15 @@ def _stacked(compiled_step: CompiledStep, states: Sequence[TrainState]) -> Train
     return jax.tree.map(stack, compiled_step.abstract(), *states)
 
 
-def _unstacked(compiled_step: CompiledStep, state: PyTree) -> list[TrainState]:
-    """The states of the lanes."""
+def _unstack(compiled_step: CompiledStep, state: PyTree) -> list[TrainState]:
+    """Return the state of every lane."""
     if compiled_step.lanes == 1:
         return [compiled_step.snapshot(state)]
-    one = jax.eval_shape(compiled_step.train_step.create, np.uint32(0))
+    one_lane = jax.eval_shape(compiled_step.train_step.create, np.uint32(0))
 
     def lane(i: int) -> TrainState:
         return jax.tree.map(
-            lambda x, like: x[i] if x.ndim > like.ndim else jnp.copy(x), state, one
+            lambda x, like: x[i] if x.ndim > like.ndim else jnp.copy(x), state, one_lane
         )
 
     return [lane(i) for i in range(compiled_step.lanes)]

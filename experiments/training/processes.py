@@ -1,4 +1,4 @@
-"""Several processes as one run."""
+"""Several processes that train together."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,21 +13,21 @@ T = TypeVar("T")
 
 
 def initialize(config: DistributedConfig) -> None:
-    """Connects this process to the others; before anything else uses JAX.
+    """Connect this process to the others. Call it before anything else uses JAX.
 
     Raises:
-      ValueError: an address without numbers, or numbers without an address.
+      ValueError: Some of coordinator, processes and process are missing or invalid.
     """
-    given = (config.coordinator, config.processes, config.process)
+    explicit = (config.coordinator, config.processes, config.process)
     if config.auto:
-        if any(x is not None for x in given):
+        if any(x is not None for x in explicit):
             raise ValueError(
                 "distributed.auto finds coordinator, processes and process by itself: "
                 "give it or them, not both."
             )
         jax.distributed.initialize()
         return
-    if all(x is None for x in given):
+    if all(x is None for x in explicit):
         return
     if config.coordinator is None or config.processes is None or config.process is None:
         raise ValueError(
@@ -46,29 +46,32 @@ def initialize(config: DistributedConfig) -> None:
 
 
 def in_all(prepare: Callable[[], T]) -> T:
-    """The result of `prepare`, once it is there in all processes.
+    """Call `prepare` in all processes and return its result.
+
+    If it fails in one process, all processes stop instead of waiting for that process.
 
     Raises:
-      ValueError, OSError: `prepare` did so here, or in another process, which says why;
-        without this the others would wait for that one in vain.
+      ValueError, OSError: `prepare` failed here, or in another process, which reports
+        the reason.
     """
     if jax.process_count() == 1:
         return prepare()
     try:
         result = prepare()
     except (ValueError, OSError):
-        _failed(True)
+        _failed_processes(True)
         raise
-    if failed := _failed(False):
+    if failed := _failed_processes(False):
         raise ValueError(f"process {failed[0]} cannot start: see its message.")
     return result
 
 
-def _failed(here: bool) -> list[int]:
-    """Numbers of the processes that say they failed; asked in all of them."""
-    return np.flatnonzero(multihost_utils.process_allgather(np.asarray(here))).tolist()
+def _failed_processes(failed: bool) -> list[int]:
+    """Return the numbers of the failed processes. All processes must call this."""
+    gathered = multihost_utils.process_allgather(np.asarray(failed))
+    return np.flatnonzero(gathered).tolist()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Return whether this process is the one that writes and prints."""
     return jax.process_index() == 0

@@ -1,9 +1,9 @@
-"""The training step, its state, and evaluation: pure functions, for any compilation.
+"""The training step, its state, and evaluation, as pure functions.
 
-The step holds all that changes in `TrainState`, its random numbers being functions of
-the seed and the step, so that a state is all one needs to go on from. Nothing here
-knows of devices: `experiments.training.devices` says how a batch is split, by two
-functions.
+`TrainState` has everything that a step changes. All random numbers are functions of the
+seed and the step, so a saved state is enough to continue training. Nothing here depends
+on the devices: `experiments.training.devices` compiles these functions and passes two
+functions that say how a batch is split.
 """
 
 import dataclasses
@@ -31,14 +31,14 @@ class TrainState(NamedTuple):
     """Everything that a training step reads and writes.
 
     Attributes:
-      step: int32 scalar, optimizer steps done.
-      seed: uint32 scalar, which all random numbers follow from (with `step`).
-      order: int32 (n,), the order in which this epoch goes through the training data;
-        () for data that is streamed, which comes in order.
-      params: the network's parameters.
-      statistics: its batch statistics; empty if it has none.
-      opt_state: the optimizer's state, masks included.
-      average: moving average of `params`; () without one.
+      step: Number of completed optimizer steps, int32 scalar.
+      seed: Seed of all random numbers, uint32 scalar.
+      order: Order of the training examples in the current epoch, int32 (n,); () for
+        streamed data, which arrive in order.
+      params: Parameters of the network.
+      statistics: Batch statistics of the network; empty if it has none.
+      opt_state: State of the optimizer, including the masks.
+      average: Moving average of `params`; () without one.
     """
 
     step: Array
@@ -51,39 +51,39 @@ class TrainState(NamedTuple):
 
 
 class Score(NamedTuple):
-    """What evaluation adds up over batches.
+    """Sums over the examples of one or more batches.
 
     Attributes:
-      correct: int32 scalar, labels predicted correctly.
-      loss: float32 scalar, sum of the cross-entropy over all labels, in nats.
+      correct: Number of labels predicted correctly, int32 scalar.
+      loss: Sum of the cross-entropy over all labels in nats, float32 scalar.
     """
 
     correct: Array
     loss: Array
 
 
-def _whole(batch: PyTree) -> PyTree:
-    return batch
+def _identity(tree: PyTree) -> PyTree:
+    return tree
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """A configuration as pure functions.
+    """The pure functions of a configuration.
 
     Attributes:
-      config: the configuration.
-      dataset: what it trains on; only its sizes and statistics are used.
-      split: from arrays of a row for each example of the batch to those of this
-        device, or the same arrays with their sharding.
-      mean: over the devices of what each computed from its part of the batch.
-      axis_name: that batch statistics are averaged over, in a mapped function.
-      ghosts: whether the network has the configured ghosts (`config.tost`).
+      config: The configuration.
+      dataset: The data set. Only its sizes and statistics are used.
+      split: Function from arrays with one row per example of the batch to the rows of
+        this device, or to the same arrays with a sharding constraint.
+      mean: Function that averages over the devices.
+      axis_name: Mapped axis over which batch statistics are averaged; None without one.
+      ghosts: Whether the network has the ghosts of `config.tost`.
     """
 
     config: Config
     dataset: Dataset | Stream
-    split: Callable[[PyTree], PyTree] = _whole
-    mean: Callable[[PyTree], PyTree] = _whole
+    split: Callable[[PyTree], PyTree] = _identity
+    mean: Callable[[PyTree], PyTree] = _identity
     axis_name: str | None = None
     ghosts: bool = False
 
@@ -106,7 +106,7 @@ class TrainStep:
 
     @functools.cached_property
     def schedule(self) -> optax.Schedule:
-        """Learning rate as a function of the steps done."""
+        """Learning rate as a function of the number of completed steps."""
         return optimizer.learning_rate(self.config.optimizer, self.config.steps)
 
     @functools.cached_property
@@ -116,11 +116,11 @@ class TrainStep:
 
     @property
     def has_dense_weights(self) -> bool:
-        """Whether pruned weights live on, and only the forward pass is sparse."""
+        """Whether pruned weights keep values that the forward pass ignores."""
         return self.method is not None and self.method.weights == "dense"
 
     def optimizer(self, seed: Array) -> optax.GradientTransformation:
-        """The whole optimizer, masks included, for a seed that may be traced."""
+        """Return the optimizer with masks for a seed, which may be traced."""
         inner = optimizer.create(
             self.config.optimizer,
             self.schedule,
@@ -133,20 +133,20 @@ class TrainStep:
         )
 
     def variables(self, seed: Array) -> PyTree:
-        """The network's initial "params" and, if it has some, "batch_stats".
+        """Return the initial "params" and, if the network has them, "batch_stats".
 
         Args:
-          seed: uint32 scalar.
+          seed: Seed of the run, uint32 scalar.
         """
         example = self.inputs(jnp.zeros((1, *self.input_shape), jnp.uint8))
         key = _key(seed, "init", 0)
-        return self.model.init(key, example, train=False, **self._with_ghosts(0))
+        return self.model.init(key, example, train=False, **self._ghost_arguments(0))
 
     def create(self, seed: Array) -> TrainState:
-        """The state at step 0, pruned weights already zero.
+        """Return the state at step 0, in which pruned weights are zero.
 
         Args:
-          seed: uint32 scalar.
+          seed: Seed of the run, uint32 scalar.
         """
         order = ()
         if not isinstance(self.dataset, Stream):
@@ -163,17 +163,17 @@ class TrainStep:
             params=params,
             statistics=variables.get("batch_stats", {}),
             opt_state=opt_state,
-            # A buffer of its own, so that both can be donated.
+            # A separate buffer, so that both can be donated.
             average=() if self._decay is None else jax.tree.map(jnp.copy, params),
         )
 
     def step(self, state: TrainState, data: Split) -> tuple[TrainState, Array]:
-        """One optimizer step.
+        """Perform one optimizer step.
 
         Args:
-          state: see `TrainState`.
-          data: all training examples, on the device; of a stream, the batch of this
-            step (of this device, in a mapped function).
+          state: State before the step.
+          data: All training examples on the device; for a stream, the batch of this
+            step (in a mapped function, the part of this device).
 
         Returns:
           (the next state, the mean loss of the batch).
@@ -185,67 +185,70 @@ class TrainStep:
             grads, state.opt_state, state.params
         )
         params = optax.apply_updates(state.params, updates)
-        average = state.average
-        if self._decay is not None:
-            # In the first steps the decay is lower, so that the average soon forgets
-            # the initial weights: the rule of TensorFlow's ExponentialMovingAverage.
-            t = state.step.astype(jnp.float32)
-            decay = jnp.minimum(self._decay, (1 + t) / (10 + t))
-            average = optax.incremental_update(params, average, 1 - decay)
-        return (
-            TrainState(
-                state.step + 1,
-                state.seed,
-                state.order,
-                params,
-                statistics,
-                opt_state,
-                average,
-            ),
-            loss,
+        state = state._replace(
+            step=state.step + 1,
+            params=params,
+            statistics=statistics,
+            opt_state=opt_state,
+            average=self._averaged(state, params),
         )
+        return state, loss
+
+    def _averaged(self, state: TrainState, params: PyTree) -> PyTree:
+        if self._decay is None:
+            return state.average
+        # The decay is lower in the first steps, so that the average soon forgets the
+        # initial weights. This is the rule of TensorFlow's ExponentialMovingAverage.
+        t = state.step.astype(jnp.float32)
+        decay = jnp.minimum(self._decay, (1 + t) / (10 + t))
+        return optax.incremental_update(params, state.average, 1 - decay)
 
     def gradient(self, state: TrainState, data: Split) -> PyTree:
-        """The dense gradient that the next step sees; arguments as those of `step`."""
+        """Return the dense gradient of the next step; arguments as for `step`."""
         state, batch = self._batch(state, data)
         return self.mean(self._gradient(state, batch)[2])
 
     def steps(
         self, state: TrainState, data: Split, number: int
     ) -> tuple[TrainState, Array]:
-        """`number` steps, as a scan if more than one: (state, losses (number,))."""
+        """Perform `number` steps, in a scan if there are several.
+
+        Returns:
+          (the state after the steps, their losses (number,)).
+        """
         if number == 1:
             state, loss = self.step(state, data)
             return state, loss[None]
         return lax.scan(lambda s, _: self.step(s, data), state, length=number)
 
     def evaluate(self, state: TrainState, batch: Split) -> Score:
-        """What the network makes of one batch; a label of -1 is no example."""
+        """Evaluate one batch. Examples with the label -1 are padding."""
         params = self.evaluation_params(state)
         variables = {"params": params, "batch_stats": state.statistics}
         logits = self.model.apply(
             variables,
             self.inputs(batch.inputs),
             train=False,
-            **self._with_ghosts(state.step),
+            **self._ghost_arguments(state.step),
         )
         logits = jnp.asarray(logits)
-        counted = batch.labels >= 0
-        labels = jnp.where(counted, batch.labels, 0)
+        is_example = batch.labels >= 0
+        labels = jnp.where(is_example, batch.labels, 0)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        right = counted & (jnp.argmax(logits, axis=-1) == labels)
+        correct = is_example & (jnp.argmax(logits, axis=-1) == labels)
         return Score(
-            jnp.sum(right, dtype=jnp.int32), jnp.sum(jnp.where(counted, losses, 0.0))
+            jnp.sum(correct, dtype=jnp.int32),
+            jnp.sum(jnp.where(is_example, losses, 0.0)),
         )
 
     def forward_params(self, state: TrainState) -> PyTree:
-        """The parameters of the forward pass, at which the gradient is taken."""
+        """Return the parameters of the forward pass, where the gradient is computed."""
         if not self.has_dense_weights:
             return state.params
         return granet_jax.sparse_view(state.params, state.opt_state)
 
     def evaluation_params(self, state: TrainState) -> PyTree:
-        """The parameters that are evaluated: a moving average is masked."""
+        """Return the parameters to evaluate: the masked moving average, if any."""
         if self._decay is None:
             return self.forward_params(state)
         if self.method is None:
@@ -254,7 +257,7 @@ class TrainStep:
         return granet_jax.apply_masks(state.average, masks)
 
     def masks(self, state: TrainState) -> PyTree:
-        """The masks; for dense training, masks of which every weight is active."""
+        """Return the masks. In dense training every weight is active."""
         if self.method is not None:
             return granet_jax.get_masks(state.opt_state)
         return granet_jax.init_masks(
@@ -266,30 +269,30 @@ class TrainStep:
         return self.config.optimizer.ema
 
     def _batch(self, state: TrainState, data: Split) -> tuple[TrainState, Split]:
-        """The batch of this step as the network takes it, drawn or given."""
+        """Return the batch of this step and the state with the order of the epoch."""
         if isinstance(self.dataset, Stream):
             return state, Split(self.inputs(data.inputs), data.labels)
         return self._draw(state, data)
 
     def _draw(self, state: TrainState, train: Split) -> tuple[TrainState, Split]:
-        """The batch of this step, augmented, and the order it was taken from."""
-        size, number = len(train.labels), self.config.data.batch_size
-        epoch, batch = jnp.divmod(state.step, size // number)
+        size, batch_size = len(train.labels), self.config.data.batch_size
+        epoch, batch = jnp.divmod(state.step, size // batch_size)
         order = lax.cond(
             batch == 0,
             lambda: jax.random.permutation(_key(state.seed, "order", epoch), size),
             lambda: state.order,
         )
-        rows = lax.dynamic_slice_in_dim(order, batch * number, number)
-        # Drawn for the whole batch, then split: the same on any number of devices.
+        rows = lax.dynamic_slice_in_dim(order, batch * batch_size, batch_size)
+        # Random numbers are drawn for the whole batch and then split, so that they do
+        # not depend on the number of devices.
         draws: dict[str, Array] = {"rows": rows}
         shift = self.config.shift
         if shift:
             key = _key(state.seed, "shift", state.step)
-            draws["corners"] = augment.shifts(key, number, shift)
+            draws["corners"] = augment.shifts(key, batch_size, shift)
         if self.config.flip:
             key = _key(state.seed, "flip", state.step)
-            draws["mirrored"] = jax.random.bernoulli(key, shape=(number,))
+            draws["mirrored"] = jax.random.bernoulli(key, shape=(batch_size,))
         draws = self.split(draws)
         inputs = jnp.asarray(train.inputs)[draws["rows"]]
         if shift:
@@ -300,7 +303,7 @@ class TrainStep:
         return state._replace(order=order), Split(self.inputs(inputs), labels)
 
     def inputs(self, raw: Any) -> Array:
-        """What the network takes: normalised images, or text as it is."""
+        """Return the network's input: normalised images, or text unchanged."""
         if not self.dataset.mean:
             return jnp.asarray(raw)
         return augment.normalised(raw, self.dataset.mean, self.dataset.std)
@@ -308,7 +311,7 @@ class TrainStep:
     def _gradient(
         self, state: TrainState, batch: Split
     ) -> tuple[Array, PyTree, PyTree]:
-        """(loss, batch statistics, gradient) of a batch, cut into parts if so told."""
+        """Return (loss, batch statistics, gradient), accumulated if configured."""
         parts = self.config.optimizer.accumulate
         differentiate = jax.value_and_grad(self._loss, has_aux=True)
         params = self.forward_params(state)
@@ -318,8 +321,8 @@ class TrainStep:
             )
             return loss, statistics, grads
 
-        # Part i takes every parts-th row: the rows stay on the devices they are on.
-        cut = jax.tree.map(
+        # Part i has the rows i, i + parts, ... so that rows stay on their devices.
+        batch_parts = jax.tree.map(
             lambda x: jnp.moveaxis(
                 x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0
             ),
@@ -328,14 +331,15 @@ class TrainStep:
 
         def add(carry: PyTree, part: Split) -> tuple[PyTree, None]:
             loss, statistics, grads = carry
-            (more, statistics), new = differentiate(
+            (part_loss, statistics), part_grads = differentiate(
                 params, statistics, part, state.step
             )
-            return (loss + more, statistics, jax.tree.map(jnp.add, grads, new)), None
+            grads = jax.tree.map(jnp.add, grads, part_grads)
+            return (loss + part_loss, statistics, grads), None
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         start = (jnp.float32(0), state.statistics, zeros)
-        (loss, statistics, grads), _ = lax.scan(add, start, cut)
+        (loss, statistics, grads), _ = lax.scan(add, start, batch_parts)
         return loss / parts, statistics, jax.tree.map(lambda g: g / parts, grads)
 
     def _loss(
@@ -346,9 +350,9 @@ class TrainStep:
         )
         labels = jnp.asarray(batch.labels)
         smoothing = self.config.optimizer.label_smoothing
-        refined = tost.label_alpha(self.config.tost.build(), self.config.steps)
-        if refined is not None:
-            losses = tost.smoothed_cross_entropy(logits, labels, refined(step))
+        tost_smoothing = tost.label_alpha(self.config.tost.build(), self.config.steps)
+        if tost_smoothing is not None:
+            losses = tost.smoothed_cross_entropy(logits, labels, tost_smoothing(step))
         elif smoothing:
             targets = optax.smooth_labels(
                 jax.nn.one_hot(labels, self.dataset.classes), smoothing
@@ -361,28 +365,29 @@ class TrainStep:
     def logits(
         self, params: PyTree, statistics: PyTree, inputs: Array, step: Array | int
     ) -> tuple[Array, PyTree]:
-        """What the network in training makes of a batch, and its new statistics."""
+        """Return the logits in training mode and the new batch statistics."""
         logits, changed = self.model.apply(
             {"params": params, "batch_stats": statistics},
             inputs,
             train=True,
             mutable=["batch_stats"],
-            **self._with_ghosts(step),
+            **self._ghost_arguments(step),
         )
         return jnp.asarray(logits), changed.get("batch_stats", statistics)
 
-    def _with_ghosts(self, step: Array | int) -> dict[str, Any]:
-        """Arguments of the network's call that put the ghosts of a step into it."""
+    def _ghost_arguments(self, step: Array | int) -> dict[str, Any]:
+        """Return the arguments of the network's call that add the ghosts of a step."""
         if not self.ghosts:
             return {}
         config, steps = self.config.tost.build(), self.config.steps
-        soft, alpha = tost.activation(config, steps), tost.skip_alpha(config, steps)
+        activation = tost.activation(config, steps)
+        alpha = tost.skip_alpha(config, steps)
         skip = None
         if config.skips is not None and alpha is not None:
             skip = models.Skip(config.skips, alpha(step))
-        if soft is None:
+        if activation is None:
             return {"ghosts": models.Ghosts(skip=skip)}
-        return {"ghosts": models.Ghosts(lambda x: soft(x, step), skip)}
+        return {"ghosts": models.Ghosts(lambda x: activation(x, step), skip)}
 
 
 def _key(seed: Array, purpose: str, number: Array | int) -> Array:

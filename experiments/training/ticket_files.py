@@ -1,4 +1,4 @@
-"""Lottery tickets as files: masks, and the weights that are trained under them."""
+"""Lottery tickets as files: masks and the weights from which their training starts."""
 
 import math
 import pathlib
@@ -17,13 +17,13 @@ PyTree = Any
 def write(
     folder: pathlib.Path, seed: int, sparsity: float, weights: PyTree, masks: PyTree
 ) -> None:
-    """Writes a ticket: all parameters, and the masks at 1 bit a weight.
+    """Write a ticket: all parameters, and the masks with 1 bit per weight.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: The file cannot be written.
     """
-    arrays: Any = {f"weights/{name}": x for name, x in _named(weights).items()}
-    arrays |= {f"masks/{name}": np.packbits(x) for name, x in _named(masks).items()}
+    arrays: Any = {f"weights/{name}": x for name, x in _by_name(weights).items()}
+    arrays |= {f"masks/{name}": np.packbits(x) for name, x in _by_name(masks).items()}
     with atomic_path(_path(folder, seed, sparsity)) as path, path.open("wb") as file:
         np.savez(file, **arrays)
 
@@ -31,38 +31,43 @@ def write(
 def read(
     folder: pathlib.Path, seed: int, sparsity: float, params: PyTree, masks: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """The ticket of a seed at a sparsity: (weights, masks).
+    """Read the ticket of a seed at a sparsity.
 
     Args:
-      folder: that `python -m experiments.lottery` wrote.
-      seed: of the run that was pruned.
-      sparsity: of the ticket.
-      params: of the network, for their structure and shapes.
-      masks: likewise.
+      folder: Folder written by `python -m experiments.lottery`.
+      seed: Seed of the run that was pruned.
+      sparsity: Sparsity of the ticket.
+      params: Parameters of the network, for their structure and shapes.
+      masks: Masks of the network, for their structure and shapes.
+
+    Returns:
+      (weights, masks).
 
     Raises:
-      FileNotFoundError: there is no such ticket.
-      ValueError: it is of another network, or damaged.
+      FileNotFoundError: The folder has no such ticket.
+      ValueError: The ticket is damaged or belongs to another network.
     """
     path = _path(folder, seed, sparsity)
     if not path.exists():
-        found = ", ".join(sorted(x.name for x in folder.glob("seed*.npz")))
+        tickets = ", ".join(sorted(x.name for x in folder.glob("seed*.npz")))
         raise FileNotFoundError(
             f"masks.tickets: {folder} has no ticket {path.name}, only "
-            f"{found or 'none at all'}: python -m experiments.lottery makes them."
+            f"{tickets or 'none at all'}: python -m experiments.lottery writes them."
         )
     total = sum(math.prod(x.shape) for x in jax.tree.leaves(masks))
     expected = distributions.total_count(total, sparsity)
     try:
-        # NumPy leaves a damaged file open that it has opened itself.
+        # NumPy does not close a damaged file that it opened itself.
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         weights = jax.tree_util.tree_map_with_path(
-            lambda p, x: _of_shape(arrays[f"weights/{masking.leaf_name(p)}"], x.shape),
+            lambda p, x: _check_shape(
+                arrays[f"weights/{masking.leaf_name(p)}"], x.shape
+            ),
             params,
         )
         bits = jax.tree_util.tree_map_with_path(
-            lambda p, x: _unpacked(arrays[f"masks/{masking.leaf_name(p)}"], x.shape),
+            lambda p, x: _unpack(arrays[f"masks/{masking.leaf_name(p)}"], x.shape),
             masks,
         )
         active = sum(int(x.sum()) for x in jax.tree.leaves(bits))
@@ -79,20 +84,20 @@ def _path(folder: pathlib.Path, seed: int, sparsity: float) -> pathlib.Path:
     return folder / f"seed{seed}-{sparsity}.npz"
 
 
-def _named(tree: PyTree) -> dict[str, np.ndarray]:
+def _by_name(tree: PyTree) -> dict[str, np.ndarray]:
     return {
         masking.leaf_name(path): np.asarray(x)
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
-def _of_shape(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _check_shape(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if array.shape != shape:
         raise ValueError(f"shape {array.shape} instead of {shape}")
     return array
 
 
-def _unpacked(bits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _unpack(bits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     size = math.prod(shape)
     if bits.size != math.ceil(size / 8):
         raise ValueError(f"{bits.size} bytes of a mask of {size} weights")
