@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from experiments.config.run import CheckpointConfig, Config, MaskConfig
 from granet_jax.selection import Scope
 
-# Options of `train` that the study itself decides.
+# Options of `train` that the study sets itself.
 _DECIDED = ("out", "eval_every", "vmap_seeds", "checkpoint", "distributed")
 
 
@@ -16,11 +16,11 @@ class Branch(NamedTuple):
     """A way of pruning.
 
     Attributes:
-      criterion: "magnitude", "gradient" or "random".
-      scope: "global" or "layer".
-      pruning: "one-shot" or "gradual".
-      regrow: share of each layer's weights that are exchanged after pruning.
-      rate: share of all weights that are pruned.
+      criterion: Criterion of pruning: "magnitude", "gradient" or "random".
+      scope: Scope of pruning: "global" or "layer".
+      pruning: When to prune: "one-shot" or "gradual".
+      regrow: Fraction of each layer's weights that is exchanged after pruning.
+      rate: Fraction of all weights that is pruned.
     """
 
     criterion: str
@@ -31,19 +31,19 @@ class Branch(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Name used in file names."""
         if self == UNPRUNED:
             return "unpruned"
         return "-".join([*self[:3], f"regrow{self.regrow}", f"rate{self.rate}"])
 
     @property
     def ranking(self) -> tuple[str, Scope, float]:
-        """What is pruned and regrown, however often."""
+        """The part that determines which weights are pruned and regrown."""
         return self.criterion, self.scope, self.regrow
 
     @property
     def way(self) -> str:
-        """In words, without criterion, scope and rate."""
+        """Description without criterion, scope and rate."""
         if not self.regrow:
             return self.pruning
         return f"{self.pruning}, regrow {self.regrow:g}"
@@ -53,12 +53,13 @@ UNPRUNED = Branch("magnitude", "global", "one-shot", 0.0, 0.0)
 
 
 class PruningPoint(NamedTuple):
-    """A point in time.
+    """A point of the dense training at which copies are pruned.
 
     Attributes:
-      step: optimizer steps done.
-      epoch: the same in epochs.
-      learning_rate: of the last of those steps, and of the training after pruning.
+      step: Number of completed optimizer steps.
+      epoch: The same in epochs.
+      learning_rate: Learning rate of the last step before the point, and of the
+        training after pruning.
     """
 
     step: int
@@ -70,54 +71,54 @@ class PruningPoint(NamedTuple):
 class Study:
     """Measures pruning plasticity: how a network recovers from pruning.
 
-    Trains a network densely. At several points in time prunes copies of
-    it, one for each rate, criterion, scope and way of pruning, and trains
-    each on for a while at the learning rate of that moment. Plasticity is
-    the accuracy then, less the accuracy before pruning.
+    Trains a network densely. At several points it prunes copies of the
+    network, one for each rate, criterion, scope and way of pruning, and
+    trains each copy further at the learning rate of that point.
+    Plasticity is the final accuracy minus the accuracy before pruning.
 
-    In `out` come results.md, results.json and plots. The same command
-    with the same `out` goes on where it stopped; rates, criteria, scopes
-    and ways of pruning, and seeds, may be added to it.
+    Writes results.md, results.json and plots to `out`. The same command
+    with the same `out` continues where it stopped, also with additional
+    rates, criteria, scopes, ways of pruning, or seeds.
     """
 
     points: int = 8
-    """Points in time, evenly over the training, the last one near its
-    end."""
+    """Number of points, evenly spaced, the last one near the end of the
+    dense training."""
 
     rates: tuple[float, ...] = (0.5, 0.8, 0.9, 0.98)
-    """Pruning rates: shares of all weights that are pruned, in (0, 1)."""
+    """Pruning rates: fractions of all weights to prune, in (0, 1)."""
 
     criteria: tuple[Literal["magnitude", "gradient", "random"], ...] = ("magnitude",)
-    """What is pruned first: small weights, weights of small gradient (of
-    one batch), or any."""
+    """What is pruned first: small weights, weights with a small gradient
+    (on one batch), or random weights."""
 
     scopes: tuple[Literal["global", "layer"], ...] = ("global",)
-    """Whether weights compete across layers, or within each."""
+    """Whether weights compete across all layers or within each layer."""
 
     pruning: tuple[Literal["one-shot", "gradual"], ...] = ("one-shot", "gradual")
-    """All at once; or by a cubic schedule, over the first half of the
-    training that follows."""
+    """Prune once, or gradually by a cubic schedule over the first half of
+    the training that follows."""
 
     regrow: tuple[float, ...] = (0.0, 0.5)
-    """Neuroregeneration: the share of each layer's weights left by
-    pruning that are dropped too, by magnitude, and replaced by as many
-    of large gradient, each time that it prunes. 0: none."""
+    """Neuroregeneration: fraction of each layer's remaining weights that
+    every pruning also drops by magnitude and replaces by the same number
+    of weights with a large gradient. 0: none."""
 
     epochs: float = 1.0
-    """Epochs that each pruned network is trained on."""
+    """Epochs of training after pruning."""
 
     updates: int = 10
-    """Times that gradual pruning prunes."""
+    """Number of prunings in gradual pruning."""
 
     lanes: int = 1
-    """Pruned networks trained at once, as one vectorised program on one
-    device. For a GPU or TPU, as many as fit its memory. Leave it at 1 on
-    a CPU, where convolutions with a kernel each run several times
+    """Number of pruned networks trained at once, as one vectorised program
+    on one device. On a GPU or TPU, as many as fit its memory. Leave it at
+    1 on a CPU, where convolutions with separate kernels are several times
     slower."""
 
     out: pathlib.Path | None = None
-    """Folder for the results; must be new, or of the same study, which
-    then goes on. By default runs/TIME-plasticity."""
+    """Folder for the results; must be new or contain the same study, which
+    then continues. By default runs/TIME-plasticity."""
 
     progress: bool = True
     """Whether to show a progress bar."""
@@ -125,10 +126,10 @@ class Study:
     train: Config = dataclasses.field(
         default_factory=lambda: Config(method="dense", baseline=False)
     )
-    """The dense training, as of `experiments.train`."""
+    """Options of the dense training, as for `experiments.train`."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a value that cannot be used."""
+        """Raise ValueError for an invalid value."""
         for name in ("points", "updates", "lanes"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -144,7 +145,7 @@ class Study:
         for name in ("rates", "criteria", "scopes", "pruning", "regrow"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} must have values, none twice, got {values}.")
+                raise ValueError(f"{name} must have distinct values, got {values}.")
         for rate in self.rates:
             if not 0 < rate < 1:
                 raise ValueError(f"rates must lie in (0, 1), got {rate}.")
@@ -160,7 +161,8 @@ class Study:
         for name in _DECIDED:
             if getattr(self.train, name) != getattr(defaults, name):
                 raise ValueError(
-                    f"train.{name} is not for a study, which decides it: leave it out."
+                    f"train.{name} is not for a study, which sets it itself: leave it "
+                    "out."
                 )
         if self.train.parallel != "jit":
             raise ValueError(
@@ -180,23 +182,23 @@ class Study:
 
     @property
     def steps(self) -> list[int]:
-        """Those of the points."""
+        """Steps of the points."""
         return [self.interval * i for i in range(1, self.points + 1)]
 
     @property
     def branches(self) -> list[Branch]:
-        """What is trained on from every point: first, without being pruned."""
+        """Branches of every point; the first is not pruned."""
         ways = itertools.product(
             self.criteria, self.scopes, self.pruning, sorted(self.regrow)
         )
-        found = [
+        pruned = [
             Branch(*way, rate) for way, rate in itertools.product(ways, self.rates)
         ]
-        return [UNPRUNED, *found]
+        return [UNPRUNED, *pruned]
 
     @property
     def dense(self) -> Config:
-        """The training that branches start from: a checkpoint at every point."""
+        """Dense training of the study, with a checkpoint at every point."""
         return dataclasses.replace(
             self.train,
             masks=MaskConfig(),
@@ -207,7 +209,7 @@ class Study:
         )
 
     def continued(self, learning_rate: float) -> Config:
-        """The training of branches: masked, at a learning rate that stays."""
+        """Return the training of branches: masked, with a constant learning rate."""
         return dataclasses.replace(
             self.dense,
             method="static",
@@ -223,6 +225,6 @@ class Study:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The values that all numbers of a study depend on, as JSON holds them."""
+        """Return the options on which all results depend, as JSON values."""
         own = {name: getattr(self, name) for name in ("points", "epochs", "updates")}
         return own | self.dense.to_dict()

@@ -35,7 +35,7 @@ from experiments.config.run import (
     build_method,
 )
 from experiments.data import augment
-from experiments.training import loop, metrics, optimizer, step
+from experiments.training import loop, metrics, optimizer, run_folders, step
 from granet_jax.penalties import PenaltyInputs
 from tests.helpers.runs import same
 from tests.nightly import NIGHTLY
@@ -807,7 +807,7 @@ def test_the_default_network_trains_into_the_default_folder(tmp_path, monkeypatc
 
 def test_default_folders_of_the_same_second_differ(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert len({train._new_folder(Config()) for _ in range(4)}) == 4
+    assert len({run_folders.new_folder(Config()) for _ in range(4)}) == 4
 
 
 # --- when something is wrong

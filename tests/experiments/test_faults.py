@@ -267,7 +267,7 @@ def test_files_that_are_missing_or_were_not_there(recorded, tmp_path) -> None:
     shutil.copytree(recorded[0], run)
     folder = run / "checkpoints" / str(LAST)
     (folder / "state" / "more").write_bytes(b"")
-    assert "(not as they were written: state/more)" in refusal(run)
+    assert "(these files were changed: state/more)" in refusal(run)
     (folder / "state" / "more").unlink()
     (folder / manifest.NAME / manifest.FILE).unlink()
     assert "manifest/sha256.json is missing" in refusal(run)

@@ -256,11 +256,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "neurons": (
         {"model": "vit-s-16", "tost": ToSTConfig(neurons="swish")},
-        "tost.neurons has no place in model vit-s-16, only in lenet-300-100",
+        "tost.neurons is not available for model vit-s-16, only for lenet-300-100",
     ),
     "skips": (
         {"tost": ToSTConfig(skips="conv")},
-        "tost.skips has no place in model lenet-300-100, only in cnn, cnn-bn",
+        "tost.skips is not available for model lenet-300-100, only for cnn, cnn-bn",
     ),
     "labels": (
         {
@@ -276,15 +276,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "fraction of nothing": (
         {"tost": ToSTConfig(lrsi=True, ghost_fraction=0.5)},
-        "tost.ghost_fraction is of no effect without neurons or skips",
+        "tost.ghost_fraction has no effect without neurons or skips",
     ),
     "fraction of what is kept": (
         {"tost": ToSTConfig(neurons="swish", ghost_fraction=0.5, as_in_code=True)},
-        "tost.ghost_fraction is of no effect .* with as_in_code",
+        "tost.ghost_fraction has no effect .* with as_in_code",
     ),
     "as in code": (
         {"tost": ToSTConfig(as_in_code=True)},
-        "tost.as_in_code is of effect on neurons, skips and lrsi only",
+        "tost.as_in_code has an effect on neurons, skips and lrsi only",
     ),
 }
 

@@ -379,8 +379,8 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "lanes": ({"lanes": 0}, "lanes must be at least 1, got 0"),
     "epochs": ({"epochs": 0.0}, r"epochs must lie in \(0, inf\), got 0.0"),
     "rate": ({"rates": (0.5, 1.0)}, r"rates must lie in \(0, 1\), got 1.0"),
-    "no rates": ({"rates": ()}, r"rates must have values, none twice, got \(\)"),
-    "twice": ({"regrow": (0.5, 0.5)}, "regrow must have values, none twice"),
+    "no rates": ({"rates": ()}, r"rates must have distinct values, got \(\)"),
+    "twice": ({"regrow": (0.5, 0.5)}, "regrow must have distinct values"),
     "regrow": ({"regrow": (1.5,)}, r"regrow must lie in \[0, 1\], got 1.5"),
 }
 TRAIN_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
