@@ -1,4 +1,4 @@
-"""The methods by their names on the command line, and their options."""
+"""The methods and their options, by their names on the command line."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ MethodName = Literal[
 SourceName = Literal[
     "magnitude", "snip", "iterative-snip", "grasp", "force", "synflow", "tickets"
 ]
-# Which of `rounds`, `images` and `tickets` each source has.
+# The options among `rounds`, `images` and `tickets` that each source has.
 _SOURCES: dict[str | None, frozenset[str]] = {
     None: frozenset(),
     "magnitude": frozenset(),
@@ -39,7 +39,7 @@ _SOURCES: dict[str | None, frozenset[str]] = {
     "tickets": frozenset({"tickets"}),
 }
 
-# Which of the options in MaskConfig each method has.
+# The options of MaskConfig that each method has.
 _START = frozenset({"distribution", "source", "rounds", "images", "tickets"})
 _GRADUAL = frozenset({"interval", "initial_sparsity", "pruning_end"})
 OPTIONS: dict[str, frozenset[str]] = {
@@ -59,14 +59,14 @@ OPTIONS: dict[str, frozenset[str]] = {
     "dense": frozenset(),
 }
 
-# Mask updates in a training run where no interval is given. The GraNet code makes 80 on
-# CIFAR: every 1,000 of 80,000 steps.
+# Default number of mask updates in a training run. The GraNet code has 80 on CIFAR:
+# every 1,000 of 80,000 steps.
 _UPDATES = 80
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskConfig:
-    """When and how the masks change; None for the default.
+    """When and how the masks change; None means the default.
 
     An option that the method does not have is an error.
     """
@@ -76,7 +76,7 @@ class MaskConfig:
     All methods but static, acdc, sculpt and dense."""
 
     fraction: float | None = None
-    """Share of each layer's active weights that the first update drops
+    """Fraction of each layer's active weights that the first update drops
     and regrows, in [0, 1]; by default 0.5, and 0.3 for rigl and set.
     granet, granet-st, rigl, set, snfs."""
 
@@ -86,71 +86,71 @@ class MaskConfig:
     sculpt, straight-through."""
 
     pruning_end: float | None = None
-    """Share of the steps after which gradual pruning has reached the
+    """Fraction of the steps after which gradual pruning has reached the
     final sparsity, in (0, 1]; by default 0.5. granet, granet-st, gmp,
     straight-through, greg2."""
 
     stop: float | None = None
-    """Share of the steps after which the masks no longer change, in
+    """Fraction of the steps after which the masks no longer change, in
     (0, 1]; by default 0.75. rigl, set."""
 
     distribution: Literal["uniform", "er", "erk"] | None = None
-    """How the sparsity of the initial masks is split over the layers; by
-    default erk, and uniform for gmp and snfs. All methods up to static,
-    and sculpt."""
+    """How the layers share the sparsity of the initial masks; by default
+    erk, and uniform for gmp and snfs. All methods up to static, and
+    sculpt."""
 
     cycles: int | None = None
-    """Number of cycles; by default 4, and 3 for sculpt (and one after the
-    pruning). The steps must be a multiple of it. cyclical, acdc,
+    """Number of cycles; by default 4, and 3 for sculpt, which has one more
+    after the pruning. The steps must be a multiple of it. cyclical, acdc,
     sculpt."""
 
     recovery: Literal["hard", "projected", "straight_through"] | None = None
-    """How pruned weights come back in the next cycle; by default hard:
-    from zero. cyclical."""
+    """How pruned weights return in the next cycle; by default hard: from
+    zero. cyclical."""
 
     backward_sparsity: float | None = None
-    """Share of the weights that the gradient does not move, in [0,
-    sparsity]; by default twice as many are moved as are active.
+    """Fraction of the weights that the gradient does not change, in [0,
+    sparsity]; by default it changes twice the number of active weights.
     top-kast."""
 
     source: SourceName | None = None
-    """Where the initial masks come from, instead of being drawn: scores
-    of the initial weights by magnitude, snip, iterative-snip, grasp,
-    force or synflow, ranked over all layers; or lottery tickets. All
-    methods that start sparse."""
+    """Source of the initial masks instead of random masks: scores of the
+    initial weights by magnitude, snip, iterative-snip, grasp, force or
+    synflow, ranked over all layers; or lottery tickets. All methods that
+    start sparse."""
 
     rounds: int | None = None
-    """Rounds in which the source prunes; by default 100 for synflow, and
-    60 for iterative-snip and force, which have several."""
+    """Number of pruning rounds of the source; by default 100 for synflow,
+    and 60 for iterative-snip and force."""
 
     images: int | None = None
-    """Training examples that the source sees, not augmented; by default
-    ten a class. snip, iterative-snip, grasp, force."""
+    """Number of training examples for the source, without augmentation; by
+    default ten per class. snip, iterative-snip, grasp, force."""
 
     tickets: pathlib.Path | None = None
-    """Folder that `python -m experiments.lottery` wrote. Weights are
-    those of the ticket, too. tickets."""
+    """Folder written by `python -m experiments.lottery`. Training starts
+    from the weights of the ticket. tickets."""
 
 
 def interval(masks: MaskConfig, steps: int) -> int:
-    """Steps between mask updates in a training of so many steps."""
+    """Return the number of steps between mask updates."""
     return masks.interval or max(1, steps // _UPDATES)
 
 
 def build(
     name: str, sparsity: float, steps: int, masks: MaskConfig, *, weight_decay: float
 ) -> granet_jax.Method | None:
-    """The library's record of a method; None for dense training.
+    """Return the library's record of a method; None for dense training.
 
     Args:
-      name: one of `MethodName`.
-      sparsity: at the end, in [0, 1).
-      steps: of the training.
-      masks: the options; those not given are the defaults.
-      weight_decay: that the optimizer adds to the gradient.
+      name: One of `MethodName`.
+      sparsity: Final sparsity, in [0, 1).
+      steps: Number of training steps.
+      masks: Options of the method.
+      weight_decay: Weight decay that the optimizer adds to the gradient.
 
     Raises:
-      ValueError: an option that the method does not have, or a value out of range.
+      ValueError: The method does not have an option, or a value is out of range.
     """
     options = {
         option: value
@@ -159,35 +159,35 @@ def build(
     }
     for option in options:
         if option not in OPTIONS[name]:
-            having = [m for m, has in OPTIONS.items() if option in has]
+            methods = [m for m, options_ in OPTIONS.items() if option in options_]
             raise ValueError(
                 f"masks.{option} is not an option of method {name!r}, only of "
-                f"{', '.join(having)}."
+                f"{', '.join(methods)}."
             )
     for option in ("source", "rounds", "images", "tickets"):
         options.pop(option, None)
     if "interval" in OPTIONS[name]:
         options["interval"] = interval(masks, steps)
-    method = _record(name, sparsity, steps, options, weight_decay)
+    method = _create(name, sparsity, steps, options, weight_decay)
     if method is not None:
         _check_source(masks, method)
     return method
 
 
-def _record(
+def _create(
     name: str,
     sparsity: float,
     steps: int,
     options: dict[str, Any],
     weight_decay: float,
 ) -> granet_jax.Method | None:
-    """The record, from those of `MaskConfig` that are given and meant for it."""
-    share = 1.0
+    """Create the record from the options that are set."""
+    fraction_of_steps = 1.0
     if "pruning_end" in OPTIONS[name]:
-        share = options.pop("pruning_end", 0.5)
+        fraction_of_steps = options.pop("pruning_end", 0.5)
     elif "stop" in OPTIONS[name]:
-        share = options.pop("stop", 0.75)
-    end = math.floor(share * steps)
+        fraction_of_steps = options.pop("stop", 0.75)
+    end = math.floor(fraction_of_steps * steps)
     if "interval" in OPTIONS[name] and end < options["interval"]:
         raise ValueError(
             f"steps must leave time for a mask update: {name} needs one in the first "
@@ -201,10 +201,10 @@ def _record(
         case "gmp":
             return granet_jax.gmp(sparsity, end, **options)
         case "rigl":
-            return granet_jax.rigl(sparsity, steps, stop=share, **options)
+            return granet_jax.rigl(sparsity, steps, stop=fraction_of_steps, **options)
         case "set":
-            # SET drops as many weights in its last update as in its first: an end
-            # before the end of training lets the network recover from it.
+            # SET drops the same fraction in every update. It stops before the end of
+            # training so that the network can recover from the last update.
             return granet_jax.set_(sparsity, end, **options)
         case "snfs":
             return granet_jax.snfs(sparsity, steps, **options)
@@ -224,11 +224,11 @@ def _record(
         case "straight-through":
             return granet_jax.straight_through(sparsity, end, **options)
         case "top-kast":
-            # Twice the weights: 0.8 behind 0.9.
+            # Twice the number of weights: for sparsity 0.9, backward sparsity 0.8.
             options.setdefault("backward_sparsity", max(0.0, 2 * sparsity - 1))
             return granet_jax.top_kast(sparsity, **options)
         case "greg2":
-            return _growing(sparsity, end, options["interval"], weight_decay)
+            return _greg2(sparsity, end, options["interval"], weight_decay)
         case _:
             return None
 
@@ -243,7 +243,7 @@ def _check_cycles(steps: int, number: int) -> None:
 
 
 def _switches(steps: int, *, cycles: int = 4) -> list[int]:
-    """The ends of phases of equal length, a dense and a sparse one in every cycle."""
+    """Return the ends of equally long phases: a dense and a sparse one per cycle."""
     if steps < 2 * cycles:
         raise ValueError(
             f"steps must be at least 2 * masks.cycles, {2 * cycles}, got {steps}: each "
@@ -252,31 +252,33 @@ def _switches(steps: int, *, cycles: int = 4) -> list[int]:
     return [phase * steps // (2 * cycles) for phase in range(1, 2 * cycles)]
 
 
-def _growing(
+def _greg2(
     sparsity: float, end: int, steps_between: int, weight_decay: float
 ) -> granet_jax.Method:
-    """GReg-2 that prunes at step `end`, a fifth of the way there with a full penalty.
+    """Return GReg-2 that prunes at step `end`.
 
-    The penalty of all weights grows for a tenth of the rest: the shares of the authors'
-    settings, which take far more steps, of a network trained before.
+    The penalty grows for four fifths of these steps: for a tenth of them on all
+    weights, then on the weights to prune. In the last fifth it is constant. These are
+    the fractions in the authors' settings, which take far more steps and start from a
+    trained network.
     """
     increases = end * 4 // (5 * steps_between)
-    picking = max(1, increases // 10)
-    growing = increases - picking
-    if growing < 2:
+    pick_increases = max(1, increases // 10)
+    grow_increases = increases - pick_increases
+    if grow_increases < 2:
         raise ValueError(
             "masks.interval must leave time for three increases of the penalty, got "
             f"{steps_between} with pruning at step {end}."
         )
-    # The library's increases go on until they exceed the ceiling: the last is at most
-    # one beyond.
+    # The library increases the penalty until it exceeds the ceiling, by at most one
+    # increase.
     ceiling, pick_ceiling = 1.0, 1e-2
     return granet_jax.greg2(
         sparsity,
         interval=steps_between,
-        growth=(ceiling - pick_ceiling) / (growing - 1),
+        growth=(ceiling - pick_ceiling) / (grow_increases - 1),
         ceiling=ceiling,
-        pick_growth=pick_ceiling / picking,
+        pick_growth=pick_ceiling / pick_increases,
         pick_ceiling=pick_ceiling,
         settle_steps=end - increases * steps_between,
         weight_decay=weight_decay,
@@ -286,9 +288,9 @@ def _growing(
 def _check_source(masks: MaskConfig, method: granet_jax.Method) -> None:
     for name in ("rounds", "images", "tickets"):
         if getattr(masks, name) is not None and name not in _SOURCES[masks.source]:
-            having = [str(s) for s, has in _SOURCES.items() if name in has]
+            sources = [str(s) for s, options in _SOURCES.items() if name in options]
             raise ValueError(
-                f"masks.{name} is an option of the sources {', '.join(having)}, and "
+                f"masks.{name} is an option of the sources {', '.join(sources)}, and "
                 f"masks.source is {masks.source}."
             )
     if masks.source == "tickets" and masks.tickets is None:

@@ -1,31 +1,34 @@
-"""Named configurations: the rows of the papers' tables, and small twins of them.
+"""Recipes: named configurations of the rows in the papers' tables, and small twins.
 
-`python -m experiments.train --recipe NAME`; `--list-recipes` prints them all. A name is
-METHOD-DATA-MODEL-SPARSITY, such as granet-st-cifar10-vgg19-95 (dense has no sparsity),
-and NAME-mini is the same on Fashion-MNIST with a small network, minutes on two cores.
+`python -m experiments.train --recipe NAME` trains a recipe and `--list-recipes` prints
+all of them. Names are METHOD-DATA-MODEL-SPARSITY, such as granet-st-cifar10-vgg19-95;
+dense training has no sparsity. NAME-mini is the small twin: the same recipe with a
+small network on Fashion-MNIST, which takes minutes on two cores.
 
-The hyperparameters are those of the GraNet authors' code and scripts. Where these leave
-it open:
+The hyperparameters are those of the GraNet authors' code and scripts, with these
+choices where they leave something open:
 
-- An epoch is train size // batch size steps.
-- All methods of a setting update their masks at the same interval and have the same
-  steps, so that they differ in the method alone.
-- `rigl` is RigL-ITOP (Liu et al., 2021): that interval, a fraction of 0.5, and updates
-  to the end of training. As of the paper (Evci et al., 2020) it is the same recipe with
+- An epoch has train size // batch size steps.
+- All methods of a setting have the same number of steps and update their masks at the
+  same interval, so that they differ only in the method.
+- `rigl` is RigL-ITOP (Liu et al., 2021): the common interval, a fraction of 0.5, and
+  updates until the end of training. For RigL as in its paper (Evci et al., 2020), add
   `--masks.interval 100 --masks.fraction 0.3 --masks.stop 0.75`.
-- `set` exchanges a constant 0.3, as in its paper, until 0.75 of the steps, as RigL.
+- `set` exchanges a constant 0.3, as in its paper, until 0.75 of the steps, as RigL
+  does.
 - `gmp` prunes over the same steps as GraNet.
-- Norms and biases do not decay; in the authors' code they do.
+- Norms and biases have no weight decay. In the authors' code they have.
 
-For ToST (Jaiswal et al., 2022) METHOD is the source of the masks of static training,
-random, snip, grasp or synflow, and tost-SOURCE with all of the techniques. The training
-is that of the authors' code, where it has one: ResNet-18 on CIFAR-10 and CIFAR-100. (It
-holds 5,000 training images out to choose an epoch by; here all train, and masks are
-ranked over all kernels, the classifier's among them.) The settings of the paper's other
-networks and data were not at hand: those recipes have the same and are marked "ours".
-Lottery tickets are `--masks.source tickets` in place of another source.
+For ToST (Jaiswal et al., 2022) METHOD is the source of the static masks: random, snip,
+grasp or synflow, or tost-SOURCE for training with all techniques. ResNet-18 on CIFAR-10
+and CIFAR-100 has the settings of the authors' code, with two differences: all training
+images are used (the code holds out 5,000 to choose an epoch), and masks are ranked over
+all kernels, including the classifier's. The settings of the paper's other networks and
+data sets were not available. Their recipes have the same settings and are marked
+"ours". For lottery tickets, use a recipe with `--masks.source tickets`.
 
-The published accuracies are recalled, not looked up: leads, shown with that mark.
+The published accuracies are recalled from memory and were not looked up. They are
+marked so wherever they are shown.
 """
 
 import dataclasses
@@ -55,7 +58,7 @@ UNVERIFIED = "recalled, unverified"
 MINI = "-mini"
 MINI_EPOCHS = 10
 
-# Train sizes, by which epochs become steps.
+# Numbers of training examples, which convert epochs to steps.
 _TRAIN_SIZES = {
     "cifar10": 50_000,
     "cifar100": 50_000,
@@ -64,9 +67,9 @@ _TRAIN_SIZES = {
 }
 _FASHION_MNIST_SIZE = 60_000
 
-# What stands in for each network in a twin, and its learning rate, lower than that of
-# the full ones, which have batch norm: lenet-5 diverges at 0.05.
-_SMALL = {
+# The small network of each twin and its learning rate. Networks without batch norm need
+# a lower rate than the full networks: lenet-5 diverges at 0.05.
+_TWIN_MODELS = {
     "vgg-19": ("cnn", 0.05),
     "resnet-50-cifar": ("lenet-5", 0.01),
     "resnet-50": ("lenet-5", 0.01),
@@ -79,14 +82,14 @@ _SMALL = {
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A configuration with a name.
+    """A named configuration.
 
     Attributes:
-      name: as given to `--recipe`.
-      config: what it stands for.
-      published: best test accuracy in percent that a paper gives for it, if known.
-      provenance: where `published` is from, and how sure that is; "" without one.
-      ours: whether the settings are ours, for want of the paper's.
+      name: Name for `--recipe`.
+      config: The configuration.
+      published: Best test accuracy in a paper, in percent; None if unknown.
+      provenance: Source of `published` and how certain it is; "" without one.
+      ours: Whether the settings are our own because the paper's are not available.
     """
 
     name: str
@@ -96,13 +99,13 @@ class Recipe:
     ours: bool = False
 
     def changes(self, config: Config) -> list[str]:
-        """The options in which `config` differs, save those that bear on no result."""
+        """Return the options that change results and differ in `config`."""
         return list(differences(self.config.to_dict(), config.to_dict()))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Setting:
-    """What the recipes of a data set have in common."""
+    """Settings that all recipes of a data set share."""
 
     sparsities: tuple[float, ...]
     epochs: int
@@ -116,7 +119,7 @@ class _Setting:
 
 _BATCH = 128
 
-# SGD with Nesterov momentum, drops at 1/2 and 3/4: the GraNet code's CIFAR runs.
+# The GraNet code's CIFAR runs: SGD with Nesterov momentum and drops at 1/2 and 3/4.
 _CIFAR = _Setting(
     sparsities=(0.9, 0.95, 0.98),
     epochs=160,
@@ -135,7 +138,7 @@ _CIFAR = _Setting(
     ),
 )
 
-# Drops at epochs 30, 60 and 90 of 100 are recalled; the rest is the GraNet code's.
+# From the GraNet code, except that the drops at epochs 30, 60 and 90 are recalled.
 _IMAGENET = _Setting(
     sparsities=(0.8, 0.9, 0.95),
     epochs=100,
@@ -186,7 +189,7 @@ _TOST_MODELS = {
 _IN_THE_CODE_OF_TOST = (("cifar10", "resnet18"), ("cifar100", "resnet18"))
 _ALL_OF_TOST = ToSTConfig(neurons="swish", skips="identity", lrsi=True, labels=0.1)
 
-# By data set: its name in recipes, its setting, its models by their names in recipes.
+# By data set: its name in recipes, its settings, and its models by names in recipes.
 _DATA: dict[str, tuple[str, _Setting, dict[str, str]]] = {
     "cifar10": ("cifar10", _CIFAR, {"vgg19": "vgg-19", "resnet50": "resnet-50-cifar"}),
     "cifar100": (
@@ -197,7 +200,7 @@ _DATA: dict[str, tuple[str, _Setting, dict[str, str]]] = {
     "imagenet2012": ("imagenet", _IMAGENET, {"resnet50": "resnet-50"}),
 }
 
-# Percent, in the order of the setting's sparsities; dense has one. All are recalled.
+# In percent, in the order of the setting's sparsities. All numbers are recalled.
 _PUBLISHED: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
     ("cifar10", "vgg19"): {
         "dense": (93.85,),
@@ -226,7 +229,7 @@ _PUBLISHED: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
     },
 }
 _GRANET_TABLE = f"GraNet paper (Liu et al., 2021), its table; {UNVERIFIED}"
-# Numbers that other papers made, under other conditions than these recipes'.
+# Numbers from other papers, under other conditions than in these recipes.
 _OTHER_TABLES = {
     ("cifar10", "vgg19", "set"): (
         "GraSP paper (Wang et al., 2020), quoted by GraNet's; " + UNVERIFIED
@@ -244,16 +247,16 @@ _OTHER_TABLES = {
 
 @functools.cache
 def recipes() -> dict[str, Recipe]:
-    """All recipes by name, the twins after the others."""
+    """Return all recipes by name, the twins after the others."""
     full = [*_full(), *_tost()]
     return {recipe.name: recipe for recipe in [*full, *map(_twin, full)]}
 
 
 def find(name: str) -> Recipe:
-    """The recipe `name`.
+    """Return the recipe `name`.
 
     Raises:
-      ValueError: there is none; the message has the names nearest to it.
+      ValueError: There is no such recipe.
     """
     known = recipes()
     if name in known:
@@ -261,27 +264,29 @@ def find(name: str) -> Recipe:
     near = difflib.get_close_matches(name, known, 3, cutoff=0.5)
     hint = f" Did you mean {', '.join(near)}?" if near else ""
     raise ValueError(
-        f"there is no recipe {name!r}.{hint} --list-recipes [TEXT] shows all (that "
-        "have the text in their name)."
+        f"there is no recipe {name!r}.{hint} --list-recipes [TEXT] prints all recipes "
+        "(with the text in their name)."
     )
 
 
 def listing(text: str = "") -> str:
-    """A table of the recipes with `text` in their name; twins where that says "mini".
+    """Return a table of the recipes with `text` in their name.
+
+    It lists the twins if `text` contains "mini", otherwise the full recipes.
 
     Raises:
-      ValueError: there is none.
+      ValueError: No name contains `text`.
     """
     twins = "mini" in text
-    chosen = [
+    matches = [
         recipe
         for recipe in recipes().values()
         if text in recipe.name and recipe.name.endswith(MINI) == twins
     ]
-    if not chosen:
+    if not matches:
         raise ValueError(f"no recipe has {text!r} in its name.")
     rows = [("recipe", "model", "data set", "method", "steps", "paper/%")]
-    for recipe in chosen:
+    for recipe in matches:
         config = recipe.config
         rows.append(
             (
@@ -294,20 +299,20 @@ def listing(text: str = "") -> str:
             )
         )
     lines = columns(rows, "<<<<>>")
-    number = f"{len(chosen)} recipe" + ("s" if len(chosen) > 1 else "")
+    number = f"{len(matches)} recipe" + ("s" if len(matches) > 1 else "")
     if twins:
         lines += [
             "",
-            f"{number}: {MINI_EPOCHS} epochs, with the shares of the steps of the same",
-            f"name without {MINI}. No paper has numbers for them.",
+            f"{number}: {MINI_EPOCHS} epochs, with the schedules of the full recipe",
+            f"(the name without {MINI}) scaled down. No paper has numbers for them.",
         ]
     else:
         lines += [
             "",
             f"{number}. Each has a small twin, NAME{MINI} (--list-recipes mini).",
-            f"* Published best test accuracy, {UNVERIFIED}: a lead, nothing more;",
-            "  --recipe NAME --dry-run says which paper it should be in.",
-            "ours: settings of ours; those of the paper were not at hand.",
+            f"* Published best test accuracy, {UNVERIFIED};",
+            "  --recipe NAME --dry-run names the paper.",
+            "ours: our own settings, because the paper's were not available.",
         ]
     return "\n".join(lines)
 
@@ -319,10 +324,10 @@ def _mark(recipe: Recipe) -> str:
 
 
 def columns(rows: list[tuple[str, ...]], alignment: str) -> list[str]:
-    """Lines of text, every column as wide as its widest cell.
+    """Format rows as lines of text with aligned columns.
 
     Args:
-      rows: the first one is the heading, which a line is drawn under.
+      rows: Rows of cells; the first row is the heading.
       alignment: "<" or ">" for every column.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -421,7 +426,7 @@ def _masks(method: MethodName, setting: _Setting) -> MaskConfig:
 
 
 def _twin(recipe: Recipe) -> Recipe:
-    """The same method and shares of the steps, on Fashion-MNIST."""
+    """Return the small twin: the same method and scaled schedules on Fashion-MNIST."""
     config = recipe.config
     epoch = _FASHION_MNIST_SIZE // _BATCH
     steps = MINI_EPOCHS * epoch
@@ -429,7 +434,7 @@ def _twin(recipe: Recipe) -> Recipe:
     def scaled(number: int) -> int:
         return round(number * steps / config.steps)
 
-    model, learning_rate = _SMALL[config.model]
+    model, learning_rate = _TWIN_MODELS[config.model]
     interval = config.masks.interval
     return Recipe(
         recipe.name + MINI,

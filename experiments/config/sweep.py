@@ -1,4 +1,4 @@
-"""The file that describes a sweep, read and checked: TOML to configurations."""
+"""Sweep files: from TOML to checked configurations."""
 
 import dataclasses
 import difflib
@@ -15,30 +15,31 @@ from experiments.config.run import Config
 
 METHODS: tuple[str, ...] = typing.get_args(MethodName)
 
-# What the sweep itself decides.
-_DECIDED = (
+# Options that the sweep sets itself.
+_SET_BY_SWEEP = (
     *("method", "sparsity", "seeds", "seed", "vmap_seeds", "baseline"),
     *("out", "progress", "distributed"),
 )
-# What a single method may have of its own: the budget is the same for all.
-_OWN = ("masks", "optimizer", "tost")
-# Names of rows are names of folders.
+# Options that may differ between methods. All methods have the same budget.
+_PER_METHOD = ("masks", "optimizer", "tost")
+# Names of rows are also names of folders.
 _LABEL = re.compile(r"[\w.+-]+")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What a sweep file says, checked.
+    """A checked sweep.
 
     Attributes:
-      methods: the rows, in the order of the file: methods, or the file's own names for
-        methods with options; each followed by its variants, called "row+variant".
-      sparsities: in rising order.
-      seeds: number of seeds, from 0.
-      vmap_seeds: whether all seeds of a cell train as one program; None: what is
-        faster.
-      cells: the configuration of every cell by its name, which its folder has too.
-      variants: what the names of the variants add to those of the rows, "+variant".
+      methods: Names of the rows in the order of the file: methods, or the file's own
+        names for methods with options. Each row is followed by its variants, which are
+        called "row+variant".
+      sparsities: Sparsities in increasing order.
+      seeds: Number of seeds; the first is 0.
+      vmap_seeds: Whether all seeds of a cell train as one program; None means whichever
+        is faster.
+      cells: Configuration of every cell, by its name, which is also its folder's name.
+      variants: Suffixes of the variants, "+variant".
     """
 
     methods: tuple[str, ...]
@@ -50,33 +51,32 @@ class Sweep:
 
     @property
     def plain(self) -> tuple[str, ...]:
-        """The rows that are not variants of others."""
+        """Rows that are not variants."""
         return self.methods[:: 1 + len(self.variants)]
 
     def cell(self, method: str, sparsity: float) -> str:
-        """The name of the cell in a row and a column; dense training has but one."""
+        """Return the name of a cell. A row of dense training has a single cell."""
         return method if method in self.cells else _cell_name(method, sparsity)
 
     @property
     def first(self) -> Config:
-        """One of the cells: what all have in common can be read off it."""
+        """The configuration of one cell, for the options that all cells share."""
         return next(iter(self.cells.values()))
 
 
 def read(path: pathlib.Path) -> Sweep:
-    """The sweep that a file describes.
+    """Read the sweep that a file describes.
 
     Raises:
-      OSError: it cannot be read.
-      ValueError: it is not TOML, or an option in it is unknown or cannot be used; the
-        message names it.
+      OSError: The file cannot be read.
+      ValueError: The file is not TOML, or an option is unknown or invalid.
     """
     try:
         values = tomllib.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not a TOML file: {error}.") from error
     try:
-        return _sweep(values)
+        return _parse(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -85,11 +85,10 @@ def _cell_name(method: str, sparsity: float) -> str:
     return f"{method}-{sparsity}"
 
 
-def _sweep(values: dict[str, Any]) -> Sweep:
-    known = ("methods", "sparsities", "seeds", "vmap_seeds", "train", "method")
-    known += ("variants",)
-    _check_keys("", values, known)
-    for name in known[:3]:
+def _parse(values: dict[str, Any]) -> Sweep:
+    required = ("methods", "sparsities", "seeds")
+    _check_keys("", values, (*required, "vmap_seeds", "train", "method", "variants"))
+    for name in required:
         if name not in values:
             raise ValueError(f"{name} is missing: a sweep needs it.")
     own = _table("method", values.get("method", {}))
@@ -97,44 +96,55 @@ def _sweep(values: dict[str, Any]) -> Sweep:
     bases = {name: _base(name, own) for name in methods}
     variants = _variants(values.get("variants", {}), methods)
     sparsities = _distinct("sparsities", values["sparsities"], tuple[float, ...])
-    seeds = _converted("seeds", values["seeds"], int)
-    vmap = _converted(
+    seeds = _convert("seeds", values["seeds"], int)
+    vmap_seeds = _convert(
         "vmap_seeds", values.get("vmap_seeds", "auto"), bool | Literal["auto"]
     )
-    common = _table("train", values.get("train", {}))
+    common = _common_options(_table("train", values.get("train", {})))
     _check_keys("method.", own, (*METHODS, *methods))
     for method in own:
         if method not in methods:
             raise ValueError(f"method.{method}: {method} is not one of methods.")
-    options = _options("train", common, Config)
-    for name in options:
-        if name in _DECIDED:
-            raise ValueError(
-                f"train.{name} is not for a sweep, which sets it by itself or by "
-                "methods, sparsities, seeds and vmap_seeds."
-            )
-    _check_used(options.get("masks", {}), list(bases.values()))
+    _check_used(common.get("masks", {}), list(bases.values()))
     rows = {}
     for method in methods:
         table = {k: v for k, v in own.get(method, {}).items() if k != "method"}
-        extra = _own_options(f"method.{method}", table)
+        options = _own_options(f"method.{method}", table)
         for suffix, more in {"": {}, **variants}.items():
-            rows[method + suffix] = (bases[method], _merged(extra, more))
+            rows[method + suffix] = (bases[method], _merged(options, more))
     cells = {}
-    for row, (base, extra) in rows.items():
+    for row, (base, options) in rows.items():
         for sparsity in (0.0,) if base == "dense" else sparsities:
             name = row if base == "dense" else _cell_name(row, sparsity)
-            given = {"method": base, "sparsity": sparsity, "seeds": seeds}
+            cell = {"method": base, "sparsity": sparsity, "seeds": seeds}
+            cell["vmap_seeds"] = vmap_seeds is True
             try:
-                cells[name] = _config(given, options, extra, bool(vmap is True))
+                cells[name] = _config(cell, common, options)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-    vmap_seeds = None if vmap == "auto" else vmap
-    return Sweep(tuple(rows), sparsities, seeds, vmap_seeds, cells, tuple(variants))
+    return Sweep(
+        methods=tuple(rows),
+        sparsities=sparsities,
+        seeds=seeds,
+        vmap_seeds=None if vmap_seeds == "auto" else vmap_seeds,
+        cells=cells,
+        variants=tuple(variants),
+    )
+
+
+def _common_options(table: Mapping[str, Any]) -> dict[str, Any]:
+    options = _options("train", table, Config)
+    for name in options:
+        if name in _SET_BY_SWEEP:
+            raise ValueError(
+                f"train.{name} is not for a sweep, which sets it itself or from "
+                "methods, sparsities, seeds and vmap_seeds."
+            )
+    return options
 
 
 def _variants(value: Any, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The options of each variant of the rows, by what its name adds to theirs."""
+    """Return the options of every variant, by its suffix."""
     result = {}
     for name, table in _table("variants", value).items():
         _check_label("variants", name)
@@ -150,13 +160,13 @@ def _variants(value: Any, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _own_options(name: str, table: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of some rows, which are only those that rows may differ in."""
+    """Return the options of a row or variant; rows may differ in no others."""
     options = _options(name, table, Config)
     for key in options:
-        if key not in _OWN:
+        if key not in _PER_METHOD:
             raise ValueError(
                 f"{name}.{key} must be the same for all methods: set it in [train]. "
-                f"A method has its own {' and '.join(_OWN)} only."
+                f"Methods may differ in {' and '.join(_PER_METHOD)} only."
             )
     return options
 
@@ -169,7 +179,7 @@ def _merged(
 
 
 def _base(name: str, own: Mapping[str, Any]) -> str:
-    """The method that a row is of: its name, or what the file says beside it."""
+    """Return the method of a row: its name, or the `method` in its table."""
     table = _table(f"method.{name}", own.get(name, {}))
     if name in METHODS:
         if "method" in table:
@@ -188,35 +198,34 @@ def _base(name: str, own: Mapping[str, Any]) -> str:
     _check_label("methods", name)
     if "method" not in table:
         raise ValueError(f"method.{name}.method is missing: which method is it?")
-    return _converted(f"method.{name}.method", table["method"], MethodName)
+    return _convert(f"method.{name}.method", table["method"], MethodName)
 
 
 def _check_label(key: str, name: str) -> None:
     if not _LABEL.fullmatch(name):
         raise ValueError(
-            f"{key} has {name!r}: the name of a row is that of a folder, and must be "
-            "of letters, digits, '_', '.', '+' and '-'."
+            f"{key} has {name!r}: the name of a row is also the name of a folder, and "
+            "must consist of letters, digits, '_', '.', '+' and '-'."
         )
 
 
 def _config(
-    given: dict[str, Any],
+    cell: dict[str, Any],
     common: dict[str, Any],
     own: dict[str, Any],
-    vmap_seeds: bool,
 ) -> Config:
-    """The configuration of a cell, from the options that all have and its method's."""
+    """Return the configuration of a cell: common options, then options of its row."""
     values: dict[str, Any] = dict(common)
-    having = OPTIONS[given["method"]]
+    known = OPTIONS[cell["method"]]
     if "masks" in common:
-        values["masks"] = {k: v for k, v in common["masks"].items() if k in having}
+        values["masks"] = {k: v for k, v in common["masks"].items() if k in known}
     for name, options in own.items():
         values[name] = values.get(name, {}) | options
     hints = typing.get_type_hints(Config)
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
             values[name] = hints[name](**value)
-    return Config(**given, **values, vmap_seeds=vmap_seeds, baseline=False)
+    return Config(**cell, **values, baseline=False)
 
 
 def _check_used(masks: Mapping[str, Any], methods: Sequence[str]) -> None:
@@ -229,13 +238,13 @@ def _check_used(masks: Mapping[str, Any], methods: Sequence[str]) -> None:
 
 
 def _options(prefix: str, table: Mapping[str, Any], record: Any) -> dict[str, Any]:
-    """The values of a table as the fields of `record`, nested ones as dictionaries."""
+    """Convert a table to values for the fields of `record`; nested ones are dicts."""
     hints = typing.get_type_hints(record)
-    # On the command line, words are joined by hyphens.
+    # Names may have hyphens, as on the command line.
     renamed = {name.replace("-", "_"): name for name in table}
     if len(renamed) < len(table):
         twice = next(name for name in table if renamed[name.replace("-", "_")] != name)
-        raise ValueError(f"{prefix}.{twice} is there twice, with - and with _.")
+        raise ValueError(f"{prefix}.{twice} is given twice, with - and with _.")
     _check_keys(f"{prefix}.", renamed, tuple(hints))
     result = {}
     for name, hint in hints.items():
@@ -245,17 +254,17 @@ def _options(prefix: str, table: Mapping[str, Any], record: Any) -> dict[str, An
         if dataclasses.is_dataclass(hint):
             result[name] = _options(full, _table(full, value), hint)
         else:
-            result[name] = _converted(full, value, hint)
+            result[name] = _convert(full, value, hint)
     return result
 
 
-def _converted(name: str, value: Any, hint: Any) -> Any:
-    """A value of a file as the type that an option has."""
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """Convert a value to the type of an option."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         for choice in arguments:
             try:
-                return _converted(name, value, choice)
+                return _convert(name, value, choice)
             except ValueError:
                 continue
     elif origin is Literal:
@@ -267,7 +276,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"{name} must be one of {choices}; got {value!r}.{hinted}")
     elif origin is tuple:
         if isinstance(value, list):
-            return tuple(_converted(name, item, arguments[0]) for item in value)
+            return tuple(_convert(name, item, arguments[0]) for item in value)
     elif hint is pathlib.Path:
         if isinstance(value, str):
             return pathlib.Path(value)
@@ -276,25 +285,25 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
             return float(value)
     elif type(value) is hint:
         return value
-    raise ValueError(f"{name} must be {_called(hint)}, got {value!r}.")
+    raise ValueError(f"{name} must be {_type_name(hint)}, got {value!r}.")
 
 
-def _called(hint: Any) -> str:
-    """A type in words."""
+def _type_name(hint: Any) -> str:
+    """Describe a type."""
     words = {int: "an integer", float: "a number", str: "a string"}
     words |= {bool: "true or false", pathlib.Path: "a string with a path"}
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_called(a) for a in arguments if a is not types.NoneType)
+        return " or ".join(_type_name(a) for a in arguments if a is not types.NoneType)
     if typing.get_origin(hint) is Literal:
         return " or ".join(map(repr, arguments))
     if typing.get_origin(hint) is tuple:
-        return f"a list, of each {_called(arguments[0])}"
+        return f"a list, of each {_type_name(arguments[0])}"
     return words.get(hint, str(hint))
 
 
 def _distinct(name: str, value: Any, hint: Any) -> tuple[Any, ...]:
-    values = _converted(name, value, hint)
+    values = _convert(name, value, hint)
     if not values:
         raise ValueError(f"{name} must not be empty.")
     if len(set(values)) < len(values):

@@ -1,8 +1,8 @@
-"""What a configuration comes to, without data and without training.
+"""Parameters, costs, memory and schedules of a configuration, without training.
 
-`python -m experiments.train --recipe NAME --dry-run`: every parameter, what a pass and
-the whole training cost, the memory of the state, and a plot of the schedules. All of it
-follows from shapes; nothing is computed on a device.
+`python -m experiments.train --recipe NAME --dry-run` prints every parameter, the cost
+of a forward pass and of training, and the memory of the state, and plots the schedules.
+All numbers follow from shapes. Nothing is computed on a device, and no data are read.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ PyTree = Any
 
 
 class DatasetInfo(NamedTuple):
-    """What is known of a data set without having it.
+    """Properties of a data set that are known without reading it.
 
     Attributes:
-      shape: of one example: (height, width, channels), or (length,) of text.
-      classes: number of classes.
-      train_size: number of training examples; None where it depends on the machine.
+      shape: Shape of one example: (height, width, channels), or (length,) for text.
+      classes: Number of classes.
+      train_size: Number of training examples; None if it depends on the machine.
     """
 
     shape: tuple[int, ...]
@@ -54,23 +54,24 @@ DATASETS = {
     "tiny_imagenet": DatasetInfo((64, 64, 3), 200, 100_000),
     "imagenet2012": DatasetInfo((224, 224, 3), 1000, 1_281_167),
     "tiny_shakespeare": DatasetInfo((128,), 256, 7_842),
-    # The text is that of the Python that runs.
+    # The text depends on the version of Python.
     "python_docs": DatasetInfo((128,), 256, None),
 }
 
-# Methods that keep the number of active weights of every layer.
-_FIXED = frozenset({"rigl", "set", "static", "dense"})
+# Methods that do not change the number of active weights in a layer.
+_FIXED_METHODS = frozenset({"rigl", "set", "static", "dense"})
 
 
 class ParameterInfo(NamedTuple):
     """One array of parameters.
 
     Attributes:
-      name: as in the reports, "layer/kernel".
-      shape: of the array.
-      maskable: whether weights of it are pruned.
-      macs: multiply-accumulates of an example's forward pass through it, dense.
-      start: weights active at step 0, exactly; None where a source of masks decides.
+      name: Name as in the reports, "layer/kernel".
+      shape: Shape of the array.
+      maskable: Whether its weights can be pruned.
+      macs: Multiply-accumulates of one example's dense forward pass.
+      start: Exact number of weights active at step 0; None if the masks come from a
+        source.
     """
 
     name: str
@@ -87,19 +88,19 @@ class ParameterInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DryRun:
-    """What a configuration comes to.
+    """Properties of a configuration.
 
     Attributes:
-      config: the configuration.
-      facts: of its data set.
-      functions: the configuration as functions.
-      leaves: all parameters, from input to output.
-      flops: of an example's forward pass, of kernels alone.
-      memory: bytes of every part of the state, and of the data kept beside it.
+      config: The configuration.
+      dataset_info: Properties of its data set.
+      train_step: Pure functions of the configuration.
+      leaves: All parameters, from input to output.
+      flops: FLOPs of one example's forward pass through the kernels.
+      memory: Bytes of every part of the state.
     """
 
     config: Config
-    facts: DatasetInfo
+    dataset_info: DatasetInfo
     train_step: TrainStep
     leaves: tuple[ParameterInfo, ...]
     flops: analysis.Flops
@@ -112,81 +113,82 @@ class DryRun:
 
     @property
     def fixed(self) -> bool:
-        """Whether every layer keeps a number of active weights that is known."""
-        return self.config.method in _FIXED and self.config.masks.source is None
+        """Whether the number of active weights is known for every layer."""
+        return self.config.method in _FIXED_METHODS and self.config.masks.source is None
 
     @property
     def masked(self) -> list[ParameterInfo]:
-        """The parameters that are pruned."""
+        """Parameters that can be pruned."""
         return [leaf for leaf in self.leaves if leaf.maskable]
 
     @property
     def maskable(self) -> int:
-        """Number of weights that masks cover."""
+        """Number of weights that have a mask."""
         return sum(leaf.size for leaf in self.masked)
 
     @property
     def active(self) -> int:
-        """Number of those active at the end, exactly."""
+        """Exact number of weights active at the end."""
         sparsity = 0.0 if self.method is None else self.config.sparsity
         return distributions.total_count(self.maskable, sparsity)
 
     @property
     def start(self) -> int:
-        """Number of weights active at step 0, exactly."""
+        """Exact number of weights active at step 0."""
         sparsity = 0.0 if self.method is None else self.method.sparsity(0)
         return distributions.total_count(self.maskable, sparsity)
 
     @property
     def updates(self) -> list[int]:
-        """The steps that update the masks."""
+        """Steps that update the masks."""
         if self.method is None:
             return []
         return [s for s in self.method.updates.steps() if s <= self.config.steps]
 
     @property
     def prunings(self) -> list[int]:
-        """Those of them that prune: the sparsity rises."""
+        """Steps that prune: the sparsity rises."""
         if self.method is None:
             return []
-        rising, before = [], self.method.sparsity(0)
-        for step in self.updates:
-            now = self.method.sparsity(step)
-            if now > before:
-                rising.append(step)
-            before = now
-        return rising
+        steps = [0, *self.updates]
+        return [
+            step
+            for previous, step in itertools.pairwise(steps)
+            if self.method.sparsity(step) > self.method.sparsity(previous)
+        ]
 
     @property
     def steps_per_epoch(self) -> float | None:
-        """Steps of a pass through the data; None if its size is not known."""
-        if self.facts.train_size is None:
+        """Steps of a pass through the data; None if its size is unknown."""
+        if self.dataset_info.train_size is None:
             return None
         batch_size = self.config.data.batch_size
         return self.train_step.dataset.steps_per_epoch(batch_size)
 
     def densities(self, sparsity: float, distribution: str) -> dict[str, float]:
-        """Density of every maskable leaf, split by a rule of the library's."""
+        """Return the density of every maskable leaf under a distribution."""
         shapes = [leaf.shape for leaf in self.masked]
         values = distributions.densities(shapes, sparsity, distribution)
         return {leaf.name: d for leaf, d in zip(self.masked, values, strict=True)}
 
 
 def analyse(config: Config) -> DryRun:
-    """What `config` comes to.
+    """Return the properties of a configuration.
 
     Raises:
-      ValueError: a batch larger than the data, or a network that does not take it.
+      ValueError: The batch is larger than the data, or the network does not support the
+        data.
     """
-    facts = DATASETS[config.data.dataset]
-    if facts.train_size is not None and config.data.batch_size > facts.train_size:
+    dataset_info = DATASETS[config.data.dataset]
+    train_size = dataset_info.train_size
+    if train_size is not None and config.data.batch_size > train_size:
         raise ValueError(
-            f"data.batch_size must be at most the {facts.train_size} training examples "
+            f"data.batch_size must be at most the {train_size} training examples "
             f"of {config.data.dataset}, got {config.data.batch_size}."
         )
-    train_step = TrainStep(config, _stand_in(config, facts))
+    train_step = TrainStep(config, _empty_dataset(config, dataset_info))
     state = jax.eval_shape(train_step.create, jnp.uint32(0))
-    flops = _flops(train_step, facts, state)
+    flops = _flops(train_step, dataset_info, state)
     flags = jax.tree.leaves(masking.maskable(state.params, models.maskable))
     named = [
         (masking.leaf_name(path), tuple(leaf.shape), flag)
@@ -207,26 +209,26 @@ def analyse(config: Config) -> DryRun:
         "moving average": _bytes(state.average),
         "order of the data": _bytes(state.order),
     }
-    return DryRun(config, facts, train_step, tuple(leaves), flops, memory)
+    return DryRun(config, dataset_info, train_step, tuple(leaves), flops, memory)
 
 
 def path_of(config: Config, name: str) -> pathlib.Path:
-    """Where the plot goes: `out` itself if that is a PNG file, else beside it."""
+    """Return the path of the plot: `out` if it is a PNG file, else next to `out`."""
     if config.out is None:
         return pathlib.Path(f"dry-run-{name}.png")
     if config.out.suffix == ".png":
         return config.out
-    # Not in it: a folder with other files in it is not taken for results.
+    # The plot is not put into `out`: training refuses a folder with other files.
     return config.out.with_name(f"{config.out.name}-dry-run.png")
 
 
 def run(config: Config, recipe: Recipe | None = None) -> pathlib.Path:
-    """Prints what `config` comes to, and draws its schedules.
+    """Print the properties of a configuration and plot its schedules.
 
     Args:
-      config: the configuration.
-      recipe: that it is of, if it is of one; a published accuracy is shown only where
-        nothing that bears on it was changed.
+      config: The configuration.
+      recipe: Recipe of the configuration, if any. Its published accuracy is shown only
+        if no option that changes results differs.
 
     Returns:
       The path of the plot.
@@ -247,10 +249,11 @@ def run(config: Config, recipe: Recipe | None = None) -> pathlib.Path:
 
 
 def training_cost(result: DryRun, distribution: str) -> float:
-    """Training FLOPs relative to dense training, of layers split by `distribution`.
+    """Return the training FLOPs relative to dense training, for a distribution.
 
-    Exact, by the rules of `analysis.training_flops`, where the layers keep their number
-    of weights and `distribution` is the configured one; else an estimate.
+    The number follows the rules of `analysis.training_flops`. It is exact if the layers
+    keep their numbers of weights and `distribution` is the configured one; otherwise it
+    is an estimate.
     """
     if result.method is None:
         return 1.0
@@ -260,13 +263,13 @@ def training_cost(result: DryRun, distribution: str) -> float:
 
 
 def forward_cost(result: DryRun, distribution: str) -> float:
-    """Multiply-accumulates of an example's forward pass at the end of training."""
+    """Return the multiply-accumulates of one forward pass at the end of training."""
     sparsity = 0.0 if result.method is None else result.config.sparsity
     return result.flops.at(result.densities(sparsity, distribution)) / 2
 
 
 def text(result: DryRun, name: str, recipe: Recipe | None = None) -> str:
-    """All of it as text that fits 80 to 100 columns."""
+    """Return all properties as text of 80 to 100 columns."""
     config = result.config
     lines = [name]
     if recipe is not None:
@@ -276,7 +279,7 @@ def text(result: DryRun, name: str, recipe: Recipe | None = None) -> str:
 
 
 def plot(result: DryRun, name: str, path: pathlib.Path) -> None:
-    """Sparsity, prune fraction and learning rate over the steps, as a PNG image."""
+    """Plot sparsity, exchanged weights and learning rate over the steps, as a PNG."""
     config, method = result.config, result.method
     steps, updates = config.steps, result.updates
     figure = Figure(figsize=(9, 8), layout="constrained")
@@ -288,22 +291,19 @@ def plot(result: DryRun, name: str, path: pathlib.Path) -> None:
     values = [0.0 if method is None else 100 * method.sparsity(t) for t in times]
     sparsity.step(times, values, where="post", color=blue, linewidth=1.8)
     sparsity.set(
-        title="Sparsity of all weights that masks cover",
+        title="Sparsity of all weights with masks",
         ylabel="sparsity / %",
         ylim=(-4, 104),
     )
 
-    exchanging = method is not None and method.grow is not None
-    if exchanging and updates:
-        assert method is not None
-        shares = [100 * method.fraction(t) for t in updates]
+    shares = [100 * share for share in _exchange_fractions(method, updates)]
+    if shares:
         look: Any = {"color": blue, "linestyle": "none", "marker": ".", "markersize": 5}
         fraction.plot(updates, shares, **look)
         title = f"Exchanged at each of {len(updates):,} mask updates"
     else:
         title = "No exchange of weights"
         fraction.text(0.5, 0.5, "none", ha="center", transform=fraction.transAxes)
-        shares = []
     fraction.set(
         title=title,
         ylabel="share of a layer's\nactive weights / %",
@@ -325,6 +325,15 @@ def plot(result: DryRun, name: str, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=150, format="png")
 
 
+def _exchange_fractions(
+    method: granet_jax.Method | None, updates: Sequence[int]
+) -> list[float]:
+    """Return the fraction of active weights that every update drops and regrows."""
+    if method is None or method.grow is None:
+        return []
+    return [method.fraction(step) for step in updates]
+
+
 def _epochs(axes: Axes, steps: float) -> None:
     def forward(x: Any) -> Any:
         return np.asarray(x) / steps
@@ -335,32 +344,32 @@ def _epochs(axes: Axes, steps: float) -> None:
     axes.secondary_xaxis("top", train_step=(forward, back)).set_xlabel("epochs")
 
 
-def _stand_in(config: Config, facts: DatasetInfo) -> Dataset | Stream:
-    """A data set of the right shapes with nothing in it."""
-    channels = facts.shape[-1] if len(facts.shape) == 3 else 0
+def _empty_dataset(config: Config, dataset_info: DatasetInfo) -> Dataset | Stream:
+    """Return a data set of the right shapes without data."""
+    channels = dataset_info.shape[-1] if len(dataset_info.shape) == 3 else 0
     mean, std = (0.0,) * channels, (1.0,) * channels
     if config.data.dataset == "imagenet2012":
-        assert facts.train_size is not None
-        height, width, depth = facts.shape
+        assert dataset_info.train_size is not None
+        height, width, depth = dataset_info.shape
         return Stream(
             name=config.data.dataset,
-            classes=facts.classes,
+            classes=dataset_info.classes,
             mean=mean,
             std=std,
             image_shape=(height, width, depth),
-            train_size=facts.train_size,
+            train_size=dataset_info.train_size,
             test_size=0,
             train_source=None,
             test_source=None,
         )
-    size = facts.train_size or config.data.batch_size
-    labels = facts.shape if len(facts.shape) == 1 else ()
-    # Views of a single number: they take no memory.
+    size = dataset_info.train_size or config.data.batch_size
+    labels = dataset_info.shape if len(dataset_info.shape) == 1 else ()
+    # Views of a single number take no memory.
     split = Split(
-        np.broadcast_to(np.uint8(0), (size, *facts.shape)),
+        np.broadcast_to(np.uint8(0), (size, *dataset_info.shape)),
         np.broadcast_to(np.int32(0), (size, *labels)),
     )
-    return Dataset(config.data.dataset, split, split, facts.classes, mean, std)
+    return Dataset(config.data.dataset, split, split, dataset_info.classes, mean, std)
 
 
 def _active(
@@ -377,8 +386,8 @@ def _active(
 def _optimizer_memory(train_step: TrainStep, opt_state: PyTree) -> dict[str, int]:
     if train_step.method is None:
         return {"optimizer": _bytes(opt_state)}
-    state = granet_jax.get_state(opt_state)
-    masks = _bytes((state.activity, state.marked))
+    # Masks are the only arrays with one byte per element.
+    masks = _bytes([x for x in jax.tree.leaves(opt_state) if x.dtype.itemsize == 1])
     return {"masks": masks, "optimizer": _bytes(opt_state) - masks}
 
 
@@ -386,8 +395,10 @@ def _bytes(tree: PyTree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _flops(train_step: TrainStep, facts: DatasetInfo, state: PyTree) -> analysis.Flops:
-    """Of an example's forward pass; not of the products of activations in attention."""
+def _flops(
+    train_step: TrainStep, dataset_info: DatasetInfo, state: PyTree
+) -> analysis.Flops:
+    """Return the FLOPs of one forward pass, without products of activations."""
 
     def forward(params: PyTree, statistics: PyTree, x: jax.Array) -> Any:
         variables = {"params": params, "batch_stats": statistics}
@@ -395,43 +406,44 @@ def _flops(train_step: TrainStep, facts: DatasetInfo, state: PyTree) -> analysis
 
     masks = jax.tree_util.tree_map_with_path(
         lambda path, leaf: (
-            # A view of a single number, which takes no memory.
+            # A view of a single number takes no memory.
             np.broadcast_to(True, leaf.shape)
             if models.maskable(masking.leaf_name(path), leaf)
             else None
         ),
         state.params,
     )
-    dtype = jnp.uint8 if len(facts.shape) == 1 else jnp.float32
-    x = jax.ShapeDtypeStruct((1, *facts.shape), dtype)
-    found = analysis.flops(forward, state.params, masks, state.statistics, x)
-    return dataclasses.replace(found, other=0)
+    dtype = jnp.uint8 if len(dataset_info.shape) == 1 else jnp.float32
+    x = jax.ShapeDtypeStruct((1, *dataset_info.shape), dtype)
+    flops = analysis.flops(forward, state.params, masks, state.statistics, x)
+    return dataclasses.replace(flops, other=0)
 
 
 def _published(recipe: Recipe, config: Config) -> str:
     if changed := recipe.changes(config):
-        return f"The recipe, but for {', '.join(changed)}: no published accuracy."
+        return f"The recipe except for {', '.join(changed)}: no published accuracy."
     if recipe.ours:
-        return "Its settings are ours: those of the paper were not at hand."
+        return "Its settings are ours: those of the paper were not available."
     if recipe.published is None:
         return "No published accuracy is known for it."
     return f"Published accuracy: {recipe.published:.2f} % ({recipe.provenance})."
 
 
 def _settings(result: DryRun) -> list[str]:
-    config, facts = result.config, result.facts
+    config, dataset_info = result.config, result.dataset_info
     batch = config.data.batch_size
     epoch = result.steps_per_epoch
-    size = "?" if facts.train_size is None else f"{facts.train_size:,}"
-    kind = "images" if len(facts.shape) == 3 else "rows of text"
-    shape = " x ".join(map(str, facts.shape))
+    size = "?" if dataset_info.train_size is None else f"{dataset_info.train_size:,}"
+    kind = "images" if len(dataset_info.shape) == 3 else "rows of text"
+    shape = " x ".join(map(str, dataset_info.shape))
     sparsity = "" if config.method == "dense" else f", sparsity {config.sparsity:.4g}"
     rows = [
         ("method", f"{config.method}{sparsity}"),
         ("model", f"{config.model}, {config.precision}"),
         (
             "data",
-            f"{config.data.dataset}: {size} {kind} of {shape}, {facts.classes} classes",
+            f"{config.data.dataset}: {size} {kind} of {shape}, "
+            f"{dataset_info.classes} classes",
         ),
         ("steps", f"{config.steps:,} of {batch} examples"),
     ]
@@ -441,15 +453,15 @@ def _settings(result: DryRun) -> list[str]:
         )
     if config.masks.source is not None:
         rows.append(("masks from", config.masks.source))
-    if given := _techniques(config):
-        rows.append(("ToST", given))
+    if techniques := _techniques(config):
+        rows.append(("ToST", techniques))
     updates, prunings = result.updates, result.prunings
     if updates:
         method = result.method
         assert method is not None
-        told = f"{len(updates):,}, every {method.updates.interval:,} steps"
-        told += f", from step {updates[0]:,} to {updates[-1]:,}"
-        rows.append(("mask updates", told))
+        text = f"{len(updates):,}, every {method.updates.interval:,} steps"
+        text += f", from step {updates[0]:,} to {updates[-1]:,}"
+        rows.append(("mask updates", text))
     else:
         rows.append(("mask updates", "none"))
     if prunings:
@@ -457,12 +469,12 @@ def _settings(result: DryRun) -> list[str]:
             ("of these prune", f"{len(prunings):,}, the last one at {prunings[-1]:,}")
         )
     optimizer = config.optimizer
-    told = f"{optimizer.name}, learning rate {optimizer.learning_rate:g}"
-    told += f" ({optimizer.schedule}"
+    text = f"{optimizer.name}, learning rate {optimizer.learning_rate:g}"
+    text += f" ({optimizer.schedule}"
     if optimizer.schedule == "drops":
         drops = ", ".join(f"{int(config.steps * x):,}" for x in optimizer.drops)
-        told += f" at {drops}"
-    rows.append(("optimizer", told + ")"))
+        text += f" at {drops}"
+    rows.append(("optimizer", text + ")"))
     if optimizer.warmup_steps:
         rows.append(("warm-up", f"{optimizer.warmup_steps:,} steps"))
     evaluations = math.ceil(config.steps / config.evaluation_interval) + 1
@@ -476,13 +488,13 @@ def _settings(result: DryRun) -> list[str]:
     )
     seeds = f"{config.seeds}"
     if config.baseline and config.method != "dense":
-        seeds += ", and as many runs of the dense network"
+        seeds += ", and the same number of dense runs"
     rows.append(("seeds", seeds))
     return [f"{key:15}{value}" for key, value in rows]
 
 
 def _techniques(config: Config) -> str:
-    """The techniques of ToST that are used, in words."""
+    """Describe the techniques of ToST in use."""
     tost = config.tost
     parts = [] if tost.neurons is None else [f"{tost.neurons} neurons"]
     parts += [] if tost.skips is None else [f"{tost.skips} skips"]
@@ -495,7 +507,7 @@ def _techniques(config: Config) -> str:
 
 
 def _table(result: DryRun) -> list[str]:
-    """A row for each masked array; those of a layer that are not share one."""
+    """Return a row per maskable array, and one for the other arrays of each layer."""
     fixed = result.fixed
     active = "active" if fixed else "at start"
     rows = [("parameter", "shape", "number", "masked", "MACs", active)]
@@ -527,12 +539,12 @@ def _table(result: DryRun) -> list[str]:
         f"{result.start:,}",
     )
     if fixed:
-        meaning = "Active: weights that are not zero, the whole time in every layer."
+        meaning = "Active: weights that are not zero, constant in every layer."
     elif result.config.masks.source is not None:
         meaning = "At start: active weights. The source of the masks splits them."
     else:
         meaning = (
-            "At start: active weights. Which layer keeps how many, training decides."
+            "At start: active weights. Training decides how many each layer keeps."
         )
     return [
         *columns([*rows, total], "<<>>>>"),
@@ -547,14 +559,18 @@ def _exact(result: DryRun) -> list[str]:
     total = sum(memory.values())
     parts = "; ".join(f"{name} {_mebibytes(n)}" for name, n in memory.items())
     data = 0
-    if isinstance(result.train_step.dataset, Dataset) and result.facts.train_size:
+    if (
+        isinstance(result.train_step.dataset, Dataset)
+        and result.dataset_info.train_size
+    ):
         train = result.train_step.dataset.train
         data = sum(x.size * x.dtype.itemsize for x in train)
     dense = sum(leaf.macs for leaf in result.leaves)
     lines = [
         "Exact, since it follows from shapes and configuration:",
-        f"- {sum(leaf.size for leaf in result.leaves):,} parameters; masks cover "
-        f"{result.maskable:,}, of which {result.active:,} are active at the end",
+        f"- {sum(leaf.size for leaf in result.leaves):,} parameters; "
+        f"{result.maskable:,} have masks, and {result.active:,} of these are active at "
+        "the end",
         f"- {dense:,} multiply-accumulates in a dense forward pass",
         f"- state: {_mebibytes(total)} ({parts})",
     ]
@@ -566,20 +582,20 @@ def _exact(result: DryRun) -> list[str]:
 
 
 def _estimates(result: DryRun) -> list[str]:
-    lines = ["Not known ahead:"]
+    lines = ["Not known in advance:"]
     if not result.fixed:
         lines = [
-            "Estimates, since data and training decide which layer keeps how many "
-            "weights:"
+            "Estimates, since data and training decide how many weights each layer "
+            "keeps:"
         ]
         lines += _sparse_costs(result, ["uniform", "erk"])
     lines.append(
-        "- memory in all: activations, the gradient and what the compiler sets aside "
-        "come on top of the state"
+        "- total memory: activations, the gradient and the compiler's temporary arrays "
+        "add to the state"
     )
     lines.append(
         "- time: masked weights are stored and multiplied as zeros, so a step takes as "
-        "long as a dense one; sparse counts are what sparse kernels would need"
+        "long as a dense step; the sparse counts are those of sparse kernels"
     )
     return _wrapped(lines)
 
@@ -589,9 +605,9 @@ def _sparse_costs(result: DryRun, rules: Sequence[str]) -> list[str]:
     lines = []
     for rule in rules:
         forward = forward_cost(result, rule)
-        told = "" if result.fixed else f", layers split by {rule!r}"
+        split = "" if result.fixed else f", layers split by {rule!r}"
         lines.append(
-            f"- at the final sparsity{told}: {forward:,.0f} multiply-accumulates in a "
+            f"- at the final sparsity{split}: {forward:,.0f} multiply-accumulates in a "
             f"forward pass ({forward / dense:.4f} of dense); training FLOPs "
             f"{training_cost(result, rule):.4f} of dense"
         )

@@ -1,4 +1,4 @@
-"""What a study of pruning plasticity leaves behind: tables, JSON, and plots."""
+"""The results of a plasticity study: tables, JSON, and plots."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ from experiments.training.atomic_files import atomic_path, write_json
 from granet_jax.analysis.plasticity import Recovery
 from granet_jax.analysis.plots import LOOKS
 
-# More of them than this are no drops, but a schedule that falls all the time.
+# If the learning rate changes more often, it falls continuously instead of in drops.
 _MOST_DROPS = 10
 
 
@@ -24,13 +24,13 @@ class Results:
     """The outcomes of a study.
 
     Attributes:
-      title: model and data set.
-      points: the finished ones, in order.
-      seeds: in order.
-      steps: of training after pruning.
-      epochs: the same in epochs.
-      drops: epochs at which the learning rate changes.
-      outcomes: of every branch, by point and seed, as in its file.
+      title: Model and data set.
+      points: Finished points, in order.
+      seeds: Seeds, in order.
+      steps: Number of training steps after pruning.
+      epochs: The same in epochs.
+      drops: Epochs at which the learning rate changes.
+      outcomes: Outcomes of every branch, by point and seed, as in the files.
     """
 
     title: str
@@ -42,11 +42,11 @@ class Results:
     outcomes: Mapping[Branch, Sequence[Sequence[Mapping[str, Any]]]]
 
     def values(self, branch: Branch, name: str) -> np.ndarray:
-        """One number of the outcomes of a branch, (points, seeds)."""
+        """Return one number of all outcomes of a branch, (points, seeds)."""
         return np.asarray([[o[name] for o in row] for row in self.outcomes[branch]])
 
     def recovery(self, branch: Branch) -> Recovery:
-        """Accuracies in percent, (points, seeds) each."""
+        """Return the accuracies of a branch in percent, (points, seeds) each."""
         before, pruned, after = (
             100 * self.values(branch, name) for name in ("before", "pruned", "after")
         )
@@ -54,12 +54,12 @@ class Results:
 
     @property
     def branches(self) -> list[Branch]:
-        """All that are pruned."""
+        """All branches that are pruned."""
         return [branch for branch in self.outcomes if branch != UNPRUNED]
 
     @property
     def phases(self) -> dict[float, list[int]]:
-        """The points (by number) of every learning rate, in order."""
+        """Indices of the points of every learning rate, in order."""
         rates = [point.learning_rate for point in self.points]
         return {
             rate: [i for i, other in enumerate(rates) if other == rate]
@@ -68,12 +68,12 @@ class Results:
 
 
 def write(results: Results, values: Mapping[str, Any], out: pathlib.Path) -> None:
-    """Writes results.md, results.json and plots.
+    """Write results.md, results.json and plots.
 
     Args:
-      results: of the study.
-      values: what else results.json is to hold.
-      out: folder.
+      results: Results of the study.
+      values: Additional values for results.json.
+      out: Folder of the study.
     """
     with atomic_path(out / "results.md") as path:
         path.write_text(_markdown(results))
@@ -87,10 +87,10 @@ def write(results: Results, values: Mapping[str, Any], out: pathlib.Path) -> Non
             plot(results, title, branches, lambda b: b.way, path)
     if len(by_ranking) > 1:
         first = results.branches[0]
-        chosen = [b for b in results.branches if b[2:4] == first[2:4]]
+        same_way = [b for b in results.branches if b[2:4] == first[2:4]]
         with atomic_path(out / "criteria.png") as path:
             title = f"{results.title}: criteria, {first.way}"
-            plot(results, title, chosen, lambda b: f"{b.criterion}, {b.scope}", path)
+            plot(results, title, same_way, lambda b: f"{b.criterion}, {b.scope}", path)
 
 
 def _epochs(results: Results) -> str:
@@ -104,7 +104,7 @@ def _scope(scope: str) -> str:
 def _json(results: Results) -> dict[str, Any]:
     branches = []
     for branch in results.branches:
-        found = results.recovery(branch)
+        recovery = results.recovery(branch)
         branches.append(
             branch._asdict()
             | {
@@ -112,8 +112,8 @@ def _json(results: Results) -> dict[str, Any]:
                 "accuracy_when_pruned": results.values(branch, "pruned").tolist(),
                 "accuracy_after": results.values(branch, "after").tolist(),
                 "test_loss_after": results.values(branch, "test_loss").tolist(),
-                "plasticity_mean": (np.mean(found.plasticity, 1) / 100).tolist(),
-                "relative_mean": (np.mean(found.relative, 1) / 100).tolist(),
+                "plasticity_mean": (np.mean(recovery.plasticity, 1) / 100).tolist(),
+                "relative_mean": (np.mean(recovery.relative, 1) / 100).tolist(),
             }
         )
     return {
@@ -142,33 +142,35 @@ def _markdown(results: Results) -> str:
     total = results.values(UNPRUNED, "active_weights")[0, 0]
     sections = [
         f"# Pruning plasticity of {results.title}",
-        f"Pruned at {len(results.points)} points of the dense training, and trained on "
-        f"for {results.steps:,} steps ({_epochs(results)}) at the learning rate "
-        f"of that moment. All numbers are test accuracies in %, {seeds}, each seed's "
-        f"the mean over the points of a column. {total:,} weights can be pruned.",
-        "## Plasticity\n\nAccuracy after that training, less accuracy before pruning. "
-        "The first rows are the dense network's.",
+        f"The network is pruned at {len(results.points)} points of the dense training "
+        f"and then trained for {results.steps:,} steps ({_epochs(results)}) at the "
+        f"learning rate of that point. All numbers are test accuracies in %, {seeds}; "
+        "the number of each seed is the mean over the points of a column. "
+        f"{total:,} weights can be pruned.",
+        "## Plasticity\n\nAccuracy after that training minus accuracy before pruning. "
+        "The first rows are those of the dense network.",
         _table(
             results,
             [
                 dense,
                 ["not pruned", *map(spread, _by_phase(results, plain.plasticity))],
-                *_rows(results, lambda found: found.plasticity),
+                *_rows(results, lambda recovery: recovery.plasticity),
             ],
         ),
-        "## Beside the network that is not pruned\n\nAccuracy after that training, "
-        "less that of the same network trained on as long without being pruned.",
-        _table(results, _rows(results, lambda found: found.relative)),
+        "## Compared with the network that is not pruned\n\nAccuracy after that "
+        "training minus the accuracy of the same network after the same training "
+        "without pruning.",
+        _table(results, _rows(results, lambda recovery: recovery.relative)),
     ]
     for heading, text, pairs in (
         (
             "What regeneration adds",
-            "Accuracy with regrowing less accuracy without, all else equal.",
+            "Accuracy with regrowth minus accuracy without, all else being equal.",
             _pairs(results, lambda b: b.regrow > 0, lambda b: b._replace(regrow=0.0)),
         ),
         (
             "What gradual pruning adds",
-            "Accuracy after gradual pruning less accuracy after one-shot pruning.",
+            "Accuracy after gradual pruning minus accuracy after one-shot pruning.",
             _pairs(
                 results,
                 lambda b: b.pruning == "gradual",
@@ -187,15 +189,15 @@ def _markdown(results: Results) -> str:
     ]
     sections += [
         "## How plasticity falls\n\nPlasticity at the last point of a learning rate "
-        "less that at its first (empty: it has one point), and, in the last column, at "
-        "the last point of all less that at the first of all.",
+        "minus plasticity at its first point (empty if it has one point). Last column: "
+        "the same for the last and the first point of the training.",
         _table(results, fall, last="last - first"),
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def _by_phase(results: Results, values: np.ndarray) -> list[np.ndarray]:
-    """Means over the points of every learning rate, and over all, (seeds,) each."""
+    """Return the means over the points of every learning rate and over all points."""
     groups = [*results.phases.values(), [*range(len(results.points))]]
     return [values[group].mean(axis=0) for group in groups]
 
@@ -220,13 +222,13 @@ def _rows(results: Results, value: Callable[[Recovery], np.ndarray]) -> list[lis
 
 def _pairs(
     results: Results,
-    chosen: Callable[[Branch], bool],
+    matches: Callable[[Branch], bool],
     other: Callable[[Branch], Branch],
 ) -> list[list[str]]:
-    """Rows of the differences between branches and what they are compared with."""
+    """Return rows with the differences between matching branches and their others."""
     rows = []
     for branch in results.branches:
-        if chosen(branch) and other(branch) in results.outcomes:
+        if matches(branch) and other(branch) in results.outcomes:
             with_it, without = map(results.recovery, (branch, other(branch)))
             difference = with_it.after - without.after
             rows.append([_label(branch), *map(spread, _by_phase(results, difference))])
@@ -255,7 +257,7 @@ def _table(
 
 
 def spread(values: np.ndarray, sign: str = "+") -> str:
-    """Mean and sample standard deviation; `sign` "+" shows that of positive means."""
+    """Format mean and sample standard deviation; "+" also signs positive means."""
     if values.size == 0:
         return ""
     std = f" ± {values.std(ddof=1):.2f}" if values.size > 1 else ""
@@ -272,16 +274,17 @@ def plot(
     label: Callable[[Branch], str],
     path: pathlib.Path,
 ) -> None:
-    """The paper's curves: over the epoch of pruning, a column for every rate.
+    """Plot the paper's curves over the epoch of pruning, with a column per rate.
 
-    Above, plasticity; below, accuracy beside the network that is not pruned.
+    The upper panels show plasticity, the lower panels the accuracy compared with the
+    network that is not pruned.
 
     Args:
-      results: of the study.
-      title: of the figure.
-      branches: to be drawn; a line for every label, in every column.
-      label: of a branch, in the legend.
-      path: of the PNG image.
+      results: Results of the study.
+      title: Title of the figure.
+      branches: Branches to plot, with one line per label and column.
+      label: Function from a branch to its label in the legend.
+      path: Path of the PNG image.
     """
     rates = sorted({branch.rate for branch in branches})
     figure = Figure(figsize=(max(3.3 * len(rates), 6.5), 6.2), layout="constrained")
@@ -294,21 +297,21 @@ def plot(
         above.set_title(f"{100 * rate:g}% pruned")
         _line(above, results, plain.plasticity, "not pruned", ("black", ""), 0.0)
         below.axhline(0.0, color="black", linestyle="--", linewidth=1.2)
-        here = [branch for branch in branches if branch.rate == rate]
-        for i, branch in enumerate(here):
-            found, name = results.recovery(branch), label(branch)
-            # Side by side, so that error bars do not hide one another.
-            shift = 0.06 * (i - (len(here) - 1) / 2)
-            _line(above, results, found.plasticity, name, looks[name], shift)
-            _line(below, results, found.relative, name, looks[name], shift)
+        column_branches = [branch for branch in branches if branch.rate == rate]
+        for i, branch in enumerate(column_branches):
+            recovery, name = results.recovery(branch), label(branch)
+            # A small shift keeps error bars from hiding each other.
+            shift = 0.06 * (i - (len(column_branches) - 1) / 2)
+            _line(above, results, recovery.plasticity, name, looks[name], shift)
+            _line(below, results, recovery.relative, name, looks[name], shift)
         for axes in column:
             axes.grid(axis="y", alpha=0.3)
             if len(results.drops) <= _MOST_DROPS:
                 for epoch in results.drops:
                     axes.axvline(epoch, color="0.55", linestyle=":", linewidth=1.4)
         below.set_xlabel("epoch of pruning")
-    grid[0, 0].set_ylabel("plasticity:\nafter less before pruning / %")
-    grid[1, 0].set_ylabel("after, less after\nwithout pruning / %")
+    grid[0, 0].set_ylabel("plasticity:\nafter - before pruning / %")
+    grid[1, 0].set_ylabel("with - without\npruning, after / %")
     handles, names = grid[0, 0].get_legend_handles_labels()
     figure.legend(
         handles,
@@ -317,11 +320,11 @@ def plot(
         ncols=min(len(names), len(rates) + 1),
         frameon=False,
     )
-    drops = "; dotted: the learning rate drops" if results.drops else ""
+    drops = "; dotted: learning rate drops" if results.drops else ""
     several = ", mean ± std" if len(results.seeds) > 1 else ""
     number = "1 seed" if len(results.seeds) == 1 else f"{len(results.seeds)} seeds"
     figure.suptitle(
-        f"{title}\ntrained on for {_epochs(results)} ({number}{several}{drops})",
+        f"{title}\ntrained for {_epochs(results)} ({number}{several}{drops})",
         fontsize=11,
     )
     figure.savefig(path, dpi=150, format="png")

@@ -1,4 +1,4 @@
-"""What a sweep leaves behind: tables, all numbers as JSON, and a plot."""
+"""The results of a sweep: tables, all numbers as JSON, and a plot."""
 
 import dataclasses
 import pathlib
@@ -23,14 +23,14 @@ def write(
     environment: Mapping[str, Any],
     out: pathlib.Path,
 ) -> None:
-    """Writes results.md, results.json and accuracy.png.
+    """Write results.md, results.json and accuracy.png.
 
     Args:
-      sweep: the sweep.
-      runs: the records of the finished seeds of every cell that has some, by its name.
-      diverged: what diverged in which cell.
-      environment: what the numbers depend on beside the configuration.
-      out: folder.
+      sweep: The sweep.
+      runs: Metrics of every cell with finished seeds, by its name.
+      diverged: Error messages of the cells that diverged, by name.
+      environment: Versions and devices on which the results depend.
+      out: Folder of the sweep.
     """
     with atomic_path(out / "results.md") as path:
         path.write_text(_markdown(sweep, runs, diverged))
@@ -79,15 +79,16 @@ def _results(
 def _markdown(
     sweep: Sweep, runs: Mapping[str, MethodRuns], diverged: Mapping[str, str]
 ) -> str:
-    first, optimizer = sweep.first, sweep.first.optimizer
+    config, optimizer = sweep.first, sweep.first.optimizer
     seeds = "1 seed" if sweep.seeds == 1 else f"mean ± std over {sweep.seeds} seeds"
     paragraphs = [
         f"# {_title(sweep)}",
-        f"Every run has the same budget: {first.steps:,} steps of "
-        f"{first.data.batch_size} examples, with {optimizer.name}, learning rate "
-        f"{optimizer.learning_rate:g}, schedule {optimizer.schedule}.{_own(sweep)} "
-        "Test accuracy in %, by the sparsity of all weights at the end."
-        f"{_weights(sweep, runs)}",
+        f"Every run has the same budget: {config.steps:,} steps of "
+        f"{config.data.batch_size} examples, with {optimizer.name}, learning rate "
+        f"{optimizer.learning_rate:g}, schedule {optimizer.schedule}."
+        f"{_row_options(sweep)} Test accuracy in %, by the sparsity of all weights at "
+        "the end."
+        f"{_active_weights(sweep, runs)}",
         f"After the last step ({seeds}):",
         _table_of(
             sweep,
@@ -101,13 +102,13 @@ def _markdown(
     ]
     if sweep.variants:
         paragraphs += [
-            "What a variant gains over its row, in points after the last step (mean ± "
-            "std of the differences between runs of one seed):",
+            "Gain of each variant over its row, in percentage points after the last "
+            "step (mean ± std of the differences between runs of the same seed):",
             _table_of_gains(sweep, runs),
         ]
     if any(config.method == "dense" for config in sweep.cells.values()):
         paragraphs.append(
-            "The dense network has no sparsity: its numbers are repeated in each "
+            "The dense network has no sparsity: its numbers are the same in every "
             "column."
         )
     return "\n\n".join(paragraphs) + "\n"
@@ -117,17 +118,17 @@ def _title(sweep: Sweep) -> str:
     return f"{sweep.first.model} on {sweep.first.data.dataset}"
 
 
-def _own(sweep: Sweep) -> str:
-    """In a sentence each, what rows and variants have of their own."""
+def _row_options(sweep: Sweep) -> str:
+    """Return a sentence for each row and variant with options of its own."""
 
-    def of(row: str) -> Config:
+    def config_of(row: str) -> Config:
         return sweep.cells[sweep.cell(row, sweep.sparsities[0])]
 
-    # Those that differ in the method too are described in full.
+    # Rows with names of their own are described in full, including the method.
     default = Config(method="dense", optimizer=sweep.first.optimizer)
     sentences = ""
     for method in sweep.plain:
-        config = of(method)
+        config = config_of(method)
         named = method != config.method
         changed = [config.method] if named else []
         changed += _changed(default, config, ("masks", "tost") if named else ())
@@ -135,23 +136,23 @@ def _own(sweep: Sweep) -> str:
             sentences += f" {method} has {', '.join(changed)}."
     for variant in sweep.variants:
         row = sweep.plain[0]
-        changed = _changed(of(row), of(row + variant), ("masks", "tost"))
+        changed = _changed(config_of(row), config_of(row + variant), ("masks", "tost"))
         sentences += f" {variant} adds {', '.join(changed)}."
     return sentences
 
 
 def _changed(before: Config, config: Config, parts: Sequence[str]) -> list[str]:
-    """The options of the optimizer, and of these parts, in which two differ."""
-    found = []
+    """Return the changed options of the optimizer and of `parts`."""
+    changed = []
     for part in (*parts, "optimizer"):
         prefix = "" if part == "optimizer" else f"{part}."
         old = dataclasses.asdict(getattr(before, part))
         new = dataclasses.asdict(getattr(config, part))
-        found += [f"{prefix}{k} {v}" for k, v in new.items() if old[k] != v]
-    return found
+        changed += [f"{prefix}{k} {v}" for k, v in new.items() if old[k] != v]
+    return changed
 
 
-def _weights(sweep: Sweep, runs: Mapping[str, MethodRuns]) -> str:
+def _active_weights(sweep: Sweep, runs: Mapping[str, MethodRuns]) -> str:
     active = {}
     total = 0
     for name, run in runs.items():
@@ -216,9 +217,9 @@ def _table_of_gains(sweep: Sweep, runs: Mapping[str, MethodRuns]) -> str:
 
 
 def plot(sweep: Sweep, runs: Mapping[str, MethodRuns], path: pathlib.Path) -> None:
-    """Accuracy against sparsity, a line a method, as a PNG image.
+    """Plot accuracy against sparsity with a line per method, as a PNG image.
 
-    With variants there is a panel for every row that they are variants of.
+    With variants, there is a panel for every row that has variants.
     """
     rows = [row for row in sweep.plain if row not in sweep.cells]
     panels = [("", {row: row for row in rows})]
@@ -226,14 +227,14 @@ def plot(sweep: Sweep, runs: Mapping[str, MethodRuns], path: pathlib.Path) -> No
         named = {"": "plain"} | {variant: variant for variant in sweep.variants}
         panels = [(row, {label: row + v for v, label in named.items()}) for row in rows]
     labels = panels[0][1]
-    # Rows with names of their own look as methods that are not there.
+    # Rows with names of their own get the looks of absent methods.
     looks = plots.looks(labels)
     width = 8 if len(panels) == 1 else 3 * len(panels) + 2
     figure = Figure(figsize=(width, 5), layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
     for axes, (title, lines) in zip(grid[0], panels, strict=True):
         for i, (label, row) in enumerate(lines.items()):
-            # Side by side, so that error bars do not hide one another.
+            # A small shift keeps error bars from hiding each other.
             shift = 0.035 * (i - (len(lines) - 1) / 2)
             _line(axes, sweep, runs, row, shift, looks[label], label)
         if "dense" in runs:
@@ -247,7 +248,7 @@ def plot(sweep: Sweep, runs: Mapping[str, MethodRuns], path: pathlib.Path) -> No
     spread = ", mean ± std" if sweep.seeds > 1 else ""
     number = "1 seed" if sweep.seeds == 1 else f"{sweep.seeds} seeds"
     figure.suptitle(f"{_title(sweep)}, {sweep.first.steps:,} steps ({number})")
-    figure.supxlabel("sparsity at the end (share of all weights that are zero)")
+    figure.supxlabel("final sparsity (fraction of all weights that are zero)")
     grid[0, 0].set_ylabel(f"test accuracy after the last step / %{spread}")
     lines, names = [], []
     for axes in grid[0]:
@@ -281,14 +282,14 @@ def _line(
 
 
 def cell(accuracies: Sequence[float], sign: Literal["-", "+"] = "-") -> str:
-    """Mean and standard deviation, in percent; "+" shows the sign of all means."""
+    """Format mean and standard deviation in percent; "+" also signs positive means."""
     std = _std(accuracies)
     spread = "" if std is None else f" ± {100 * std:.2f}"
     return f"{100 * statistics.mean(accuracies):{sign}.2f}{spread}"
 
 
 def _std(values: Sequence[float]) -> float | None:
-    """Sample standard deviation, which one value has none of."""
+    """Return the sample standard deviation; None for a single value."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 

@@ -317,7 +317,7 @@ def test_another_study_is_not_gone_on_with(tmp_path):
     assert plasticity.open_folder(with_train(first, seeds=3)) == first.out
     (tmp_path / "b").mkdir()
     (tmp_path / "b/notes").touch()
-    with pytest.raises(FileExistsError, match="neither empty nor of a run"):
+    with pytest.raises(FileExistsError, match="neither empty nor the folder of a run"):
         plasticity.open_folder(dataclasses.replace(first, out=tmp_path / "b"))
 
 

@@ -415,7 +415,7 @@ def test_dry_run_needs_no_data(capsys, tmp_path, monkeypatch):
         "160, of 390 steps each",
         "62, every 1,000 steps, from step 1,000 to 62,000",
         "31, the last one at 31,000",
-        "20,035,018 parameters; masks cover 20,024,000, of which 1,001,200 are active",
+        "20,035,018 parameters; 20,024,000 have masks, and 1,001,200 of these are active",
         "Estimates, since data and training decide",
     ):
         assert part in words
@@ -438,7 +438,7 @@ def test_dry_run_leaves_to_a_source_what_it_decides(capsys, tmp_path):
     assert status == 0
     words = " ".join(out.split())
     for part in (
-        "Its settings are ours: those of the paper were not at hand.",
+        "Its settings are ours: those of the paper were not available.",
         "masks from snip",
         "ToST swish neurons, identity skips for 35,535 steps, LRsI, labels smoothed by "
         "0.1",
@@ -472,7 +472,7 @@ def test_an_option_changes_a_recipe(capsys, tmp_path):
     )
     assert status == 0
     assert "124, every 500 steps" in text
-    assert "The recipe, but for masks.interval, model: no published" in text
+    assert "The recipe except for masks.interval, model: no published" in text
     assert "93.72" not in text
     # The folder itself stays free for the run.
     assert not out.exists()

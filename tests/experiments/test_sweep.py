@@ -208,7 +208,7 @@ ERRORS = {
     "no name of a folder": (
         '"rigl"]',
         '"a/b"]\nmethod."a/b".method = "rigl"',
-        r"methods has 'a/b': the name of a row is that of a folder",
+        r"methods has 'a/b': the name of a row is also the name of a folder",
     ),
     "not a method": ("[train]", "[method.rigel]\n[train]", r"method.rigel is unknown"),
     "not there": ("[train]", "[method.gmp]\n[train]", r"gmp is not one of methods"),
@@ -225,7 +225,7 @@ ERRORS = {
     "twice in a table": (
         "eval_every = 3",
         "eval_every = 3\neval-every = 3",
-        r"train.eval.every is there twice",
+        r"train.eval.every is given twice",
     ),
     "not TOML": ("seeds = 2", "seeds = ", r"is not a TOML file"),
 }
