@@ -1,8 +1,8 @@
-"""Data sets, by tensorflow-datasets and without TensorFlow.
+"""Data sets, read with tensorflow-datasets but without TensorFlow.
 
-Small ones are read whole, as uint8 arrays that live on the device and are shuffled,
-moved and normalised within the training step. ImageNet is a `Stream`. Nothing here
-downloads anything; `python -m experiments.prepare NAME` does.
+Small data sets are read completely. Their uint8 arrays stay on the device, and the
+training step shuffles, augments and normalises them. ImageNet is a `Stream`. Reading
+never downloads anything; `python -m experiments.prepare NAME` does.
 """
 
 from experiments.data.imagenet import Stream

@@ -1,4 +1,4 @@
-"""Augmentation and normalisation of images on the device, within the training step."""
+"""Augmentation and normalisation of images on the device, in the training step."""
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,15 @@ from jax.typing import ArrayLike
 def normalised(
     images: ArrayLike, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Array:
-    """Float32 images of mean 0 and standard deviation 1, given those of each channel.
+    """Normalise images to mean 0 and standard deviation 1 in every channel.
 
     Args:
-      images: uint8, of shape (..., channels).
-      mean: of every channel, for values from 0 to 1.
-      std: standard deviation, likewise.
+      images: Images, uint8 (..., channels).
+      mean: Mean of every channel, for values from 0 to 1.
+      std: Standard deviation of every channel, for values from 0 to 1.
+
+    Returns:
+      float32 images of the same shape.
     """
     x = jnp.asarray(images, jnp.float32) / 255
     channels = (1,) * (x.ndim - 1) + (len(mean),)
@@ -23,20 +26,21 @@ def normalised(
 
 
 def shifts(key: Array, n: int, shift: int) -> Array:
-    """Random shifts for `shifted`: int32 (n, 2), each from 0 to 2 shift."""
+    """Return random corners for `shifted`, int32 (n, 2), from 0 to 2 * shift."""
     return jax.random.randint(key, (n, 2), 0, 2 * shift + 1)
 
 
 def shifted(images: Array, corners: Array, shift: int) -> Array:
-    """Each image moved by -shift to shift pixels in both directions, zeros moving in.
+    """Shift images by up to `shift` pixels in both directions, padded with zeros.
 
     Args:
-      images: (n, height, width, channels).
-      corners: int (n, 2), from 0 to 2 shift: where in the padded image to cut.
-      shift: in pixels.
+      images: Images (n, height, width, channels).
+      corners: Corner of every crop in the padded image, int (n, 2), from 0 to
+        2 * shift.
+      shift: Largest shift in pixels.
 
     Returns:
-      An array of the shape and dtype of `images`.
+      Images of the same shape and dtype.
     """
     _, height, width, channels = images.shape
     padding = ((0, 0), (shift, shift), (shift, shift), (0, 0))
@@ -50,5 +54,5 @@ def shifted(images: Array, corners: Array, shift: int) -> Array:
 
 
 def mirrored(images: Array, which: Array) -> Array:
-    """The images, those chosen by `which` (bool (n,)) mirrored left to right."""
+    """Mirror the images selected by `which`, bool (n,), left to right."""
     return jnp.where(which[:, None, None, None], images[:, :, ::-1], images)

@@ -1,4 +1,4 @@
-"""The files that data sets are made of: found, downloaded, and always verified."""
+"""The source files of data sets: find or download them, and verify them."""
 
 import dataclasses
 import hashlib
@@ -7,22 +7,22 @@ from collections.abc import Callable
 
 import numpy as np
 
-# Where Debian's package dataset-fashion-mnist puts its files.
+# Folder of Debian's package dataset-fashion-mnist.
 DEBIAN_FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 
-# Times in the gzip headers of the original files of Fashion-MNIST, in seconds of 1970.
+# Unix times in the gzip headers of the original files of Fashion-MNIST.
 _FASHION_MNIST_TIMES = {"train": 1504176606, "t10k": 1504176627}
 
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """A file that a data set is made of.
+    """A source file of a data set.
 
     Attributes:
-      name: of the file.
-      sha256: of its content, in hexadecimal digits.
-      url: where it can be downloaded; None: only by hand.
+      name: Name of the file.
+      sha256: SHA-256 of its content in hexadecimal digits.
+      url: Address for the download; None if it must be obtained by hand.
     """
 
     name: str
@@ -36,20 +36,20 @@ def content(
     debian_dir: pathlib.Path | None,
     download: Callable[[str], pathlib.Path],
 ) -> bytes:
-    """The content of `archive`, verified.
+    """Return the verified content of a source file.
 
-    Taken from `manual_dir`, else from Debian's package in `debian_dir`, else from the
-    network.
+    The file comes from `manual_dir`, otherwise from Debian's package in `debian_dir`,
+    otherwise from the network.
 
     Args:
-      archive: which file.
-      manual_dir: where files put there by hand are.
-      debian_dir: where files of Debian's package are; None: there is no package.
-      download: from an address to the file downloaded.
+      archive: The source file.
+      manual_dir: Folder of files obtained by hand.
+      debian_dir: Folder of Debian's package; None if the data set has no package.
+      download: Function from an address to the path of the downloaded file.
 
     Raises:
-      FileNotFoundError: the file must be put into `manual_dir`, and is not there.
-      OSError: the content is not the expected one; or the download failed.
+      FileNotFoundError: The file must be put into `manual_dir` by hand.
+      OSError: The content is not the expected one, or the download failed.
     """
     path = manual_dir / archive.name
     if path.is_file():
@@ -83,16 +83,16 @@ def content(
 
 
 def with_original_header(path: pathlib.Path) -> bytes:
-    """A file of Debian's Fashion-MNIST as it was before packaging.
+    """Read a file of Debian's Fashion-MNIST and restore its original gzip header.
 
-    Debian's files differ from the original ones in the gzip header alone, which has
-    another time and no file name.
+    Debian's files differ from the original files only in this header, which has another
+    time and no file name.
 
     Raises:
-      OSError: the file has another header than Debian's.
+      OSError: The file does not have Debian's header.
     """
     data = path.read_bytes()
-    # Two magic bytes, method deflate, no flags.
+    # The two magic bytes, the method deflate, and no flags.
     if data[:4] != b"\x1f\x8b\x08\x00":
         raise OSError(
             f"{path} is not a file of Debian's package {DEBIAN_PACKAGE}: its gzip "
@@ -104,14 +104,14 @@ def with_original_header(path: pathlib.Path) -> bytes:
 
 
 def read_idx(data: bytes, name: str) -> np.ndarray:
-    """The uint8 array in the bytes of an idx file.
+    """Return the uint8 array in the bytes of an idx file.
 
     Raises:
-      OSError: the bytes are not such a file.
+      OSError: The bytes are not an idx file of unsigned bytes.
     """
     if data[:3] == b"\x00\x00\x08" and len(data) >= 4:
         start = 4 + 4 * data[3]
         shape = tuple(np.frombuffer(data[4:start], ">u4").astype(int).tolist())
         if len(shape) == data[3] and len(data) - start == np.prod(shape, dtype=int):
             return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
-    raise OSError(f"{name} is not an idx file of unsigned bytes, or not a whole one.")
+    raise OSError(f"{name} is not an idx file of unsigned bytes, or it is incomplete.")

@@ -1,8 +1,8 @@
 """ImageNet: decoded, cropped and flipped on the host while the device trains.
 
-What every batch holds is a pure function of the seed and the number of the step, so a
-run continues at any step, with any number of processes and workers, as if it had never
-stopped; there is no iterator state to save.
+The content of a batch is a pure function of the seed and the step. A run can therefore
+resume at any step, with any number of processes and workers, and no iterator state
+needs to be saved.
 """
 
 import contextlib
@@ -23,45 +23,43 @@ from absl import flags
 
 from experiments.data.in_memory import Split
 
-# Side of the images a network sees, and what the shorter side of a test image is
-# resized to before its centre is cut out, in pixels.
+# Side of the network's input, and length of a test image's shorter side before its
+# centre is cropped, in pixels.
 IMAGE_SIZE = 224
 RESIZED = 256
 
-# Part of the image's area that a random crop covers, and the ratio of its width to its
-# height.
+# Ranges of a random crop's relative area and of its width divided by its height.
 CROP_AREA = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
-# Of ImageNet's training images, for values from 0 to 1, as everywhere in the
-# literature.
+# The usual statistics of ImageNet's training images, for values from 0 to 1.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# More steps than any run has.
+# More steps than in any run.
 _ENDLESS = 2**40
 
-# Each thread makes a batch of its own, and decoding leaves the interpreter free.
+# Each thread creates whole batches, and decoding releases the interpreter lock.
 _MAX_THREADS = 16
 
-# Distinguish the uses of a seed.
+# Random streams of a seed.
 _ORDER, _AUGMENTATION = 0, 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """A data set that outgrows memory, as batches.
+    """A data set that does not fit in memory, read in batches.
 
     Attributes:
-      name: as given to `load`.
-      classes: number of classes.
-      mean: of every channel over the training images, for values from 0 to 1.
-      std: standard deviation, likewise.
-      image_shape: height, width and channels of what the batches hold.
-      train_size: number of training images.
-      test_size: number of test images.
-      train_source: encoded training images with labels, by index.
-      test_source: likewise, for test images.
+      name: Name for `load`.
+      classes: Number of classes.
+      mean: Mean of every channel over the training images, for values from 0 to 1.
+      std: Standard deviation of every channel, for values from 0 to 1.
+      image_shape: Height, width and channels of the images in a batch.
+      train_size: Number of training images.
+      test_size: Number of test images.
+      train_source: Encoded training images with labels, by index.
+      test_source: Encoded test images with labels, by index.
     """
 
     name: str
@@ -75,7 +73,7 @@ class Stream:
     test_source: Any = dataclasses.field(repr=False)
 
     def steps_per_epoch(self, batch_size: int) -> float:
-        """Steps of a pass through the data: batches run on into the next one."""
+        """Return the steps of a pass through the data, not rounded to whole batches."""
         return self.train_size / batch_size
 
     def train_batches(
@@ -88,28 +86,29 @@ class Stream:
         processes: int = 1,
         workers: int = 0,
     ) -> Iterator[Split]:
-        """This process's part of the global batches `start`, `start` + 1, and so on.
+        """Return this process's part of the global batches `start`, `start` + 1, ...
 
-        The images follow each other in an order drawn anew for every pass through the
-        data, and batches run on from one pass into the next. Each image is cropped at
-        random and mirrored half of the time.
+        Every pass through the data has a new random order, and a batch may contain the
+        end of one pass and the beginning of the next. Each image is cropped at random
+        and mirrored with probability 1/2.
 
         Args:
-          seed: of order and augmentation, at least 0.
-          start: number of the first step.
-          batch_size: of the global batch; the processes share it evenly, in order.
-          process: number of this process.
-          processes: number of processes.
-          workers: processes that decode; 0: threads of this process do.
+          seed: Seed of order and augmentation, at least 0.
+          start: Number of the first step.
+          batch_size: Size of the global batch, which the processes share equally, in
+            order.
+          process: Number of this process.
+          processes: Number of processes.
+          workers: Number of processes that decode images; 0 means threads of this
+            process.
 
         Returns:
-          Endless batches: images of shape (batch_size / processes, 224, 224, 3), and
-          labels.
+          Endless batches with images (batch_size / processes, 224, 224, 3) and labels.
 
         Raises:
-          ValueError: an argument is out of range, or `processes` does not divide
+          ValueError: An argument is out of range, or `processes` does not divide
             `batch_size`.
-          OSError: while iterating: the data cannot be read.
+          OSError: The data cannot be read; raised while iterating.
         """
         for name, value in (("seed", seed), ("start", start)):
             if value < 0:
@@ -134,16 +133,18 @@ class Stream:
         processes: int = 1,
         workers: int = 0,
     ) -> Iterator[Split]:
-        """This process's part of the test images: together, each exactly once.
+        """Return this process's part of the test images.
 
-        All batches are whole, and every process has as many: rows that only fill up
-        are black, with the label -1.
+        Together, the processes get every test image once. All batches are whole, and
+        every process has the same number; padding is black and has the label -1.
 
         Args:
-          batch_size: of the global batch; the processes share it evenly, in order.
-          process: number of this process.
-          processes: number of processes.
-          workers: processes that decode; 0: threads of this process do.
+          batch_size: Size of the global batch, which the processes share equally, in
+            order.
+          process: Number of this process.
+          processes: Number of processes.
+          workers: Number of processes that decode images; 0 means threads of this
+            process.
 
         Returns:
           Images of shape (batch_size / processes, 224, 224, 3), and labels.
@@ -165,10 +166,10 @@ class Stream:
 
 
 def open_stream(name: str, builder: Any, test_split: str) -> Stream:
-    """The prepared data set of a builder of tensorflow-datasets, as a `Stream`.
+    """Open the prepared data set of a tensorflow-datasets builder as a `Stream`.
 
     Raises:
-      ValueError: the data set lacks a split.
+      ValueError: The data set does not have the splits.
     """
     sources = {}
     for split in ("train", test_split):
@@ -193,11 +194,11 @@ def open_stream(name: str, builder: Any, test_split: str) -> Stream:
 def random_crop(
     rng: np.random.Generator, width: int, height: int
 ) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a crop of random area and shape.
+    """Return left, top, right and bottom of a random crop.
 
-    Its area is uniform over `CROP_AREA`, the logarithm of its ratio over `CROP_RATIO`,
-    its place over all where it fits. Where ten drawn do not fit, it is the largest one
-    in the centre whose ratio is allowed.
+    Its relative area is uniform in `CROP_AREA` and its ratio log-uniform in
+    `CROP_RATIO`. Its position is uniform. If ten attempts do not fit into the image, it
+    is the largest central crop with an allowed ratio.
     """
     for _ in range(10):
         area = width * height * rng.uniform(*CROP_AREA)
@@ -214,7 +215,7 @@ def random_crop(
 
 
 def train_image(encoded: bytes, rng: np.random.Generator) -> np.ndarray:
-    """A random crop of an encoded image, resized, mirrored half of the time."""
+    """Decode an image, crop it at random, resize it, and mirror it at random."""
     with _decoded(encoded) as image:
         box = random_crop(rng, *image.size)
         size = (IMAGE_SIZE, IMAGE_SIZE)
@@ -224,11 +225,11 @@ def train_image(encoded: bytes, rng: np.random.Generator) -> np.ndarray:
 
 
 def test_image(encoded: bytes) -> np.ndarray:
-    """The centre of an encoded image, of which the shorter side was resized first."""
+    """Decode an image, resize its shorter side to `RESIZED`, and crop the centre."""
     with _decoded(encoded) as image:
         width, height = image.size
         scale = RESIZED / min(width, height)
-        # Exactly RESIZED for the shorter side, and downwards for the longer one.
+        # The shorter side becomes exactly RESIZED. The longer side is rounded down.
         w, h = max(RESIZED, int(width * scale)), max(RESIZED, int(height * scale))
         resized = image.resize((w, h), PIL.Image.Resampling.BILINEAR)
         left, top = (w - IMAGE_SIZE) // 2, (h - IMAGE_SIZE) // 2
@@ -243,7 +244,7 @@ def _decoded(encoded: bytes) -> PIL.Image.Image:
 
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of the images in pass number `epoch` through the data."""
+    """Return the order of the images in pass `epoch` through the data."""
     return np.random.default_rng((seed, _ORDER, epoch)).permutation(size)
 
 
@@ -257,7 +258,7 @@ def _train_batch(
     offset: int,
     local: int,
 ) -> Split:
-    """Rows `offset` to `offset` + `local` of the global batch `step`."""
+    """Return rows `offset` to `offset` + `local` of the global batch `step`."""
     first = step * batch_size + offset
     positions = range(first, first + local)
     indices = [int(_order(seed, p // size, size)[p % size]) for p in positions]
@@ -266,7 +267,7 @@ def _train_batch(
     examples = _read(source, indices)
     for row, (position, example) in enumerate(zip(positions, examples, strict=True)):
         rng = np.random.default_rng((seed, _AUGMENTATION, position))
-        with _readable(source):
+        with _explain_read_errors(source):
             images[row] = train_image(example["image"], rng)
         labels[row] = example["label"]
     return Split(images, labels)
@@ -275,26 +276,26 @@ def _train_batch(
 def _test_batch(
     step: int, *, source: Any, size: int, batch_size: int, offset: int, local: int
 ) -> Split:
-    """Rows `offset` to `offset` + `local` of the global batch `step`."""
+    """Return rows `offset` to `offset` + `local` of the global batch `step`."""
     first = step * batch_size + offset
     images = np.zeros((local, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     labels = np.full(local, -1, np.int32)
     examples = _read(source, list(range(min(first, size), min(first + local, size))))
     for row, example in enumerate(examples):
-        with _readable(source):
+        with _explain_read_errors(source):
             images[row] = test_image(example["image"])
         labels[row] = example["label"]
     return Split(images, labels)
 
 
 def _read(source: Any, indices: list[int]) -> list[Any]:
-    with _readable(source):
+    with _explain_read_errors(source):
         return source.__getitems__(indices)
 
 
 @contextlib.contextmanager
-def _readable(source: Any) -> Generator[None]:
-    """Turns whatever the reader of damaged data raises into an OSError."""
+def _explain_read_errors(source: Any) -> Generator[None]:
+    """Turn all errors of a reader of damaged data into an OSError."""
     try:
         yield
     except Exception as error:
@@ -306,7 +307,7 @@ def _readable(source: Any) -> Generator[None]:
 
 
 def _local_size(batch_size: int, process: int, processes: int) -> int:
-    """Number of rows of a global batch that belong to one process."""
+    """Return the number of rows of a global batch that belong to one process."""
     if batch_size < 1 or batch_size % processes:
         raise ValueError(
             "batch_size must be a positive multiple of the number of processes, "
@@ -320,10 +321,10 @@ def _local_size(batch_size: int, process: int, processes: int) -> int:
 def _iterate(
     make: Callable[[int], Split], start: int, stop: int, workers: int
 ) -> Iterator[Split]:
-    """`make(start)` to `make(stop - 1)` in order, made ahead of their use.
+    """Yield `make(start)` to `make(stop - 1)` in order, computed ahead of their use.
 
-    An element of grain's is a whole batch, so that neither the number of workers nor
-    that of threads has a part in what a batch holds.
+    An element of the grain data set is a whole batch, so batches do not depend on the
+    number of workers or threads.
     """
     if workers < 0:
         raise ValueError(f"workers must be at least 0, got {workers}.")
@@ -333,21 +334,21 @@ def _iterate(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
     )
     if workers:
-        # Grain reads flags of absl, which nothing here parses.
+        # Grain reads absl flags, which this program does not parse.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     running = [iter(dataset)]
-    found = _batches(running)
-    # Ends threads and workers with the last use, and before the interpreter shuts down.
-    weakref.finalize(found, _end, running)
-    return found
+    copies = _copy_batches(running)
+    # Stop threads and workers after the last use, before the interpreter shuts down.
+    weakref.finalize(copies, _stop, running)
+    return copies
 
 
-def _batches(running: list[Any]) -> Iterator[Split]:
-    """The batches of the only iterator in the list.
+def _copy_batches(running: list[Any]) -> Iterator[Split]:
+    """Copy the batches of the only iterator in the list.
 
-    They are copied out of the memory that is shared with workers, which ends with them.
+    The memory of the original batches is shared with the workers and ends with them.
     """
     while True:
         try:
@@ -357,5 +358,5 @@ def _batches(running: list[Any]) -> Iterator[Split]:
         yield batch
 
 
-def _end(running: list[Any]) -> None:
+def _stop(running: list[Any]) -> None:
     running.pop().close()

@@ -1,4 +1,4 @@
-"""Data sets that fit in memory: whole, as uint8 inputs and integer labels."""
+"""Data sets that fit in memory, as uint8 inputs and integer labels."""
 
 import dataclasses
 from typing import NamedTuple
@@ -8,13 +8,12 @@ import numpy as np
 
 
 class Split(NamedTuple):
-    """Inputs with their labels.
+    """Inputs and their labels.
 
     Attributes:
-      inputs: uint8; images of shape (n, height, width, channels), 0 to 255, or text of
-        shape (n, length), one byte each.
-      labels: int32, 0 to classes - 1; of shape (n,) for images, or (n, length) for
-        text: the byte that follows. -1 marks a row that only fills a batch up.
+      inputs: uint8 images (n, height, width, channels), or bytes of text (n, length).
+      labels: int32 classes (n,) for images, from 0 to classes - 1; for text, the next
+        bytes (n, length). The label -1 marks padding.
     """
 
     inputs: np.ndarray | jax.Array
@@ -26,13 +25,14 @@ class Dataset:
     """A data set in main memory.
 
     Attributes:
-      name: as given to `load`.
-      train: what a network learns from, and what any choice may be based on.
-      test: for the final number alone; no choice may be based on it.
-      classes: number of classes; 256 for text.
-      mean: of every channel over the training images, for values from 0 to 1; () for
-        text.
-      std: standard deviation, likewise; 1 for a channel that is constant.
+      name: Name for `load`.
+      train: Training data, on which choices may be based.
+      test: Test data, for final results only. No choice may be based on them.
+      classes: Number of classes; 256 for text.
+      mean: Mean of every channel over the training images, for values from 0 to 1; ()
+        for text.
+      std: Standard deviation of every channel, for values from 0 to 1; 1 for a constant
+        channel; () for text.
     """
 
     name: str
@@ -49,21 +49,20 @@ class Dataset:
 
     @property
     def test_size(self) -> int:
-        """Number of test labels: of a text, one for every character predicted."""
+        """Number of test labels; a text has one for every predicted byte."""
         return self.test.labels.size
 
     def steps_per_epoch(self, batch_size: int) -> float:
-        """Steps of a pass through the data: whole batches, the rest is left out."""
+        """Return the number of whole batches in a pass through the data."""
         return self.train_size // batch_size
 
 
 def from_arrays(name: str, train: Split, test: Split, classes: int) -> Dataset:
-    """A `Dataset` with the statistics of its training images.
+    """Create a `Dataset` with the statistics of its training images.
 
     Raises:
-      ValueError: inputs that are not uint8 with four dimensions (images) or two (text),
-        or of another shape in the two splits; labels of another shape than `Split`
-        says, that are not int32, or outside the classes.
+      ValueError: Inputs or labels do not have the shapes, dtypes and values that
+        `Split` describes, or the two splits have examples of different shapes.
     """
     for part, (inputs, labels) in (("train", train), ("test", test)):
         if inputs.dtype != np.uint8 or inputs.ndim not in (2, 4) or not len(inputs):
@@ -96,9 +95,9 @@ def from_arrays(name: str, train: Split, test: Split, classes: int) -> Dataset:
 def _statistics(
     images: np.ndarray,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of every channel, for values from 0 to 1.
+    """Return mean and standard deviation of every channel, for values from 0 to 1.
 
-    Computed from how often each value occurs: exact, and without a float64 copy.
+    They are computed from histograms, which is exact and needs no float64 copy.
     """
     counts = np.zeros((images.shape[-1], 256), np.int64)
     for start in range(0, len(images), 1000):  # bincount copies to int64

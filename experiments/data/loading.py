@@ -1,4 +1,4 @@
-"""Prepared data sets, read from disk."""
+"""Read prepared data sets from disk."""
 
 import io
 import os
@@ -16,60 +16,60 @@ from experiments.data.in_memory import Dataset, Split, from_arrays
 # Length of a row of text, in bytes.
 TEXT_LENGTH = 128
 
-# Where the labelled images that a model is judged by are not called "test".
+# Data sets whose labelled test images are in a split of another name.
 _TEST_SPLITS = {"tiny_imagenet": "validation", "imagenet2012": "validation"}
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset | Stream:
-    """The data set `name`; never downloads anything.
+    """Load a data set. It never downloads anything.
 
-    Sets whose files are on the machine anyway (`digits`, `python_docs`, and
-    `fashion_mnist` with Debian's package) are prepared first where they are not.
+    Data sets whose source files are on this machine are prepared first if necessary:
+    `digits`, `python_docs`, and `fashion_mnist` with Debian's package.
 
     Args:
-      name: one of `NAMES`.
-      data_dir: where prepared data sets are; None: the folder in TFDS_DATA_DIR, else
-        ~/tensorflow_datasets.
+      name: One of `NAMES`.
+      data_dir: Folder of prepared data sets; None means the folder in TFDS_DATA_DIR,
+        otherwise ~/tensorflow_datasets.
 
     Returns:
-      The whole data set in main memory; for imagenet2012 a `Stream`.
+      The whole data set in main memory; for imagenet2012, a `Stream`.
 
     Raises:
-      ValueError: there is no such data set.
-      FileNotFoundError: it is not prepared; says how to.
-      OSError: it cannot be read.
+      ValueError: There is no such data set.
+      FileNotFoundError: The data set is not prepared.
+      OSError: The data set cannot be read.
     """
-    own = preparation.builder_of(name, data_dir)
-    if not preparation.is_prepared(own):
-        if not preparation.is_at_hand(name):
+    builder = preparation.builder_of(name, data_dir)
+    if not preparation.is_prepared(builder):
+        if not preparation.is_available(name):
             raise FileNotFoundError(preparation.missing_message(name, data_dir))
-        print(f"preparing {name} in {own.data_dir}", file=sys.stderr)
+        print(f"preparing {name} in {builder.data_dir}", file=sys.stderr)
         preparation.prepare(name, data_dir)
     try:
-        # What is read is what the folder says it holds, not what our builder writes.
-        builder: Any = tfds.builder_from_directory(own.data_dir)
+        # The metadata in the folder say what it contains, not our builder.
+        reader: Any = tfds.builder_from_directory(builder.data_dir)
         test_split = _TEST_SPLITS.get(name, "test")
         if name == "imagenet2012":
-            return open_stream(name, builder, test_split)
-        if "text" in builder.info.features:
+            return open_stream(name, reader, test_split)
+        if "text" in reader.info.features:
             return from_arrays(
-                name, _text(builder, "train"), _text(builder, test_split), classes=256
+                name, _text(reader, "train"), _text(reader, test_split), classes=256
             )
         return from_arrays(
             name,
-            _images(builder, "train"),
-            _images(builder, test_split),
-            builder.info.features["label"].num_classes,
+            _images(reader, "train"),
+            _images(reader, test_split),
+            reader.info.features["label"].num_classes,
         )
-    except Exception as error:  # whatever the reader of a damaged file raises
+    except Exception as error:  # Damaged files raise errors of many types.
         raise OSError(
-            f"{own.data_dir} cannot be read ({type(error).__name__}: {error}). "
-            f"{preparation.remedy(own)}"
+            f"{builder.data_dir} cannot be read ({type(error).__name__}: {error}). "
+            f"{preparation.remedy(builder)}"
         ) from error
 
 
 def _images(builder: Any, split: str) -> Split:
-    """All images and labels of a split, in the order of its files."""
+    """Return all images and labels of a split, in the order of its files."""
     source = builder.as_data_source(
         split, decoders={"image": tfds.decode.SkipDecoding()}
     )
@@ -87,7 +87,7 @@ def _images(builder: Any, split: str) -> Split:
 
 
 def _text(builder: Any, split: str) -> Split:
-    """A text in rows, with the byte that follows each as its label."""
+    """Return a text in rows; the label of every byte is the next byte."""
     (example,) = builder.as_data_source(split)
     text = np.frombuffer(example["text"], np.uint8)
     rows = (len(text) - 1) // TEXT_LENGTH

@@ -1,10 +1,10 @@
 """Builders of tensorflow-datasets that work without TensorFlow.
 
-Those of the catalogue need TensorFlow to read and to encode. The builders here have
-name, version and features of the catalogue's, from which they inherit them, and read
-the same files, so that the catalogue's classes open what they wrote; images go in as
-encoded bytes, which needs no TensorFlow. `digits`, `python_docs` and `tiny_imagenet`
-are not in the catalogue.
+The builders of the catalogue need TensorFlow to read and to encode files. The builders
+here inherit the name, version and features from them and read the same source files, so
+the catalogue's classes can open the result. They store images as encoded bytes, which
+needs no TensorFlow. `digits`, `python_docs` and `tiny_imagenet` are not in the
+catalogue.
 """
 
 import gzip
@@ -26,18 +26,18 @@ from experiments.data import downloads
 
 _Examples = Iterator[tuple[int, dict[str, Any]]]
 
-# Their types say less than what they are used for.
+# The types of tensorflow-datasets are too narrow for this use.
 _BUILDER: Any = tfds.core.GeneratorBasedBuilder
 _CATALOGUE: Any = tfds.image_classification
 _TINY_SHAKESPEARE: Any = tfds.builder_cls("tiny_shakespeare")
 
-# Seconds after which a server that does not answer counts as out of reach. The retries
-# of tensorflow-datasets take minutes where there is no network.
+# Seconds to wait for a server. Without a network, the retries of tensorflow-datasets
+# take minutes.
 _NETWORK_TIMEOUT = 20.0
 
 
 class _Unregistered:
-    """Leaves the names of the classes to the catalogue's, and takes their checksums."""
+    """Does not register class names, and uses the checksums of the catalogue."""
 
     catalogue: Any = None
 
@@ -49,13 +49,13 @@ class _Unregistered:
 
 
 class FromFiles(_Unregistered, _BUILDER):
-    """What the builders here share: they read verified files.
+    """Base class of the builders here, which read verified files.
 
     Attributes:
-      name: of the data set.
-      catalogue: the catalogue's builder, where it has one.
-      manual_dir: folder of files put there by hand; set before preparing.
-      checksums: sha256 by file name, in place of the known ones.
+      name: Name of the data set.
+      catalogue: The catalogue's builder, if there is one.
+      manual_dir: Folder of files obtained by hand; set it before preparing.
+      checksums: SHA-256 by file name, to replace the known values.
     """
 
     name: str
@@ -64,7 +64,7 @@ class FromFiles(_Unregistered, _BUILDER):
 
     @classmethod
     def archives(cls) -> tuple[downloads.Archive, ...]:
-        """The files that the data set is made of, none where it is bundled."""
+        """Return the source files; none if a package contains the data."""
         if cls.catalogue is None:
             return ()
         return tuple(
@@ -73,27 +73,27 @@ class FromFiles(_Unregistered, _BUILDER):
         )
 
     def contents(self, dl_manager: Any) -> dict[str, bytes]:
-        """All of these files, verified, by name."""
+        """Return the verified contents of all source files, by name."""
 
         def download(url: str) -> pathlib.Path:
             requests.head(url, timeout=_NETWORK_TIMEOUT, allow_redirects=True)
             return pathlib.Path(dl_manager.download(url))
 
-        # The catalogue's mnist has files of the same names.
+        # Debian's package has files of the same names as MNIST.
         is_packaged = self.name == "fashion_mnist"
         debian_dir = downloads.DEBIAN_FASHION_MNIST if is_packaged else None
-        found = {}
+        contents = {}
         for archive in self.archives():
             sha256 = self.checksums.get(archive.name, archive.sha256)
             archive = downloads.Archive(archive.name, sha256, archive.url)
-            found[archive.name] = downloads.content(
+            contents[archive.name] = downloads.content(
                 archive, self.manual_dir, debian_dir, download
             )
-        return found
+        return contents
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """uint8 pixels of shape (h, w, 1) or (h, w, 3) as a PNG file."""
+    """Encode uint8 pixels of shape (h, w, 1) or (h, w, 3) as PNG."""
     buffer = io.BytesIO()
     squeezed = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
     PIL.Image.fromarray(squeezed).save(buffer, "png")
@@ -101,10 +101,10 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 class Digits(FromFiles):
-    """Handwritten digits of 8 x 8 pixels that scikit-learn carries along.
+    """Handwritten digits of 8 x 8 pixels, which are part of scikit-learn.
 
-    Of each class, in the order of the file, every third image is test data: a split
-    that is stratified and needs no random numbers.
+    Every third image of each class, in the order of the file, is test data. This split
+    is stratified and needs no random numbers.
     """
 
     name = "digits"
@@ -113,7 +113,7 @@ class Digits(FromFiles):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="1,797 handwritten digits that scikit-learn carries along.",
+            description="1,797 handwritten digits, which are part of scikit-learn.",
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(8, 8, 1)),
@@ -126,11 +126,11 @@ class Digits(FromFiles):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, _Examples]:
         del dl_manager
-        # Importing it takes a second, which only this needs.
+        # The import takes a second, and only this data set needs it.
         import sklearn.datasets
 
         images, labels = map(np.asarray, sklearn.datasets.load_digits(return_X_y=True))
-        # The file has values from 0 to 16; here, as everywhere, from 0 to 255.
+        # Scale the values from 0 to 16 in the file to 0 to 255.
         images = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
         test = np.zeros(len(labels), bool)
         for label in range(10):
@@ -146,14 +146,14 @@ class Digits(FromFiles):
 
 
 class _Mnist(FromFiles):
-    """Reads the four files that MNIST and Fashion-MNIST consist of."""
+    """Reads the four files of MNIST or Fashion-MNIST."""
 
     def _split_generators(self, dl_manager: Any) -> dict[str, _Examples]:
-        found = self.contents(dl_manager)
+        contents = self.contents(dl_manager)
         splits = {}
         for split, prefix in (("train", "train"), ("test", "t10k")):
             pixels, labels = (
-                downloads.read_idx(gzip.decompress(found[name]), name)
+                downloads.read_idx(gzip.decompress(contents[name]), name)
                 for name in (
                     f"{prefix}-images-idx3-ubyte.gz",
                     f"{prefix}-labels-idx1-ubyte.gz",
@@ -182,7 +182,7 @@ class FashionMnist(_Mnist, _CATALOGUE.FashionMNIST):
 
 
 class _Cifar(FromFiles):
-    """Reads the archive that CIFAR-10 or CIFAR-100 consists of."""
+    """Reads the archive of CIFAR-10 or CIFAR-100."""
 
     def _split_generators(self, dl_manager: Any) -> dict[str, _Examples]:
         (archive,) = self.contents(dl_manager).values()
@@ -230,9 +230,9 @@ class Cifar100(_Cifar, _CATALOGUE.Cifar100):
 
 
 class TinyImagenet(FromFiles):
-    """Tiny ImageNet: 64 x 64 pixels, 200 classes; not in the catalogue.
+    """Tiny ImageNet: 64 x 64 pixels, 200 classes.
 
-    The archive's own test images have no labels and are left out.
+    The test images of the archive have no labels and are left out.
     """
 
     name = "tiny_imagenet"
@@ -286,7 +286,7 @@ class TinyImagenet(FromFiles):
         for key, (path, label) in enumerate(labelled):
             image = archive.read(path)
             with PIL.Image.open(io.BytesIO(image)) as decoded:
-                # Some are gray; readers expect three channels.
+                # Some images are grey, but readers expect three channels.
                 if decoded.mode != "RGB":
                     image = _png(np.asarray(decoded.convert("RGB")))
             yield (
@@ -305,7 +305,7 @@ class TinyShakespeare(FromFiles, _TINY_SHAKESPEARE):
     def _split_generators(self, dl_manager: Any) -> dict[str, _Examples]:
         (content,) = self.contents(dl_manager).values()
         text = content.decode()
-        # As in the catalogue: 90%, and half of the rest each.
+        # As in the catalogue: 90% train, 5% validation, 5% test.
         start = int(len(text) * 0.9)
         middle = start + int((len(text) - start) * 0.5)
         parts = {
@@ -322,10 +322,10 @@ class TinyShakespeare(FromFiles, _TINY_SHAKESPEARE):
 
 
 class PythonDocs(FromFiles):
-    """Chapters of Python's language reference that the interpreter carries along.
+    """Chapters of Python's language reference, which are part of the interpreter.
 
-    They change from one Python to the next, so the version is Python's. The last tenth
-    is test data.
+    They differ between Python versions, so the version of the data set is Python's. The
+    last tenth is test data.
     """
 
     name = "python_docs"
@@ -334,7 +334,7 @@ class PythonDocs(FromFiles):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Text of pydoc_data.topics, by the names of the topics.",
+            description="Text of pydoc_data.topics, sorted by the names of the topics.",
             features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
         )
 

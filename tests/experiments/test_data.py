@@ -467,8 +467,8 @@ def test_debian_files_get_their_original_header_back(tmp_path, monkeypatch, netw
     for name, content in originals.items():
         assert downloads.with_original_header(tmp_path / "debian" / name) == content
     monkeypatch.setattr(downloads, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
-    assert preparation.is_at_hand("fashion_mnist")
-    assert not preparation.is_at_hand("mnist")
+    assert preparation.is_available("fashion_mnist")
+    assert not preparation.is_available("mnist")
     checksums = {name: sha256(content) for name, content in originals.items()}
     preparation.prepare("fashion_mnist", tmp_path, checksums=checksums)
     dataset = data.load("fashion_mnist", tmp_path)
