@@ -150,7 +150,7 @@ def output(classes: int, *, init: Initializer) -> nn.Dense:
 
 
 def average_pool(x: jax.Array) -> jax.Array:
-    """Return the mean over all positions, (n, h, w, c) to (n, c), in float32 or wider."""
+    """Average over all positions, (n, h, w, c) to (n, c), in float32 or wider."""
     return jnp.mean(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=(1, 2))
 
 
