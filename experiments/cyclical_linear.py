@@ -225,7 +225,7 @@ def measure(truth: np.ndarray, outcome: Outcome, cycles: int) -> dict[str, Any]:
     k = true.sum(axis=1)
     # An active weight that is zero does not count as kept.
     kept = outcome.masks[:, -1] & (outcome.weights != 0)
-    found = (kept & true).sum(axis=1)
+    support = (kept & true).sum(axis=1)
     ends = outcome.masks[:, PARTS // cycles - 1 :: PARTS // cycles]
     wrong = true & ~ends[:, 0]
     recovered = (wrong & ends[:, -1]).sum(axis=1)
@@ -233,8 +233,8 @@ def measure(truth: np.ndarray, outcome: Outcome, cycles: int) -> dict[str, Any]:
     error = np.linalg.norm(outcome.weights - truth, axis=1)
     total = int(wrong.sum())
     return {
-        "support": (found / k).tolist(),
-        "exact": (found == k).tolist(),
+        "support": (support / k).tolist(),
+        "exact": (support == k).tolist(),
         "relative_error": (error / np.linalg.norm(truth, axis=1)).tolist(),
         "wrong": (wrong.sum(axis=1) / k).tolist(),
         "recovered": float(recovered.sum() / total) if cycles > 1 and total else None,
@@ -373,15 +373,15 @@ def plot(config: Config, results: Mapping[str, Any], path: pathlib.Path) -> None
                 ),
             ]
             for i, (name, label, colour, marker, style) in enumerate(lines):
-                found = [
+                supports = [
                     results[setting_name(k, rho)][name]["support"]
                     for k in config.nonzeros
                 ]
                 axes.errorbar(
                     [k + shift * (i - 2.5) for k in config.nonzeros],
-                    [statistics.mean(values) for values in found],
+                    [statistics.mean(values) for values in supports],
                     # Standard error of the mean.
-                    yerr=[_standard_error(values) for values in found],
+                    yerr=[_standard_error(values) for values in supports],
                     color=colour,
                     marker=marker,
                     linestyle=style,

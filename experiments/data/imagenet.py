@@ -150,8 +150,9 @@ class Stream:
           Images of shape (batch_size / processes, 224, 224, 3), and labels.
 
         Raises:
-          ValueError: as of `train_batches`.
-          OSError: likewise.
+          ValueError: An argument is out of range, or `processes` does not divide
+            `batch_size`.
+          OSError: The data cannot be read; raised while iterating.
         """
         local = _local_size(batch_size, process, processes)
         make = functools.partial(
