@@ -311,7 +311,8 @@ def test_metrics_that_do_not_go_with_the_checkpoint(change, finished, tmp_path, 
     status, error = status_of(capfd, lambda: loop.fit(maker(), [0], out / RUN))
     assert status == 2
     assert f"{path} lacks records up to step 12" in one_line(error)
-    assert f"put the file back, or remove {out / RUN} to train again from the start" in one_line(error)
+    remedy = f"put the file back, or remove {out / RUN} to train again from the start"
+    assert remedy in one_line(error)
     assert contents(out) == before
     path.write_text("".join(lines))
     assert_goes_on(out, finished)

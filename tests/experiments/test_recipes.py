@@ -415,7 +415,7 @@ def test_dry_run_needs_no_data(capsys, tmp_path, monkeypatch):
         "160, of 390 steps each",
         "62, every 1,000 steps, from step 1,000 to 62,000",
         "31, the last one at 31,000",
-        "20,035,018 parameters; 20,024,000 have masks, and 1,001,200 of these are active",
+        "20,035,018 parameters; 20,024,000 have masks, and 1,001,200 of these are",
         "Estimates, since data and training decide",
     ):
         assert part in words

@@ -372,7 +372,7 @@ def test_a_folder_of_something_else_is_left_alone(fake, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("")
-    with pytest.raises(FileExistsError, match="neither empty nor the folder of a sweep"):
+    with pytest.raises(FileExistsError, match="nor the folder of a sweep"):
         sweep.run(written(tmp_path, TINY), out, progress=False)
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
