@@ -18,10 +18,11 @@ import numpy as np
 import granet_jax
 from benchmarks import commands, timing
 from benchmarks.throughput import random_images
-from experiments import models, sources
-from experiments.config import Config
-from experiments.methods import MaskConfig, SourceName
-from experiments.step import Functions
+from experiments import models
+from experiments.config.methods import MaskConfig, SourceName
+from experiments.config.run import Config
+from experiments.training import initial_masks
+from experiments.training.step import TrainStep
 from granet_jax import distributions
 
 SPARSITY = 0.95
@@ -61,11 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = Config(
             method="static", sparsity=SPARSITY, model=options.model, masks=masks
         )
-        functions = Functions(config, dataset)
-        variables = jax.jit(functions.variables)(np.uint32(0))
+        train_step = TrainStep(config, dataset)
+        variables = jax.jit(train_step.variables)(np.uint32(0))
         params, statistics = variables["params"], variables.get("batch_stats", {})
         start = time.perf_counter()
-        found = sources.masks(functions, params, statistics, 0)
+        found = initial_masks.masks(train_step, params, statistics, 0)
         jax.block_until_ready(found)
         seconds[source] = time.perf_counter() - start
         counts = granet_jax.sparsity(found)

@@ -29,8 +29,10 @@ import numpy as np
 import optax
 
 from benchmarks import commands, timing
-from experiments import augment, data, models, trainer
-from experiments.config import CheckpointConfig, Config, DataConfig, MaskConfig
+from experiments import data, models
+from experiments.config.run import CheckpointConfig, Config, DataConfig, MaskConfig
+from experiments.data import augment
+from experiments.training import loop
 
 PyTree = Any
 # Steps that are not timed at the start of each run: of filling the queue.
@@ -122,8 +124,8 @@ def minimal(config: Config, dataset: data.Dataset) -> Callable[[], tuple[float, 
 def with_trainer(
     config: Config, dataset: data.Dataset
 ) -> Callable[[], tuple[float, Any]]:
-    """`experiments.trainer` on one device; (seconds, mean loss) of a run."""
-    each = trainer.create(config, dataset, jax.devices()[:1])
+    """`experiments.training.loop` on one device; (seconds, mean loss) of a run."""
+    each = loop.create(config, dataset, jax.devices()[:1])
 
     def run() -> tuple[float, Any]:
         done, begin, end = 0, 0.0, 0.0
@@ -136,7 +138,7 @@ def with_trainer(
                 begin = end
 
         with tempfile.TemporaryDirectory() as folder:
-            (records,), _ = trainer.fit(each, [0], Path(folder), on_step=on_step)
+            (records,), _ = loop.fit(each, [0], Path(folder), on_step=on_step)
         return end - begin, records[-1].train_loss
 
     return run
@@ -197,10 +199,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def check(losses: Sequence[float], config: Config, dataset: data.Dataset) -> None:
     """Asserts that the trainer's first losses are those of the minimal loop."""
-    each = trainer.create(config, dataset, jax.devices()[:1])
-    state = each.program.create([0])
+    each = loop.create(config, dataset, jax.devices()[:1])
+    state = each.compiled_step.create([0])
     for step in range(4):
-        state, loss = each.program.steps(state, each.train, 1)
+        state, loss = each.compiled_step.steps(state, each.train_data, 1)
         np.testing.assert_allclose(loss[0, 0], losses[step], rtol=2e-2)
 
 

@@ -23,9 +23,10 @@ import numpy as np
 
 from benchmarks import commands, timing
 from benchmarks.throughput import random_images
-from experiments import models, trainer
-from experiments.config import Config, DataConfig, MaskConfig
+from experiments import models
+from experiments.config.run import Config, DataConfig, MaskConfig
 from experiments.data import Dataset
+from experiments.training import loop
 from granet_jax import distributions, masking
 
 INTERVAL = 100
@@ -40,24 +41,24 @@ class Run:
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         """Initialises; compiles with the first step."""
-        self._trainer = trainer.create(config, dataset, jax.devices()[:1])
-        self._state: Any = self._trainer.program.create([0])
+        self._trainer = loop.create(config, dataset, jax.devices()[:1])
+        self._state: Any = self._trainer.compiled_step.create([0])
 
     def __call__(self) -> jax.Array:
         """One training step; its loss."""
-        self._state, loss = self._trainer.program.steps(
-            self._state, self._trainer.train, 1
+        self._state, loss = self._trainer.compiled_step.steps(
+            self._state, self._trainer.train_data, 1
         )
         return loss
 
     def masks(self) -> list[np.ndarray]:
         """Of all leaves that carry one, copied."""
-        masks = self._trainer.program.functions.masks(self._state)
+        masks = self._trainer.compiled_step.train_step.masks(self._state)
         return [np.array(m) for m in jax.tree.leaves(masking.unpack_masks(masks))]
 
     def broken(self) -> int:
         """How many pruned weights are not zero."""
-        return int(self._trainer.program.inspect(self._state).broken.sum())
+        return int(self._trainer.compiled_step.inspect(self._state).broken.sum())
 
 
 def check(between: Run, updating: Run) -> None:

@@ -3,17 +3,17 @@
     python -m experiments.cyclical_linear                      # under two minutes
     python -m experiments.cyclical_linear --out runs/linear --seeds 5
 
-A vector with few non-zeros is to be found from fewer equations than it has entries, by
-gradient descent and pruning. A magnitude pruner is bound to prune some of the true
-support by mistake, since weights are not yet what they will be; and here it can be
-counted how much of it comes back, under each schedule and rule of recovery. All runs of
-a method (seeds and correlations) are lanes of one `vmap`.
+Gradient descent with pruning has to find a vector with few non-zeros from fewer
+equations than unknowns. While the weights are still far from their final values, a
+magnitude pruner prunes some of the true support by mistake. This study counts how much
+of it returns under each schedule and recovery rule. All runs of a method (seeds and
+correlations) are lanes of one `vmap`.
 
-The set-up is our own (the paper's linear experiment is not described where we could
-read it): rows of X from N(0, S) with S_ij = rho^|i - j|; the true vector has k
-non-zeros in random places, of random sign, uniform in size over [1, 2]; no noise; full
-batches; the step size is 1 / lambda_max(X'X / n); the start is zero; all methods have
-the same number of steps.
+The paper's linear experiment was not available to us, so the setting is our own. The
+rows of X are drawn from N(0, S) with S_ij = rho^|i - j|. The true vector has k
+non-zeros in random places, with random signs and sizes uniform in [1, 2]. There is no
+noise. Training uses full batches and the step size 1 / lambda_max(X'X / n), starts from
+zero, and has the same number of steps for all methods.
 """
 
 import concurrent.futures
@@ -35,15 +35,16 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import granet_jax
-from experiments import train
-from experiments.files import complete, write_json
+from experiments.reports import training
+from experiments.training.atomic_files import atomic_path, write_json
+from experiments.training.exit_status import exit_status
 from granet_jax import schedules
 
 RECOVERIES = ("hard", "projected", "straight_through")
 CYCLES = (1, 2, 4, 8)
-# Parts of a run at whose ends masks are looked at: so that those of all cycles are.
+# Masks are recorded at the end of every part. All cycles end with a part.
 PARTS = 8
-# Colour-blind safe (Okabe & Ito); cycles from light to dark.
+# Colour-blind safe (Okabe and Ito), in the order of `CYCLES`.
 COLOURS = ("#56B4E9", "#0072B2", "#E69F00", "#D55E00")
 MARKERS = ("o", "s", "D", "^")
 
@@ -53,13 +54,13 @@ class Config:
     """Sparse linear models under pruning schedules.
 
     Attributes:
-      nonzeros: k, the numbers of non-zeros of the true vector; sparsity is 1 - k / d.
-      correlations: rho, of neighbouring features.
-      equations: n, rows of X.
-      features: d, columns of X.
-      steps: of every run, a multiple of 8.
-      seeds: random problems for each k and rho.
-      out: folder for results.md, results.json and recovery.png.
+      nonzeros: Numbers k of non-zeros in the true vector; the sparsity is 1 - k / d.
+      correlations: Correlations rho of neighbouring features.
+      equations: Number n of rows of X.
+      features: Number d of columns of X.
+      steps: Steps of every run, a multiple of 8.
+      seeds: Number of random problems for each k and rho.
+      out: Folder for results.md, results.json and recovery.png.
     """
 
     nonzeros: tuple[int, ...] = (20, 30, 35)
@@ -71,7 +72,7 @@ class Config:
     out: pathlib.Path = pathlib.Path("runs/cyclical-linear")
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a setting that cannot be run."""
+        """Raise ValueError for an invalid value."""
         if self.steps < 8 * PARTS or self.steps % PARTS:
             raise ValueError(
                 f"steps must be a multiple of {PARTS}, at least {8 * PARTS}, got "
@@ -97,13 +98,13 @@ class Config:
 
 
 class Problem(NamedTuple):
-    """One linear model, or many along a leading axis.
+    """One linear model, or several along a leading axis.
 
     Attributes:
       gram: X'X / n, float32 (d, d).
       cross: X'y / n, float32 (d,).
-      truth: the true vector, float32 (d,).
-      rate: step size, 1 / lambda_max(gram), float32 scalar.
+      truth: True vector, float32 (d,).
+      rate: Step size 1 / lambda_max(gram), float32 scalar.
     """
 
     gram: Any
@@ -113,12 +114,12 @@ class Problem(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Of one run, or many along a leading axis.
+    """The outcome of one run, or of several along a leading axis.
 
     Attributes:
-      weights: float32 (d,), those of the sparse model at the end.
-      masks: bool (8, d), at the end of each eighth of the run, just before the sparsity
-        falls if it does.
+      weights: Weights of the sparse model at the end, float32 (d,).
+      masks: Masks at the end of each eighth of the run, before a new cycle starts,
+        bool (8, d).
     """
 
     weights: Any
@@ -126,7 +127,7 @@ class Outcome(NamedTuple):
 
 
 def draw(config: Config, nonzeros: int, correlation: float, seed: int) -> Problem:
-    """A random problem; the same for all methods."""
+    """Draw a random problem, which is the same for all methods."""
     rng = np.random.default_rng([seed, nonzeros, round(1000 * correlation)])
     n, d = config.equations, config.features
     place = np.arange(d)
@@ -142,12 +143,12 @@ def draw(config: Config, nonzeros: int, correlation: float, seed: int) -> Proble
 
 
 def methods(sparsity: float, steps: int) -> dict[str, granet_jax.Method]:
-    """The rows of the table, by name: all end at `sparsity` after `steps` steps."""
+    """Return the methods by name. All end at `sparsity` after `steps` steps."""
     every_step = schedules.constant(sparsity)
     rows = {
-        # Half of the steps dense, and half with what one pruning leaves.
+        # Dense training for half of the steps, then one pruning.
         "one-shot": granet_jax.gmp(sparsity, steps // 2, interval=steps // 2),
-        # Iterative hard thresholding: the largest after every step.
+        # Iterative hard thresholding: keep the largest weights after every step.
         "IHT": granet_jax.Method(name="iht", sparsity=every_step, weights="projected"),
     }
     for recovery in RECOVERIES:
@@ -159,7 +160,7 @@ def methods(sparsity: float, steps: int) -> dict[str, granet_jax.Method]:
 
 
 def row_name(recovery: str, cycles: int) -> str:
-    """Gradual pruning is one cycle."""
+    """Return the name of a method with cycles; one cycle is gradual pruning."""
     rule = recovery.replace("_", "-")
     if cycles == 1:
         return f"gradual, {rule}"
@@ -167,7 +168,7 @@ def row_name(recovery: str, cycles: int) -> str:
 
 
 def trainer(method: granet_jax.Method, steps: int) -> Callable[[Problem], Outcome]:
-    """The whole run of one problem: pure, for `vmap` and `jit`."""
+    """Return a pure function that trains on one problem, for `vmap` and `jit`."""
 
     def run(problem: Problem) -> Outcome:
         tx = granet_jax.transform(
@@ -176,15 +177,15 @@ def trainer(method: granet_jax.Method, steps: int) -> Callable[[Problem], Outcom
 
         def step(carry: Any, _: None) -> tuple[Any, None]:
             params, state, _ = carry
-            before = state.masks
+            previous_masks = state.masks
             weights = granet_jax.sparse_view(params, state)["weights"]
             grads = {"weights": problem.gram @ weights - problem.cross}
             updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state, before), None
+            return (optax.apply_updates(params, updates), state, previous_masks), None
 
         def part(carry: Any, _: None) -> tuple[Any, Array]:
             carry, _ = jax.lax.scan(step, carry, length=steps // PARTS)
-            # Before the last step of it, which may be the restart.
+            # The masks before the last step of the part, which may start a new cycle.
             return carry, carry[2]["weights"]
 
         params = {"weights": jnp.zeros_like(problem.cross)}
@@ -192,7 +193,7 @@ def trainer(method: granet_jax.Method, steps: int) -> Callable[[Problem], Outcom
         carry = (params, state, state.masks)
         (params, state, _), masks = jax.lax.scan(part, carry, length=PARTS)
         view = granet_jax.sparse_view(params, state)
-        # But those of the end are of the end.
+        # At the end of the run, use the masks after the last step.
         masks = masks.at[-1].set(state.masks["weights"])
         return Outcome(view["weights"], masks)
 
@@ -200,26 +201,31 @@ def trainer(method: granet_jax.Method, steps: int) -> Callable[[Problem], Outcom
 
 
 def measure(truth: np.ndarray, outcome: Outcome, cycles: int) -> dict[str, Any]:
-    """What became of the true support, per run (leading axis: runs).
+    """Measure what happened to the true support.
 
     Args:
-      truth: float32 (runs, d).
-      outcome: of these runs.
-      cycles: of the method.
+      truth: True vectors, float32 (runs, d).
+      outcome: Outcomes of the runs.
+      cycles: Number of cycles of the method.
 
     Returns:
-      "support": share of the true support kept at the end; "exact": whether all of it;
-      "relative_error": |w - w*| / |w*|; "wrong": share of the true support that is
-      pruned at the end of the first cycle; "recovered": share of that which is kept at
-      the end of the last (None with one cycle); "revived": for each two neighbouring
-      cycles, the weights kept at the end of the second that were pruned at the end of
-      the first, as a share of k.
+      A dict with one value per run, except for "recovered" and "revived":
+        "support": Fraction of the true support that is kept at the end.
+        "exact": Whether all of it is kept.
+        "relative_error": |w - w*| / |w*|.
+        "wrong": Fraction of the true support that is pruned at the end of the first
+          cycle.
+        "recovered": Fraction of these weights, over all runs, that is kept at the end
+          of the last cycle; None with one cycle.
+        "revived": For every two successive cycles, the number of weights that are
+          pruned at the end of the first and kept at the end of the second, divided by
+          k, averaged over the runs.
     """
     true = truth != 0
     k = true.sum(axis=1)
-    # Weights that are there but zero are none.
+    # An active weight that is zero does not count as kept.
     kept = outcome.masks[:, -1] & (outcome.weights != 0)
-    found = (kept & true).sum(axis=1)
+    support = (kept & true).sum(axis=1)
     ends = outcome.masks[:, PARTS // cycles - 1 :: PARTS // cycles]
     wrong = true & ~ends[:, 0]
     recovered = (wrong & ends[:, -1]).sum(axis=1)
@@ -227,8 +233,8 @@ def measure(truth: np.ndarray, outcome: Outcome, cycles: int) -> dict[str, Any]:
     error = np.linalg.norm(outcome.weights - truth, axis=1)
     total = int(wrong.sum())
     return {
-        "support": (found / k).tolist(),
-        "exact": (found == k).tolist(),
+        "support": (support / k).tolist(),
+        "exact": (support == k).tolist(),
         "relative_error": (error / np.linalg.norm(truth, axis=1)).tolist(),
         "wrong": (wrong.sum(axis=1) / k).tolist(),
         "recovered": float(recovered.sum() / total) if cycles > 1 and total else None,
@@ -237,13 +243,13 @@ def measure(truth: np.ndarray, outcome: Outcome, cycles: int) -> dict[str, Any]:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Runs all methods on all problems.
+    """Run all methods on all problems.
 
     Returns:
-      By "k=..., rho=...", then by method: the measures, see `measure`.
+      The results of `measure` by "k=..., rho=..." and by method.
     """
     results: dict[str, Any] = {}
-    jobs: list[tuple[int, str, granet_jax.Method, Problem]] = []
+    tasks: list[tuple[int, str, granet_jax.Method, Problem]] = []
     for k in config.nonzeros:
         problems = [
             draw(config, k, rho, seed)
@@ -253,10 +259,10 @@ def run(config: Config) -> dict[str, Any]:
         stacked = jax.tree.map(lambda *parts: np.stack(parts), *problems)
         sparsity = 1 - k / config.features
         for name, method in methods(sparsity, config.steps).items():
-            jobs.append((k, name, method, stacked))
+            tasks.append((k, name, method, stacked))
 
-    def work(job: tuple[int, str, Any, Problem]) -> dict[float, Any]:
-        _, name, method, problems = job
+    def work(task: tuple[int, str, Any, Problem]) -> dict[float, Any]:
+        _, name, method, problems = task
         lanes = jax.jit(jax.vmap(trainer(method, config.steps)))
         outcome = Outcome(*jax.device_get(lanes(problems)))
         cycles = int(name.split()[0]) if "cycles" in name else 1
@@ -267,21 +273,21 @@ def run(config: Config) -> dict[str, Any]:
             by_rho[rho] = measure(problems.truth[own], part, cycles)
         return by_rho
 
-    # Compiling takes most of the time, and one core.
+    # Most of the time is compilation, which uses one core per program.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (k, name, _, _), by_rho in zip(jobs, pool.map(work, jobs), strict=True):
+        for (k, name, _, _), by_rho in zip(tasks, pool.map(work, tasks), strict=True):
             for rho, measures in by_rho.items():
                 results.setdefault(setting_name(k, rho), {})[name] = measures
     return results
 
 
 def setting_name(nonzeros: int, correlation: float) -> str:
-    """Of a column of the table."""
+    """Return the name of a column of the table."""
     return f"k={nonzeros}, rho={correlation:g}"
 
 
 def table(results: Mapping[str, Mapping[str, Any]], cell: Callable[[Any], str]) -> str:
-    """A line for each method, a column for each setting, as Markdown."""
+    """Return a Markdown table with a line per method and a column per setting."""
     names = list(next(iter(results.values())))
     lines: list[list[str]] = [["method", *results], ["---"] + ["---:"] * len(results)]
     lines += [[name, *(cell(of[name]) for of in results.values())] for name in names]
@@ -289,7 +295,7 @@ def table(results: Mapping[str, Mapping[str, Any]], cell: Callable[[Any], str]) 
 
 
 def quality(measures: Mapping[str, Any]) -> str:
-    """Support with its standard deviation, exact recoveries, relative error."""
+    """Format support with its standard deviation, exact recoveries, relative error."""
     support = measures["support"]
     spread = f" ± {statistics.stdev(support):.3f}" if len(support) > 1 else ""
     exact = statistics.mean(map(float, measures["exact"]))
@@ -298,7 +304,7 @@ def quality(measures: Mapping[str, Any]) -> str:
 
 
 def second_chance(measures: Mapping[str, Any]) -> str:
-    """Wrongly pruned at first, recovered of these, revived in each cycle."""
+    """Format the wrongly pruned, recovered and revived fractions."""
     wrong = f"{statistics.mean(measures['wrong']):.3f}"
     if not measures["revived"]:
         return f"{wrong} / - / -"
@@ -309,13 +315,13 @@ def second_chance(measures: Mapping[str, Any]) -> str:
 
 
 def write(config: Config, results: Mapping[str, Any], seconds: float) -> None:
-    """Writes results.md, results.json and recovery.png to `config.out`."""
+    """Write results.md, results.json and recovery.png to `config.out`."""
     config.out.mkdir(parents=True, exist_ok=True)
     written = dataclasses.asdict(config) | {"out": None}
     values = {
         "config": written,
         "seconds": round(seconds, 1),
-        "environment": train.environment(),
+        "environment": training.environment(),
         "results": results,
     }
     write_json(config.out / "results.json", values)
@@ -325,25 +331,25 @@ def write(config: Config, results: Mapping[str, Any], seconds: float) -> None:
 `python -m experiments.cyclical_linear`, {config.steps:,} steps of every method,
 {config.seeds} seeds.
 
-Share of the true support found, ± standard deviation over seeds / share of seeds that
-found all of it / mean relative error of the weights:
+Fraction of the true support found, ± standard deviation over seeds / fraction of seeds
+that found all of it / mean relative error of the weights:
 
 {table(results, quality)}
 
-Share of the true support pruned at the end of the first cycle / share of that kept at
-the end of the last / weights revived from one cycle to the next, as a share of k, after
-the first and before the last:
+Fraction of the true support pruned at the end of the first cycle / fraction of these
+weights kept at the end of the last cycle / weights revived from one cycle to the next,
+relative to k, after the first cycle to before the last:
 
 {table(results, second_chance)}
 """
-    with complete(config.out / "results.md") as partial:
+    with atomic_path(config.out / "results.md") as partial:
         partial.write_text(text)
-    with complete(config.out / "recovery.png") as partial:
+    with atomic_path(config.out / "recovery.png") as partial:
         plot(config, results, partial)
 
 
 def plot(config: Config, results: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Support found against k: a panel for each rule and correlation, as a PNG."""
+    """Plot support against k, with a panel per rule and correlation, as a PNG."""
     figure = Figure(figsize=(9, 2.6 + 2.4 * len(config.correlations)))
     figure.set_layout_engine("constrained")
     panels = figure.subplots(
@@ -367,15 +373,15 @@ def plot(config: Config, results: Mapping[str, Any], path: pathlib.Path) -> None
                 ),
             ]
             for i, (name, label, colour, marker, style) in enumerate(lines):
-                found = [
+                supports = [
                     results[setting_name(k, rho)][name]["support"]
                     for k in config.nonzeros
                 ]
                 axes.errorbar(
                     [k + shift * (i - 2.5) for k in config.nonzeros],
-                    [statistics.mean(values) for values in found],
+                    [statistics.mean(values) for values in supports],
                     # Standard error of the mean.
-                    yerr=[_standard_error(values) for values in found],
+                    yerr=[_standard_error(values) for values in supports],
                     color=colour,
                     marker=marker,
                     linestyle=style,
@@ -389,7 +395,7 @@ def plot(config: Config, results: Mapping[str, Any], path: pathlib.Path) -> None
             axes.set_title(f"{recovery.replace('_', '-')}, rho = {rho:g}", fontsize=10)
             axes.set_xticks(config.nonzeros)
             axes.grid(axis="y", alpha=0.3)
-        row[0].set_ylabel("share of the true\nsupport found")
+        row[0].set_ylabel("fraction of the true\nsupport found")
     for axes in panels[-1]:
         axes.set_xlabel("non-zeros k of the true vector")
     handles, labels = panels[0, 0].get_legend_handles_labels()
@@ -404,7 +410,7 @@ def _standard_error(values: Sequence[float]) -> float:
 
 
 def study(config: Config) -> None:
-    """Runs, writes, and prints the table."""
+    """Run the study, write the results, and print them."""
     start = time.perf_counter()
     results = run(config)
     write(config, results, time.perf_counter() - start)
@@ -412,13 +418,9 @@ def study(config: Config) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status, as `experiments.train.main` does."""
-
-    def command() -> None:
-        name = "python -m experiments.cyclical_linear"
-        study(tyro.cli(Config, args=arguments, prog=name))
-
-    return train.exit_status(command)
+    """Run the command line and return the exit status."""
+    name = "python -m experiments.cyclical_linear"
+    return exit_status(lambda: study(tyro.cli(Config, args=arguments, prog=name)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """How well a network recovers from pruning: `python -m experiments.plasticity`.
 
-The study of pruning plasticity of the GraNet paper (Liu et al. 2021, section 3), on any
-model and data set that `experiments.train` can train. One dense run a seed is trained
-with a checkpoint at every point in time; all branches of a point start from it.
+This is the study of pruning plasticity in the GraNet paper (Liu et al. 2021, section
+3), for any model and data set of `experiments.train`. Every seed has one dense run with
+a checkpoint at every point, from which all branches of that point start.
 """
 
 import datetime
@@ -15,37 +15,50 @@ import numpy as np
 import tqdm
 import tyro
 
-from experiments import plasticity_report, report, train, trainer
-from experiments.checkpoints import Checkpoints
+from experiments import train
+from experiments.config.plasticity import Branch, PruningPoint, Study
 from experiments.data import Dataset, Stream, load
-from experiments.files import read_json
-from experiments.parallel import Program, compiled
-from experiments.plasticity_branches import Job, pruner_of, train_jobs
-from experiments.plasticity_config import Branch, Point, Study
-from experiments.plasticity_report import Results
+from experiments.reports import plasticity as plasticity_report
+from experiments.reports import training as training_report
+from experiments.reports.plasticity import Results
+from experiments.training import loop
+from experiments.training.atomic_files import read_json
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.devices import CompiledStep, compile_step
+from experiments.training.exit_status import exit_status
+from experiments.training.plasticity_branches import (
+    BranchRun,
+    create_pruner,
+    train_branches,
+)
+from experiments.training.run_folders import DEFAULT_FOLDER, claim, run_name
+from experiments.training.stop_signal import StopSignal
 
 
 def run(study: Study) -> Results | None:
-    """Trains all that is not finished in the folder, and writes the results there.
+    """Train all unfinished parts of a study and write the results.
+
+    Returns:
+      The results; None without a finished point.
 
     Raises:
-      ValueError: a study that cannot be run, or not that of the folder.
-      OSError: the folder has other files in it, or cannot be written; data that is not
-        there or cannot be read.
-      trainer.DivergedError: a loss is no longer finite.
-      trainer.StoppedError: SIGTERM or SIGINT came. What is done stays.
+      ValueError: The study is invalid, or differs from the study in the folder.
+      OSError: The folder has other files or cannot be written, or the data are missing
+        or unreadable.
+      loop.DivergedError: A loss is no longer finite.
+      loop.StoppedError: SIGTERM or SIGINT arrived. Finished parts are kept.
     """
     dataset = load(study.train.data.dataset, study.train.data.data_dir)
     steps = continued_steps(study, dataset)
-    dense = trainer.create(study.dense, dataset)
-    program = dense.program
-    # All that can be wrong is to come to light before anything trains.
-    compiled(study.continued(study.train.optimizer.learning_rate), dataset)
+    dense = loop.create(study.dense, dataset)
+    compiled_step = dense.compiled_step
+    # Report every invalid configuration before training starts.
+    compile_step(study.continued(study.train.optimizer.learning_rate), dataset)
     folder = open_folder(study)
     try:
-        with train.StopSignal() as stop:
+        with StopSignal() as stop:
             runs = train.train_all(dense, folder, stop.reached)
-            # So that the devices hold the data once.
+            # Free the setup: each one holds the data on the devices.
             del dense
             with tqdm.tqdm(
                 total=_calls(study, runs, folder) * steps,
@@ -53,44 +66,44 @@ def run(study: Study) -> Results | None:
                 disable=not study.progress,
                 dynamic_ncols=True,
             ) as bar:
-                pruner = pruner_of(study, dataset)
-                each = None
-                for point in _points(study, program):
-                    jobs = _missing(study, program, runs, folder, point)
-                    if not jobs:
+                pruner = create_pruner(study, dataset)
+                setup = None
+                for point in _points(study, compiled_step):
+                    branch_runs = _missing(study, compiled_step, runs, folder, point)
+                    if not branch_runs:
                         continue
                     config = study.continued(point.learning_rate)
-                    # Compiled once a learning rate.
-                    if each is None or each.config != config:
-                        each = None
-                        each = trainer.create(config, dataset)
+                    # Branches of the same learning rate share a setup.
+                    if setup is None or setup.config != config:
+                        setup = None
+                        setup = loop.create(config, dataset)
                     bar.set_description(f"from step {point.step}", refresh=False)
-                    for first in range(0, len(jobs), study.lanes):
-                        chosen = jobs[first : first + study.lanes]
-                        train_jobs(
+                    for first in range(0, len(branch_runs), study.lanes):
+                        lanes = branch_runs[first : first + study.lanes]
+                        train_branches(
                             study,
-                            each,
+                            setup,
                             pruner,
-                            chosen,
+                            lanes,
                             steps,
                             bar.update,
                             stop.reached,
                         )
-                    write_results(study, program, runs, folder, steps)
-    except trainer.StoppedError as stopped:
+                    write_results(study, compiled_step, runs, folder, steps)
+    except loop.StoppedError as stopped:
         stopped.add_note(f"Go on with the same command and --out {folder}")
         raise
-    results = write_results(study, program, runs, folder, steps)
+    results = write_results(study, compiled_step, runs, folder, steps)
     print((folder / "results.md").read_text())
     print(f"Results in {folder}")
     return results
 
 
 def continued_steps(study: Study, dataset: Dataset | Stream) -> int:
-    """Steps that a branch trains for.
+    """Return the number of steps for which a branch is trained.
 
     Raises:
-      ValueError: too few for gradual pruning.
+      ValueError: The steps are too few for gradual pruning.
     """
     per_epoch = dataset.steps_per_epoch(study.train.data.batch_size)
     steps = max(1, round(study.epochs * per_epoch))
@@ -104,26 +117,26 @@ def continued_steps(study: Study, dataset: Dataset | Stream) -> int:
 
 
 def open_folder(study: Study) -> pathlib.Path:
-    """The folder for the results: a new one, or that of the study to go on with.
+    """Return the results folder of a study, new or to be continued.
 
     Raises:
-      FileExistsError: it has files of something else in it.
-      ValueError: its study was configured otherwise.
+      FileExistsError: The folder contains other files.
+      ValueError: The folder contains a study with other options.
     """
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = study.out or train.DEFAULT_FOLDER / f"{now}-plasticity"
-    train.claim(folder, study.to_dict())
+    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = study.out or DEFAULT_FOLDER / f"{time}-plasticity"
+    claim(folder, study.to_dict())
     return folder
 
 
-def _points(study: Study, dense: Program) -> list[Point]:
-    schedule = dense.functions.schedule
+def _points(study: Study, dense: CompiledStep) -> list[PruningPoint]:
+    schedule = dense.train_step.schedule
     batch_size = study.train.data.batch_size
-    per_epoch = dense.functions.dataset.steps_per_epoch(batch_size)
-    # That of the last step before the point: where the schedule drops at this very
-    # moment, the network has not been trained at the next one yet.
+    per_epoch = dense.train_step.dataset.steps_per_epoch(batch_size)
+    # Use the learning rate of the last step before the point. If the schedule drops at
+    # the point, the network has not been trained with the lower rate yet.
     return [
-        Point(step, step / per_epoch, float(np.asarray(schedule(step - 1))))
+        PruningPoint(step, step / per_epoch, float(np.asarray(schedule(step - 1))))
         for step in study.steps
     ]
 
@@ -132,8 +145,8 @@ def _path(folder: pathlib.Path, step: int, seed: int, branch: Branch) -> pathlib
     return folder / "branches" / f"step{step}" / f"seed{seed}-{branch.name}.json"
 
 
-def _calls(study: Study, runs: report.Runs, folder: pathlib.Path) -> int:
-    """How many times a program of so many lanes is to be run."""
+def _calls(study: Study, runs: training_report.MethodRuns, folder: pathlib.Path) -> int:
+    """Return how many groups of `study.lanes` branches are left to train."""
     missing = [
         sum(
             not _path(folder, step, seed, branch).exists()
@@ -147,47 +160,46 @@ def _calls(study: Study, runs: report.Runs, folder: pathlib.Path) -> int:
 
 def _missing(
     study: Study,
-    dense: Program,
-    runs: report.Runs,
+    dense: CompiledStep,
+    runs: training_report.MethodRuns,
     folder: pathlib.Path,
-    point: Point,
-) -> list[Job]:
-    """The branches of a point that are not finished."""
-    jobs = []
+    point: PruningPoint,
+) -> list[BranchRun]:
+    """Return the unfinished branches of a point."""
+    branch_runs = []
     for seed, records in zip(runs.seeds, runs.records, strict=True):
         paths = {b: _path(folder, point.step, seed, b) for b in study.branches}
-        left = {branch: path for branch, path in paths.items() if not path.exists()}
-        if not left:
+        unfinished = {b: path for b, path in paths.items() if not path.exists()}
+        if not unfinished:
             continue
-        run_folder = folder / train.run_name("dense", [seed])
+        run_folder = folder / run_name("dense", [seed])
         checkpoints = Checkpoints(run_folder / "checkpoints", study.points + 1)
         try:
             state, _ = checkpoints.restore(point.step, dense.abstract())
         finally:
             checkpoints.close()
         state = jax.device_get(state)
-        before = _record(records, point.step).test_correct
-        jobs += [Job(b, seed, state, before, path) for b, path in left.items()]
-    return jobs
-
-
-def _record(records: Sequence[report.Record], step: int) -> report.Record:
-    return next(record for record in records if record.step == step)
+        before = next(r for r in records if r.step == point.step).test_correct
+        branch_runs += [
+            BranchRun(branch, seed, state, before, path)
+            for branch, path in unfinished.items()
+        ]
+    return branch_runs
 
 
 def write_results(
     study: Study,
-    dense: Program,
-    runs: report.Runs,
+    dense: CompiledStep,
+    runs: training_report.MethodRuns,
     folder: pathlib.Path,
     steps: int,
 ) -> Results | None:
-    """Writes results.md, results.json and plots from the points that are finished.
+    """Write results.md, results.json and plots of the finished points.
 
     Returns:
       The results; None without a finished point.
     """
-    per_epoch = dense.functions.dataset.steps_per_epoch(study.train.data.batch_size)
+    per_epoch = dense.train_step.dataset.steps_per_epoch(study.train.data.batch_size)
     points = [
         point
         for point in _points(study, dense)
@@ -207,7 +219,7 @@ def write_results(
         for branch in study.branches
     }
     rates = np.broadcast_to(
-        dense.functions.schedule(np.arange(study.train.steps)),
+        dense.train_step.schedule(np.arange(study.train.steps)),
         study.train.steps,
     )
     results = Results(
@@ -219,14 +231,14 @@ def write_results(
         drops=tuple((int(i) + 1) / per_epoch for i in np.flatnonzero(np.diff(rates))),
         outcomes=outcomes,
     )
-    values = {"config": study.to_dict(), "environment": train.environment()}
+    values = {"config": study.to_dict(), "environment": training_report.environment()}
     plasticity_report.write(results, values, folder)
     return results
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status, as `experiments.train.main` does."""
-    return train.exit_status(
+    """Run the command line and return the exit status."""
+    return exit_status(
         lambda: run(
             tyro.cli(Study, args=arguments, prog="python -m experiments.plasticity")
         )

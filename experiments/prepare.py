@@ -1,4 +1,4 @@
-"""Makes a data set ready for training: `python -m experiments.prepare NAME`."""
+"""Prepare a data set for training: `python -m experiments.prepare NAME`."""
 
 import pathlib
 import sys
@@ -14,25 +14,25 @@ def prepare(
     data_dir: pathlib.Path | None = None,
     manual_dir: pathlib.Path | None = None,
 ) -> None:
-    """Downloads a data set where it has to, and prepares it; once is enough.
+    """Downloads a data set if necessary and prepares it. Once is enough.
 
     Args:
       name: digits, fashion_mnist, mnist, cifar10, cifar100, tiny_imagenet,
         tiny_shakespeare, python_docs or imagenet2012.
-      data_dir: where prepared data sets are; by default the folder in TFDS_DATA_DIR,
-        else ~/tensorflow_datasets.
-      manual_dir: where files downloaded by hand are; by default downloads/manual in
-        the former.
+      data_dir: Folder of prepared data sets; by default the folder in TFDS_DATA_DIR,
+        otherwise ~/tensorflow_datasets.
+      manual_dir: Folder of files downloaded by hand; by default downloads/manual in
+        the data folder.
     """
     start = time.monotonic()
-    folder, had_to = preparation.prepare(name, data_dir, manual_dir)
+    folder, is_new = preparation.prepare(name, data_dir, manual_dir)
     seconds = time.monotonic() - start
-    done = f"prepared in {seconds:.0f} s" if had_to else "was prepared already"
-    print(f"{name} is in {folder}: {done}")
+    result = f"prepared in {seconds:.0f} s" if is_new else "was prepared already"
+    print(f"{name} is in {folder}: {result}")
 
 
 def main(args: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 after an error."""
+    """Run the command line and return the exit status: 0, or 2 after an error."""
     try:
         tyro.cli(prepare, args=args)
     except (ImportError, OSError, ValueError) as error:

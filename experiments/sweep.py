@@ -1,4 +1,4 @@
-"""Trains methods x sparsities x seeds: `python -m experiments.sweep FILE.toml`."""
+"""Train methods x sparsities x seeds: `python -m experiments.sweep FILE.toml`."""
 
 import dataclasses
 import pathlib
@@ -12,51 +12,57 @@ import jax
 import tqdm
 import tyro
 
-from experiments import parallel, report, sweep_report, train, trainer
-from experiments.config import Config, check_same
+from experiments import train
+from experiments.config.run import Config, check_same
+from experiments.config.sweep import Sweep, read
 from experiments.data import Dataset, Stream, load
-from experiments.files import read_json, write_json
-from experiments.metrics import Log
-from experiments.sweep_file import Sweep, read
+from experiments.reports import sweep as sweep_report
+from experiments.reports import training as training_report
+from experiments.training import devices, loop
+from experiments.training.atomic_files import read_json, write_json
+from experiments.training.exit_status import exit_status
+from experiments.training.metrics import Log
+from experiments.training.run_folders import DEFAULT_FOLDER, run_name
+from experiments.training.stop_signal import StopSignal
 
 
 def run(
     sweep: Sweep, out: pathlib.Path, *, progress: bool = True
-) -> dict[str, report.Runs]:
-    """Trains all cells that are not finished in `out`, and writes the results there.
+) -> dict[str, training_report.MethodRuns]:
+    """Train all unfinished cells of a sweep and write the results to `out`.
 
     Returns:
-      The records of every cell, by its name; without those of seeds that diverged.
+      The metrics of every cell, by its name, without seeds that diverged.
 
     Raises:
-      ValueError: a configuration that cannot be run, or not that of the cells there.
-      OSError: a folder has other files in it, or cannot be written; data that is not
-        there or cannot be read.
-      trainer.DivergedError: a loss was no longer finite. All else is trained.
-      trainer.StoppedError: SIGTERM or SIGINT came. Checkpoints stay.
+      ValueError: A configuration is invalid, or differs from the cell in the folder.
+      OSError: A folder has other files or cannot be written, or the data are missing
+        or unreadable.
+      loop.DivergedError: A loss was no longer finite. All other cells are trained.
+      loop.StoppedError: SIGTERM or SIGINT arrived. Checkpoints are kept.
     """
     settings = open_folder(sweep, out)
     finished = {
         name: finished_groups(config, out / name)
         for name, config in sweep.cells.items()
     }
-    left = {
+    unfinished = {
         name: config
         for name, config in sweep.cells.items()
         if missing(sweep.seeds, finished[name])
     }
-    with train.StopSignal() as stop:
-        if left:
+    with StopSignal() as stop:
+        if unfinished:
             dataset = load(sweep.first.data.dataset, sweep.first.data.data_dir)
-            # All that can be wrong is to come to light before anything trains.
-            for name, config in left.items():
+            # Report every invalid configuration before training starts.
+            for name, config in unfinished.items():
                 try:
-                    parallel.compiled(config, dataset)
+                    devices.compile_step(config, dataset)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
-            vmap_seeds = _choose(sweep, settings, dataset, out)
+            vmap_seeds = _choose_vmap_seeds(sweep, settings, dataset, out)
             diverged = _train(
-                sweep, left, dataset, out, vmap_seeds, stop.reached, progress
+                sweep, unfinished, dataset, out, vmap_seeds, stop.reached, progress
             )
         else:
             diverged = {}
@@ -65,39 +71,44 @@ def run(
     print(f"Results in {out}")
     if diverged:
         name, error = next(iter(diverged.items()))
-        raise trainer.DivergedError(f"{name}: {error}")
+        raise loop.DivergedError(f"{name}: {error}")
     return runs
 
 
 def _train(
     sweep: Sweep,
-    left: dict[str, Config],
+    unfinished: dict[str, Config],
     dataset: Dataset | Stream,
     out: pathlib.Path,
     vmap_seeds: bool,
     stopped: Callable[[int], int | None],
     progress: bool,
 ) -> dict[str, str]:
-    """Trains cells, writing the results after each: what diverged, and how."""
-    plan = {
-        name: groups(config, out / name, vmap_seeds) for name, config in left.items()
+    """Train cells, and write the results after each.
+
+    Returns:
+      The error messages of the cells that diverged, by the names of the cells.
+    """
+    seed_groups = {
+        name: groups(config, out / name, vmap_seeds)
+        for name, config in unfinished.items()
     }
     diverged: dict[str, str] = {}
     with tqdm.tqdm(
-        total=sweep.first.steps * sum(map(len, plan.values())),
+        total=sweep.first.steps * sum(map(len, seed_groups.values())),
         unit="step",
         disable=not progress,
         dynamic_ncols=True,
     ) as bar:
-        for name, config in left.items():
+        for name, config in unfinished.items():
             (out / name).mkdir(parents=True, exist_ok=True)
             config = dataclasses.replace(config, vmap_seeds=vmap_seeds)
             write_json(out / name / "config.json", config.to_dict())
-            trainers: dict[int, trainer.Trainer] = {}
-            for seeds in plan[name]:
+            setups: dict[int, loop.TrainSetup] = {}
+            for seeds in seed_groups[name]:
                 lanes = len(seeds)
-                if lanes not in trainers:
-                    trainers[lanes] = trainer.create(
+                if lanes not in setups:
+                    setups[lanes] = loop.create(
                         dataclasses.replace(
                             config,
                             seed=seeds[0],
@@ -107,11 +118,11 @@ def _train(
                         dataset,
                     )
                 try:
-                    train.train_seeds(trainers[lanes], seeds, out / name, bar, stopped)
-                except trainer.DivergedError as error:
+                    train.train_seeds(setups[lanes], seeds, out / name, bar, stopped)
+                except loop.DivergedError as error:
                     diverged[name] = str(error)
                     bar.write(f"{name}: {error}", file=sys.stderr)
-                except trainer.StoppedError as error:
+                except loop.StoppedError as error:
                     error.add_note(f"Go on with the same command and --out {out}")
                     raise
             runs = write_results(sweep, out, diverged)
@@ -122,21 +133,21 @@ def _train(
 
 
 def open_folder(sweep: Sweep, out: pathlib.Path) -> dict[str, Any]:
-    """Makes the folder, or looks whether it is one of this sweep.
+    """Create the folder of a sweep, or check that it belongs to this sweep.
 
     Returns:
-      What was settled in it before: "vmap_seeds", if it was.
+      The choices made in an earlier run: "vmap_seeds", if it was chosen.
 
     Raises:
-      FileExistsError: it has files of something else in it.
-      ValueError: a cell in it was configured otherwise.
+      FileExistsError: The folder contains other files.
+      ValueError: A cell in the folder has another configuration.
     """
     path = out / "sweep.json"
     if not path.exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FileExistsError(
-                f"out: {out} exists already and is neither empty nor of a sweep. "
-                "Results are never overwritten: choose another folder."
+                f"out: {out} already exists, and it is neither empty nor the folder of "
+                "a sweep. Results are never overwritten: choose another folder."
             )
         out.mkdir(parents=True, exist_ok=True)
         settings = {}
@@ -160,13 +171,13 @@ def open_folder(sweep: Sweep, out: pathlib.Path) -> dict[str, Any]:
     return settings
 
 
-def _choose(
+def _choose_vmap_seeds(
     sweep: Sweep,
     settings: dict[str, Any],
     dataset: Dataset | Stream,
     out: pathlib.Path,
 ) -> bool:
-    """Whether to train all seeds of a cell as one program; measured once a sweep."""
+    """Return whether to train all seeds of a cell at once; measured once per sweep."""
     if sweep.vmap_seeds is not None:
         return sweep.vmap_seeds
     if "vmap_seeds" in settings:
@@ -179,8 +190,8 @@ def _choose(
     )
     settings = {"vmap_seeds": False}
     if possible:
-        # The last cell: dense, if it is there, tends to stand first, and seeds at once
-        # gain more without masks than with them.
+        # Measure the last cell. The first one is usually dense, which gains more from
+        # vmap than sparse training.
         plain, mapped = seconds_per_step([*sweep.cells.values()][-1], dataset)
         settings = {
             "vmap_seeds": mapped < plain,
@@ -189,10 +200,10 @@ def _choose(
                 "vmap_seeds": round(1000 * mapped, 3),
             },
         }
-        chosen = "all seeds at once" if mapped < plain else "one seed after the other"
+        choice = "all seeds at once" if mapped < plain else "one seed after the other"
         print(
             f"One step takes {1000 * plain:.2f} ms, and with all seeds at once "
-            f"{1000 * mapped:.2f} ms a seed: {chosen}.",
+            f"{1000 * mapped:.2f} ms a seed: {choice}.",
             flush=True,
         )
     write_json(out / "sweep.json", settings)
@@ -202,43 +213,43 @@ def _choose(
 def seconds_per_step(
     config: Config, dataset: Dataset | Stream, rounds: int = 3
 ) -> tuple[float, float]:
-    """Time of a training step for one seed: by itself, and as one of all at once.
+    """Measure a training step's time per seed, one seed at a time and all at once.
 
-    The best of `rounds` rounds each, in turn, of some dozens of steps or a second.
+    The two alternate for `rounds` rounds of up to 50 steps or one second, and the best
+    round of each counts.
     """
     seeds = range(config.seed, config.seed + config.seeds)
     timings: list[list[float]] = [[], []]
-    programs = []
+    contenders = []
     for vmap_seeds in (False, True):
-        each = trainer.create(
-            dataclasses.replace(config, vmap_seeds=vmap_seeds), dataset
-        )
-        state = each.program.create(seeds[: each.program.lanes])
-        programs.append([each, state])
+        setup = loop.create(dataclasses.replace(config, vmap_seeds=vmap_seeds), dataset)
+        state = setup.compiled_step.create(seeds[: setup.compiled_step.lanes])
+        contenders.append([setup, state])
     for i in range(rounds + 1):
-        for program, found in zip(programs, timings, strict=True):
-            each, state = program
+        for contender, seconds in zip(contenders, timings, strict=True):
+            setup, state = contender
             steps, start = 0, time.perf_counter()
             while steps < 2 or (
                 i > 0 and steps < 50 and time.perf_counter() - start < 1
             ):
-                state, losses = each.program.steps(state, each.train, config.scan_block)
+                state, losses = setup.compiled_step.steps(
+                    state, setup.train_data, config.scan_block
+                )
                 jax.block_until_ready(losses)
                 steps += 1
-            seconds = time.perf_counter() - start
-            program[1] = state
-            # The first round is compilation.
+            elapsed = time.perf_counter() - start
+            contender[1] = state
+            # The first round includes compilation.
             if i > 0:
-                number = steps * config.scan_block * each.program.lanes
-                found.append(seconds / number)
+                number = steps * config.scan_block * setup.compiled_step.lanes
+                seconds.append(elapsed / number)
     return min(timings[0]), min(timings[1])
 
 
 def groups(config: Config, folder: pathlib.Path, vmap_seeds: bool) -> list[range]:
-    """Seeds to train, together or one by one: first those that have started.
+    """Return the groups of seeds to train, beginning with the groups already started.
 
-    A folder of several seeds is gone on with as it is, and seeds that have been added
-    make a group of their own.
+    A started group keeps its seeds. Seeds added since then form new groups.
     """
     started = _started(config, folder)
     new = missing(config.seeds, started)
@@ -253,7 +264,7 @@ def groups(config: Config, folder: pathlib.Path, vmap_seeds: bool) -> list[range
 
 
 def finished_groups(config: Config, folder: pathlib.Path) -> list[range]:
-    """Seeds that have been trained to the end, as their folders hold them."""
+    """Return the groups of seeds that are trained to the end, one group per folder."""
     return [
         seeds
         for seeds in _started(config, folder)
@@ -261,14 +272,14 @@ def finished_groups(config: Config, folder: pathlib.Path) -> list[range]:
     ]
 
 
-def missing(seeds: int, found: Sequence[range]) -> list[int]:
-    """Of so many seeds those that are in no group."""
-    return [seed for seed in range(seeds) if not any(seed in group for group in found)]
+def missing(seeds: int, groups: Sequence[range]) -> list[int]:
+    """Return the seeds from 0 to `seeds` - 1 that are in no group."""
+    return [seed for seed in range(seeds) if not any(seed in group for group in groups)]
 
 
 def _started(config: Config, folder: pathlib.Path) -> list[range]:
-    """The groups of seeds in a cell's folder that hold wanted ones."""
-    found = []
+    """Return the groups of seeds in the folder of a cell."""
+    started = []
     for path in folder.glob(f"{config.method}-seed*"):
         name = path.name.removeprefix(f"{config.method}-")
         match = re.fullmatch(r"seed(\d+)|seeds(\d+)-(\d+)", name)
@@ -276,12 +287,12 @@ def _started(config: Config, folder: pathlib.Path) -> list[range]:
             continue
         first = int(match[1] or match[2])
         if first < config.seeds:
-            found.append(range(first, int(match[3] or first) + 1))
-    return sorted(found, key=lambda seeds: seeds[0])
+            started.append(range(first, int(match[3] or first) + 1))
+    return sorted(started, key=lambda seeds: seeds[0])
 
 
 def _is_finished(config: Config, folder: pathlib.Path, seeds: range) -> bool:
-    run_folder = folder / train.run_name(config.method, seeds)
+    run_folder = folder / run_name(config.method, seeds)
     if not (run_folder / "checkpoints" / str(config.steps)).is_dir():
         return False
     records = _records(config, folder, seeds)
@@ -290,9 +301,9 @@ def _is_finished(config: Config, folder: pathlib.Path, seeds: range) -> bool:
 
 def _records(
     config: Config, folder: pathlib.Path, seeds: range
-) -> list[list[report.Record]]:
+) -> list[list[training_report.MetricsRecord]]:
     log = Log(
-        folder / train.run_name(config.method, seeds),
+        folder / run_name(config.method, seeds),
         config.method,
         seeds,
         writes=False,
@@ -303,16 +314,16 @@ def _records(
 
 def write_results(
     sweep: Sweep, out: pathlib.Path, diverged: Mapping[str, str]
-) -> dict[str, report.Runs]:
-    """Writes results.md, results.json and accuracy.png from what is finished so far.
+) -> dict[str, training_report.MethodRuns]:
+    """Write results.md, results.json and accuracy.png from the finished seeds.
 
     Args:
-      sweep: the sweep.
-      out: its folder.
-      diverged: what diverged in which cell.
+      sweep: The sweep.
+      out: Folder of the sweep.
+      diverged: Error messages of the cells that diverged.
 
     Returns:
-      The records of the finished seeds of every cell that has some.
+      The metrics of every cell with finished seeds.
     """
     runs = {}
     for name, config in sweep.cells.items():
@@ -326,10 +337,10 @@ def write_results(
         }
         if records:
             seeds = tuple(sorted(records))
-            runs[name] = report.Runs(
+            runs[name] = training_report.MethodRuns(
                 config.method, seeds, tuple(records[seed] for seed in seeds)
             )
-    sweep_report.write(sweep, runs, diverged, train.environment(), out)
+    sweep_report.write(sweep, runs, diverged, training_report.environment(), out)
     return runs
 
 
@@ -338,23 +349,23 @@ def _command(
     out: pathlib.Path | None = None,
     progress: bool = True,
 ) -> None:
-    """Trains methods x sparsities x seeds, as a file says.
+    """Trains methods x sparsities x seeds, as described in a file.
 
-    The same command goes on where it stopped. Results are in the folder, after every
-    cell: results.md, results.json and accuracy.png.
+    The same command continues where it stopped. It writes results.md, results.json and
+    accuracy.png after every cell.
 
     Args:
-        file: The sweep, as TOML; experiments/sweeps/ has some.
+        file: The sweep, as TOML; examples are in experiments/sweeps.
         out: Folder for the results; by default runs/NAME for NAME.toml.
         progress: Whether to show a progress bar.
     """
-    folder = train.DEFAULT_FOLDER / file.stem if out is None else out
+    folder = DEFAULT_FOLDER / file.stem if out is None else out
     run(read(file), folder, progress=progress)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status, as `experiments.train.main` does."""
-    return train.exit_status(
+    """Run the command line and return the exit status."""
+    return exit_status(
         lambda: tyro.cli(_command, args=arguments, prog="python -m experiments.sweep")
     )
 

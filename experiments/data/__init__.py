@@ -1,13 +1,13 @@
-"""Data sets, by tensorflow-datasets and without TensorFlow.
+"""Data sets, read with tensorflow-datasets but without TensorFlow.
 
-Small ones are read whole, as uint8 arrays that live on the device and are shuffled,
-moved and normalised within the training step. ImageNet is a `Stream`. Nothing here
-downloads anything; `python -m experiments.prepare NAME` does.
+Small data sets are read completely. Their uint8 arrays stay on the device, and the
+training step shuffles, augments and normalises them. ImageNet is a `Stream`. Reading
+never downloads anything; `python -m experiments.prepare NAME` does.
 """
 
-from experiments.data.arrays import Dataset, Split, from_arrays
+from experiments.data.imagenet import Stream
+from experiments.data.in_memory import Dataset, Split, from_arrays
+from experiments.data.loading import load
 from experiments.data.preparation import NAMES
-from experiments.data.reading import load
-from experiments.data.stream import Stream
 
 __all__ = ["NAMES", "Dataset", "Split", "Stream", "from_arrays", "load"]

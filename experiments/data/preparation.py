@@ -1,4 +1,4 @@
-"""Making data sets ready, once: TFDS folders of array_record files."""
+"""Prepare data sets as folders of array_record files with tensorflow-datasets."""
 
 import contextlib
 import difflib
@@ -17,11 +17,11 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants
 
-from experiments.data import builders, files
+from experiments.data import downloads, tfds_builders
 
-NAMES = (*builders.BUILDERS, "imagenet2012")
+NAMES = (*tfds_builders.BUILDERS, "imagenet2012")
 
-# What the two archives of imagenet2012 hold.
+# The images in the two archives of imagenet2012.
 IMAGENET_ARCHIVES = {
     "ILSVRC2012_img_train.tar": "training",
     "ILSVRC2012_img_val.tar": "validation",
@@ -29,10 +29,10 @@ IMAGENET_ARCHIVES = {
 
 
 def check_name(name: str) -> None:
-    """Checks that there is a data set `name`.
+    """Check that there is a data set `name`.
 
     Raises:
-      ValueError: there is none.
+      ValueError: There is no such data set.
     """
     if name not in NAMES:
         nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
@@ -43,24 +43,28 @@ def check_name(name: str) -> None:
 
 
 def builder_of(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
-    """The builder of tensorflow-datasets for `name`; touches no network.
+    """Return the tensorflow-datasets builder of `name` without network access.
 
     Raises:
-      ValueError: there is no such data set.
-      OSError: there is a folder of it that cannot be read.
+      ValueError: There is no such data set.
+      OSError: The folder of the data set cannot be read.
     """
     check_name(name)
-    given = None if data_dir is None else pathlib.Path(data_dir).expanduser().absolute()
+    folder = (
+        None if data_dir is None else pathlib.Path(data_dir).expanduser().absolute()
+    )
     builder: Any = (
-        tfds.builder_cls(name) if name == "imagenet2012" else builders.BUILDERS[name]
+        tfds.builder_cls(name)
+        if name == "imagenet2012"
+        else tfds_builders.BUILDERS[name]
     )
     try:
-        return builder(data_dir=given)
-    except Exception as error:  # of damaged metadata
-        folder = (given or _default_dir()) / name
+        return builder(data_dir=folder)
+    except Exception as error:  # Damaged metadata raise errors of many types.
+        path = (folder or _default_dir()) / name
         raise OSError(
-            f"{folder} cannot be read ({type(error).__name__}: {error}). Remove the "
-            f"folder, then run `{command(name, given)}`."
+            f"{path} cannot be read ({type(error).__name__}: {error}). Remove the "
+            f"folder, then run `{command(name, folder)}`."
         ) from error
 
 
@@ -71,34 +75,34 @@ def prepare(
     *,
     checksums: Mapping[str, str] | None = None,
 ) -> tuple[pathlib.Path, bool]:
-    """Makes the data set `name` ready; nothing is done where it is.
+    """Prepare the data set `name`, unless it is already prepared.
 
-    Several processes may do so at once: one works and the others wait for it. What an
-    interrupted one leaves behind does not look complete, and is removed by the next.
+    If several processes call this at once, one does the work and the others wait. An
+    interrupted preparation never looks complete, and the next call removes its files.
 
     Args:
-      name: one of `NAMES`.
-      data_dir: where prepared data sets are; None: the folder in TFDS_DATA_DIR, else
-        ~/tensorflow_datasets.
-      manual_dir: where files put there by hand are; None: downloads/manual within
+      name: One of `NAMES`.
+      data_dir: Folder of prepared data sets; None means the folder in TFDS_DATA_DIR,
+        otherwise ~/tensorflow_datasets.
+      manual_dir: Folder of files obtained by hand; None means downloads/manual in
         `data_dir`.
-      checksums: sha256 by file name, in place of the known ones.
+      checksums: SHA-256 by file name, to replace the known values.
 
     Returns:
-      The folder of the data set, and whether it had to be prepared.
+      (the folder of the data set, whether it was prepared by this call).
 
     Raises:
-      ValueError: there is no such data set.
-      ModuleNotFoundError: preparing it needs TensorFlow, which is not installed.
-      OSError: a file is missing or has the wrong checksum, the network or the disk
-        fails, or there is a folder that is not a prepared data set.
+      ValueError: There is no such data set.
+      ModuleNotFoundError: The preparation needs TensorFlow, which is not installed.
+      OSError: A file is missing or has the wrong checksum, the network or the disk
+        fails, or the folder contains something else.
     """
     builder = builder_of(name, data_dir)
     folder = pathlib.Path(builder.data_dir)
     if is_prepared(builder):
         return folder, False
     with _lock(builder):
-        # Another process may have done it meanwhile.
+        # Another process may have prepared it in the meantime.
         builder = builder_of(name, data_dir)
         if is_prepared(builder):
             return folder, False
@@ -110,7 +114,7 @@ def prepare(
         else:
             builder.manual_dir = manual
             builder.checksums = checksums or {}
-        # What it prints is for a catalogue whose sizes are known.
+        # Hide the output, which refers to the sizes in the catalogue.
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 builder.download_and_prepare(
@@ -121,7 +125,9 @@ def prepare(
                     ),
                     file_format="array_record",
                 )
-        except RuntimeError as error:  # of the writer, of a full disk for one
+        except (
+            RuntimeError
+        ) as error:  # The writer raises it, for example on a full disk.
             raise OSError(
                 f"{name} could not be prepared in {folder}: {error}"
             ) from error
@@ -129,10 +135,10 @@ def prepare(
 
 
 def is_prepared(builder: Any) -> bool:
-    """Whether the data set of `builder` is ready.
+    """Return whether the data set of `builder` is prepared.
 
     Raises:
-      OSError: there is a folder of it, but not a whole one, or one in another format.
+      OSError: Its folder is incomplete or has files in another format.
     """
     folder = pathlib.Path(builder.data_dir)
     if not folder.exists():
@@ -150,33 +156,36 @@ def is_prepared(builder: Any) -> bool:
 
 
 def remedy(builder: Any) -> str:
-    """What to do about a folder that cannot be read."""
+    """Describe what to do about a folder that cannot be read."""
     return (
         f"Remove the folder, then run `{command(builder.name, builder.data_dir_root)}`."
     )
 
 
 def command(name: str, data_dir: str | os.PathLike[str] | None) -> str:
-    """The command that prepares `name`."""
+    """Return the command that prepares `name`."""
     words = ["python", "-m", "experiments.prepare", name]
     if data_dir is not None and pathlib.Path(data_dir) != _default_dir():
         words += ["--data-dir", os.fspath(data_dir)]
     return shlex.join(words)
 
 
-def is_at_hand(name: str) -> bool:
-    """Whether all files of `name` are on this machine, without any download."""
+def is_available(name: str) -> bool:
+    """Return whether `name` can be prepared without a download."""
     if name == "imagenet2012":
         return False
-    archives = builders.BUILDERS[name].archives()
+    archives = tfds_builders.BUILDERS[name].archives()
     return not archives or (
         name == "fashion_mnist"
-        and all((files.DEBIAN_FASHION_MNIST / each.name).is_file() for each in archives)
+        and all(
+            (downloads.DEBIAN_FASHION_MNIST / archive.name).is_file()
+            for archive in archives
+        )
     )
 
 
 def missing_message(name: str, data_dir: str | os.PathLike[str] | None) -> str:
-    """Says how to get a data set that is not prepared."""
+    """Describe how to get a data set that is not prepared."""
     builder = builder_of(name, data_dir)
     manual = _manual_dir(builder, None)
     run = f"`{command(name, data_dir)}`"
@@ -186,18 +195,18 @@ def missing_message(name: str, data_dir: str | os.PathLike[str] | None) -> str:
             f"{start}Put {' and '.join(IMAGENET_ARCHIVES)} into {manual}, run "
             f"`pip install '.[imagenet]'`, then {run}."
         )
-    archives = builders.BUILDERS[name].archives()
+    archives = tfds_builders.BUILDERS[name].archives()
     names = ", ".join(archive.name for archive in archives)
     if any(archive.url is None for archive in archives):
         return f"{start}Put {names} into {manual}, then run {run}."
     package = (
-        f" Debian's package {files.DEBIAN_PACKAGE} has the files, too: where it is "
-        "installed, nothing needs to be run."
+        f" Debian's package {downloads.DEBIAN_PACKAGE} also has the files: if it is "
+        "installed, no command is needed."
         if name == "fashion_mnist"
         else ""
     )
     return (
-        f"{start}Run {run}, which downloads it; where there is no network, put {names} "
+        f"{start}Run {run}, which downloads it. Without a network, put {names} "
         f"into {manual} first.{package}"
     )
 
@@ -216,7 +225,7 @@ def _manual_dir(
 
 @contextlib.contextmanager
 def _lock(builder: Any) -> Generator[None]:
-    """Lets one process at a time prepare a data set; ends with the process."""
+    """Let one process at a time prepare a data set. The lock ends with the process."""
     root = pathlib.Path(builder.data_dir_root)
     root.mkdir(parents=True, exist_ok=True)
     with (root / f".{builder.name}.lock").open("w") as file:
@@ -234,7 +243,7 @@ def _lock(builder: Any) -> Generator[None]:
 def _check_imagenet(
     builder: Any, manual: pathlib.Path, checksums: Mapping[str, str] | None
 ) -> None:
-    """Checks that what the catalogue's builder of imagenet2012 needs is there."""
+    """Check the archives and TensorFlow, which the builder of imagenet2012 needs."""
     for name, part in IMAGENET_ARCHIVES.items():
         if not (manual / name).is_file():
             raise FileNotFoundError(

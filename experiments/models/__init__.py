@@ -1,9 +1,9 @@
-"""Networks by name, from normalised images, or bytes of text, to logits.
+"""Networks by name, from normalised images or bytes of text to logits.
 
-Each is a flax module that is called as `module(x, train)`. Parameters and logits are
-float32; `dtype` is what the layers between compute in. Layers are named so that the
-alphabetical order of the kernels, in which jax walks a dictionary, is the order in
-which the network applies them; reports list them in it.
+Each network is a flax module that is called as `module(x, train)`. Parameters and
+logits are float32, and `dtype` is the dtype of the other layers. The names of the
+layers are in alphabetical order from input to output: JAX traverses dictionaries in
+this order, so reports list the layers in it.
 """
 
 import functools
@@ -52,13 +52,13 @@ _WITH_BATCH_NORM: dict[str, Callable[..., nn.Module]] = {
 }
 
 NAMES: tuple[str, ...] = (*_PLAIN, *_WITH_BATCH_NORM)
-"""The models there are."""
+"""Names of the models."""
 
 WITH_NEURONS: tuple[str, ...] = tuple(n for n in NAMES if n not in ("vit-s-16", "gpt"))
-"""Those with ReLU, which ghost activations take the place of."""
+"""Models with ReLU, which ghost activations can replace."""
 
 WITH_SKIPS: tuple[str, ...] = ("cnn", *_WITH_BATCH_NORM)
-"""Those that have places for ghost skips."""
+"""Models that support ghost skips."""
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -70,20 +70,20 @@ def create(
     dtype: DTypeLike = jnp.float32,
     axis_name: str | None = None,
 ) -> nn.Module:
-    """A network.
+    """Create a network.
 
     Args:
-      name: one of `NAMES`.
-      classes: number of logits.
-      dtype: that the layers compute in: float32 or bfloat16.
-      axis_name: mapped axis (of `pmap`) that batch norm averages the statistics of the
-        batch over; None outside of a mapped function.
+      name: One of `NAMES`.
+      classes: Number of logits.
+      dtype: Dtype of the layers, float32 or bfloat16.
+      axis_name: Mapped axis (of `pmap`) over which batch norm averages the statistics
+        of the batch; None outside a mapped function.
 
     Returns:
-      A module whose `apply(variables, x, train)` gives logits.
+      A module whose `apply(variables, x, train)` returns logits.
 
     Raises:
-      ValueError: an unknown name, or another dtype.
+      ValueError: The name or the dtype is unknown.
     """
     if name not in NAMES:
         raise ValueError(f"model must be one of {', '.join(NAMES)}, got {name!r}.")
@@ -97,14 +97,14 @@ def create(
 
 
 def maskable(path: str, leaf: jax.Array) -> bool:
-    """Whether a parameter is pruned: the kernels of convolutions and linear layers.
+    """Return whether a parameter is pruned: kernels of convolutions and linear layers.
 
-    The rule of the papers. It leaves out biases and norms, and what else has two
-    dimensions or more: embeddings of bytes and positions, the class token; and ghosts.
+    This is the rule of the papers. It leaves out biases, norms, embeddings of bytes and
+    positions, the class token, and ghosts.
 
     Args:
-      path: "layer/kernel", as the library names leaves.
-      leaf: the parameter.
+      path: Name of the parameter, such as "layer/kernel".
+      leaf: The parameter.
     """
     is_kernel = path.rpartition("/")[2] == "kernel" and leaf.ndim >= 2
     return is_kernel and not tost.is_ghost(path)

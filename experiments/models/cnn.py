@@ -1,4 +1,4 @@
-"""A small convolutional network, for data sets of small images."""
+"""Small convolutional networks for small images."""
 
 import flax.linen as nn
 import jax
@@ -8,13 +8,13 @@ from experiments.models import layers
 
 
 class CNN(nn.Module):
-    """3 x 3 convolutions with ReLU, halving the resolution from the second on.
+    """3 x 3 convolutions with ReLU. All but the first halve the resolution.
 
-    LeCun-normal kernels, no norms.
+    Kernels are LeCun-normal, and there are no norms.
 
     Attributes:
-      classes: number of logits.
-      dtype: of the convolutions.
+      classes: Number of logits.
+      dtype: Dtype of the convolutions.
     """
 
     classes: int
@@ -24,31 +24,31 @@ class CNN(nn.Module):
     def __call__(
         self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
     ) -> jax.Array:
-        """Logits (n, classes) of images (n, height, width, channels)."""
+        """Return logits (n, classes) for images (n, height, width, channels)."""
         layers.check_images("cnn", x)
         for i, features in enumerate((16, 32, 64)):
             strides = 1 if i == 0 else 2
             conv = nn.Conv(
                 features, (3, 3), strides, dtype=self.dtype, name=f"conv_{i}"
             )
-            y = ghosts.beside(conv(x), x, strides, train, name=f"ghost_{i}")
+            y = ghosts.add_skip(conv(x), x, strides, train, name=f"ghost_{i}")
             x = ghosts.activation(y)
         init = nn.initializers.lecun_normal()
         return layers.output(self.classes, init=init)(x.reshape(x.shape[0], -1))
 
 
 class NormedCNN(nn.Module):
-    """The same with batch norm after every convolution, from He-normal kernels.
+    """The CNN with batch norm after every convolution and He-normal kernels.
 
-    A norm keeps the scale of the activations where most weights are masked from the
-    start; without one the signal of such a network can vanish.
+    Norms keep the scale of the activations. Without them, the signal can vanish if most
+    weights are masked from the start.
 
     Attributes:
-      classes: number of logits.
-      dtype: of the convolutions.
-      axis_name: mapped axis of the batch.
-      stem_strides: of the first convolution. With 2 a step takes a fifth of the time
-        on a CPU.
+      classes: Number of logits.
+      dtype: Dtype of the convolutions.
+      axis_name: Mapped axis of the batch; None without one.
+      stem_strides: Strides of the first convolution. With 2, a step takes a fifth of
+        the time on a CPU.
     """
 
     classes: int
@@ -60,7 +60,7 @@ class NormedCNN(nn.Module):
     def __call__(
         self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
     ) -> jax.Array:
-        """Logits (n, classes) of images (n, height, width, channels)."""
+        """Return logits (n, classes) for images (n, height, width, channels)."""
         layers.check_images("cnn-bn", x)
         for i, features in enumerate((16, 32, 64)):
             strides = self.stem_strides if i == 0 else 2
@@ -75,7 +75,7 @@ class NormedCNN(nn.Module):
             y = layers.batch_norm(
                 train, dtype=self.dtype, axis_name=self.axis_name, name=f"norm_{i}"
             )(y)
-            y = ghosts.beside(
+            y = ghosts.add_skip(
                 y, x, strides, train, axis_name=self.axis_name, name=f"ghost_{i}"
             )
             x = ghosts.activation(y)

@@ -1,7 +1,7 @@
-"""Layers as the reference codes have them, with float32 parameters.
+"""Layers of the reference implementations, with float32 parameters.
 
-Padding is that of PyTorch, kernel // 2 on every side, which differs from "SAME" where
-the stride is 2: there "SAME" pads one side only.
+Padding is kernel // 2 on every side, as in PyTorch. With stride 2, "SAME" would pad one
+side only.
 """
 
 from collections.abc import Callable
@@ -17,23 +17,23 @@ from granet_jax.tost import linen
 Initializer = jax.nn.initializers.Initializer
 
 he_fan_out: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-"""Normal of variance 2 / (kernel size x output channels): PyTorch codes' "kaiming"."""
+"""Normal with variance 2 / (kernel size x output channels), as in PyTorch networks."""
 
 he_fan_in: Initializer = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-"""Normal of variance 2 / (inputs of a unit)."""
+"""Normal with variance 2 / (inputs of a unit)."""
 
 torch_default: Initializer = nn.initializers.variance_scaling(
     1 / 3, "fan_in", "uniform"
 )
-"""Uniform in +-1 / sqrt(inputs of a unit): what PyTorch's layers start from."""
+"""Uniform in +-1 / sqrt(inputs of a unit), the default of PyTorch's layers."""
 
 
 class Skip(NamedTuple):
-    """Ghost skip connections, one beside every convolution of a block.
+    """Ghost skip connections, one around every convolution of a block.
 
     Attributes:
-      config: which kind they are of.
-      alpha: their coefficient, a floating scalar.
+      config: Kind of the connections.
+      alpha: Coefficient of the connections, a floating-point scalar.
     """
 
     config: tost.Skips
@@ -41,17 +41,17 @@ class Skip(NamedTuple):
 
 
 class Ghosts(NamedTuple):
-    """What a network has for the early part of its training only (ToST).
+    """Parts of a network that exist only early in training (ToST).
 
     Attributes:
-      activation: in place of ReLU.
-      skip: None for none.
+      activation: Activation that replaces ReLU.
+      skip: Skip connections; None for none.
     """
 
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     skip: Skip | None = None
 
-    def beside(
+    def add_skip(
         self,
         y: jax.Array,
         x: jax.Array,
@@ -61,19 +61,19 @@ class Ghosts(NamedTuple):
         axis_name: str | None = None,
         name: str,
     ) -> jax.Array:
-        """What a convolution makes of `x`, `y`, with the skip beside it, if any.
+        """Add the skip connection, if any, to the output of a convolution.
 
         Args:
-          y: after the norm that follows the convolution, if one does.
-          x: what goes into the convolution.
-          strides: of the convolution.
-          train: see `batch_norm`.
-          axis_name: see `batch_norm`.
-          name: of the layer; begins with "ghost_".
+          y: Output of the convolution, after its norm.
+          x: Input of the convolution.
+          strides: Strides of the convolution.
+          train: Whether batch norm uses the statistics of the batch.
+          axis_name: Mapped axis over which these statistics are averaged.
+          name: Name of the layer, which begins with "ghost_".
         """
         if self.skip is None:
             return y
-        around = linen.make_skip(
+        skip = linen.make_skip(
             self.skip.config,
             y.shape[-1],
             strides,
@@ -81,7 +81,7 @@ class Ghosts(NamedTuple):
             axis_name=axis_name,
             name=name,
         )
-        return y + self.skip.alpha.astype(y.dtype) * around(x, train)
+        return y + self.skip.alpha.astype(y.dtype) * skip(x, train)
 
 
 NO_GHOSTS = Ghosts()
@@ -99,7 +99,7 @@ def conv(
     dtype: jnp.dtype,
     name: str,
 ) -> nn.Conv:
-    """A square convolution."""
+    """Return a convolution with a square kernel."""
     return nn.Conv(
         features,
         (kernel, kernel),
@@ -121,14 +121,14 @@ def batch_norm(
     axis_name: str | None,
     name: str,
 ) -> nn.BatchNorm:
-    """Batch norm that computes in float32 and gives `dtype`.
+    """Return a batch norm that computes in float32.
 
     Args:
-      train: with the statistics of the batch, which the running ones then follow.
-      scale: the initial one.
-      dtype: of the output.
-      axis_name: mapped axis that the statistics of the batch are averaged over.
-      name: of the layer.
+      train: Whether to use the statistics of the batch and update the running ones.
+      scale: Initial scale.
+      dtype: Dtype of the output.
+      axis_name: Mapped axis over which the statistics of the batch are averaged.
+      name: Name of the layer.
     """
     return nn.BatchNorm(
         use_running_average=not train,
@@ -142,20 +142,20 @@ def batch_norm(
 
 
 def output(classes: int, *, init: Initializer) -> nn.Dense:
-    """The linear classifier "output", in float32 even where other layers are not.
+    """Return the linear classifier "output".
 
-    That is, in the wider of the dtypes of its parameters, float32, and of its input.
+    It computes in float32 or the dtype of its input, whichever is wider.
     """
     return nn.Dense(classes, kernel_init=init, name="output")
 
 
 def average_pool(x: jax.Array) -> jax.Array:
-    """The mean over all positions, float32 or wider: (n, h, w, c) to (n, c)."""
+    """Average over all positions, (n, h, w, c) to (n, c), in float32 or wider."""
     return jnp.mean(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=(1, 2))
 
 
 def check_images(model: str, x: jax.Array, smallest: int = 1) -> None:
-    """Raises ValueError unless x is (n, height, width, channels) and large enough."""
+    """Raise ValueError unless x is (n, height, width, channels) and large enough."""
     if x.ndim != 4:
         raise ValueError(
             f"model {model} takes images (n, height, width, channels), got an input of "
@@ -169,7 +169,7 @@ def check_images(model: str, x: jax.Array, smallest: int = 1) -> None:
 
 
 def check_text(model: str, x: jax.Array, longest: int) -> None:
-    """Raises ValueError unless x is (n, length) and not longer than `longest`."""
+    """Raise ValueError unless x is (n, length) and at most `longest` long."""
     if x.ndim != 2:
         raise ValueError(
             f"model {model} takes text (n, length), got an input of shape {x.shape}; "
@@ -178,5 +178,5 @@ def check_text(model: str, x: jax.Array, longest: int) -> None:
     if x.shape[1] > longest:
         raise ValueError(
             f"model {model} takes texts of at most {longest} bytes, got "
-            f"{x.shape[1]}; cut them into shorter ones."
+            f"{x.shape[1]}; cut them into shorter texts."
         )

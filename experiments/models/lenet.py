@@ -12,11 +12,11 @@ from experiments.models import layers
 
 
 class LeNet300(nn.Module):
-    """LeNet-300-100: three fully connected layers, LeCun-normal kernels.
+    """LeNet-300-100: three fully connected layers with LeCun-normal kernels.
 
     Attributes:
-      classes: number of logits.
-      dtype: of the hidden layers.
+      classes: Number of logits.
+      dtype: Dtype of the hidden layers.
     """
 
     classes: int
@@ -26,7 +26,7 @@ class LeNet300(nn.Module):
     def __call__(
         self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
     ) -> jax.Array:
-        """Logits (n, classes) of images (n, height, width, channels)."""
+        """Return logits (n, classes) for images (n, height, width, channels)."""
         layers.check_images("lenet-300-100", x)
         x = x.reshape(x.shape[0], -1)
         for i, features in enumerate((300, 100)):
@@ -36,11 +36,11 @@ class LeNet300(nn.Module):
 
 
 class LeNet5(nn.Module):
-    """LeNet-5 as Caffe has it: ReLU after the third layer only, Caffe's "xavier".
+    """LeNet-5 as in Caffe: ReLU after the third layer only, and Caffe's "xavier".
 
     Attributes:
-      classes: number of logits.
-      dtype: of the hidden layers.
+      classes: Number of logits.
+      dtype: Dtype of the hidden layers.
     """
 
     classes: int
@@ -50,7 +50,7 @@ class LeNet5(nn.Module):
     def __call__(
         self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
     ) -> jax.Array:
-        """Logits (n, classes) of images (n, height, width, channels)."""
+        """Return logits (n, classes) for images (n, height, width, channels)."""
         layers.check_images("lenet-5", x, smallest=16)
         xavier = nn.initializers.lecun_uniform()
         for i, features in enumerate((20, 50)):

@@ -1,7 +1,7 @@
-"""MobileNets, for images of ImageNet's size.
+"""MobileNets for images of ImageNet's size.
 
-He-normal (fan-out) kernels and a classifier of standard deviation 0.01, as
-torchvision's MobileNet-V2; ReLU6 in both. Without dropout before the classifier.
+Kernels are He-normal (fan-out) and the classifier is normal with standard deviation
+0.01, as in torchvision's MobileNet-V2. Both networks have ReLU6 and no dropout.
 
 References:
   Howard et al., MobileNets: Efficient Convolutional Neural Networks for Mobile Vision
@@ -29,7 +29,7 @@ _V1 = (
     (1024, 2),
     (1024, 1),
 )
-# (expansion, channels, blocks, strides of the first) of every group of blocks.
+# (expansion, channels, blocks, strides of the first block) of every group of blocks.
 _V2 = (
     (1, 16, 1, 1),
     (6, 24, 2, 2),
@@ -42,13 +42,13 @@ _V2 = (
 
 
 class Block(nn.Module):
-    """Convolutions with norms in a row, beside a shortcut where the shape is kept.
+    """Convolutions with norms, and a shortcut around them if the shape stays the same.
 
     Attributes:
       plan: (channels, kernel, strides, groups) of every convolution.
-      linear: whether the last has no ReLU6; only then there is a shortcut.
-      dtype: of the output.
-      axis_name: mapped axis of the batch.
+      linear: Whether the last convolution has no ReLU6. Only then is there a shortcut.
+      dtype: Dtype of the output.
+      axis_name: Mapped axis of the batch; None without one.
     """
 
     plan: tuple[tuple[int, int, int, int], ...]
@@ -62,7 +62,7 @@ class Block(nn.Module):
     ) -> jax.Array:
         y = x
         for i, (features, kernel, strides, groups) in enumerate(self.plan, start=1):
-            given = y
+            block_input = y
             y = layers.conv(
                 features,
                 kernel,
@@ -74,8 +74,13 @@ class Block(nn.Module):
             y = layers.batch_norm(
                 train, dtype=self.dtype, axis_name=self.axis_name, name=f"norm_{i}"
             )(y)
-            y = ghosts.beside(
-                y, given, strides, train, axis_name=self.axis_name, name=f"ghost_{i}"
+            y = ghosts.add_skip(
+                y,
+                block_input,
+                strides,
+                train,
+                axis_name=self.axis_name,
+                name=f"ghost_{i}",
             )
             if i < len(self.plan) or not self.linear:
                 y = jnp.minimum(ghosts.activation(y), 6.0)  # ReLU6
@@ -86,9 +91,9 @@ class MobileNetV1(nn.Module):
     """Pairs of a depthwise 3 x 3 and a 1 x 1 convolution.
 
     Attributes:
-      classes: number of logits.
-      dtype: of the convolutions.
-      axis_name: mapped axis of the batch.
+      classes: Number of logits.
+      dtype: Dtype of the convolutions.
+      axis_name: Mapped axis of the batch; None without one.
     """
 
     classes: int
@@ -99,7 +104,7 @@ class MobileNetV1(nn.Module):
     def __call__(
         self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
     ) -> jax.Array:
-        """Logits (n, classes) of images (n, height, width, channels)."""
+        """Return logits (n, classes) for images (n, height, width, channels)."""
         layers.check_images("mobilenet-v1", x)
         block = functools.partial(
             Block, linear=False, dtype=self.dtype, axis_name=self.axis_name
@@ -114,12 +119,12 @@ class MobileNetV1(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Inverted residual blocks: wide inside, with shortcuts between narrow ends.
+    """Inverted residual blocks: wide inside, with shortcuts between their narrow ends.
 
     Attributes:
-      classes: number of logits.
-      dtype: of the convolutions.
-      axis_name: mapped axis of the batch.
+      classes: Number of logits.
+      dtype: Dtype of the convolutions.
+      axis_name: Mapped axis of the batch; None without one.
     """
 
     classes: int
@@ -130,7 +135,7 @@ class MobileNetV2(nn.Module):
     def __call__(
         self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
     ) -> jax.Array:
-        """Logits (n, classes) of images (n, height, width, channels)."""
+        """Return logits (n, classes) for images (n, height, width, channels)."""
         layers.check_images("mobilenet-v2", x)
         block = functools.partial(Block, dtype=self.dtype, axis_name=self.axis_name)
         x = block(((32, 3, 2, 1),), linear=False, name="layer_00")(x, train, ghosts)

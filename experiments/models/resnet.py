@@ -1,9 +1,9 @@
-"""Residual networks: for CIFAR of 6n + 2 layers, ResNet-18/34/50, and for ImageNet.
+"""Residual networks: 6n + 2 layers for CIFAR, and ResNet-18/34/50.
 
-All shortcuts that change the shape are a strided 1 x 1 convolution with a norm ("option
-B"), as in the code of GraNet and of ToST. The classifier has a bias; GraNet's code for
-CIFAR leaves it out of ResNet-18/34/50. ResNet-50 strides in the 3 x 3 convolution
-("v1.5"), as torchvision's.
+Shortcuts that change the shape are strided 1 x 1 convolutions with a norm ("option B"),
+as in the code of GraNet and ToST. The classifier has a bias, which GraNet's code leaves
+out of ResNet-18/34/50 for CIFAR. ResNet-50 has its strides in the 3 x 3 convolution
+("v1.5"), as in torchvision.
 
 References:
   He et al., Deep Residual Learning for Image Recognition, CVPR 2016.
@@ -19,15 +19,15 @@ from experiments.models import layers
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions, or 1 x 1, 3 x 3 and 1 x 1, beside a shortcut.
+    """Two 3 x 3 convolutions, or 1 x 1, 3 x 3 and 1 x 1, with a shortcut around them.
 
     Attributes:
-      features: channels; of a bottleneck, four times as many come out.
-      strides: of the first 3 x 3 convolution.
-      bottleneck: whether there are three convolutions.
-      kernel_init: initial kernels.
-      dtype: of the output.
-      axis_name: mapped axis of the batch.
+      features: Number of channels. The output of a bottleneck has four times as many.
+      strides: Strides of the first 3 x 3 convolution.
+      bottleneck: Whether there are three convolutions.
+      kernel_init: Initializer of the kernels.
+      dtype: Dtype of the output.
+      axis_name: Mapped axis of the batch; None without one.
     """
 
     features: int
@@ -55,13 +55,13 @@ class Block(nn.Module):
             plan = [(self.features, 3, self.strides), (self.features, 3, 1)]
         y = x
         for i, (features, kernel, strides) in enumerate(plan, start=1):
-            given = y
+            block_input = y
             y = conv(features, kernel, strides, name=f"conv_{i}")(y)
             y = norm(name=f"norm_{i}")(y)
             if kernel == 3:
-                y = ghosts.beside(
+                y = ghosts.add_skip(
                     y,
-                    given,
+                    block_input,
                     strides,
                     train,
                     axis_name=self.axis_name,
@@ -76,20 +76,19 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem, groups of blocks each at half the resolution of the last, a classifier.
+    """A stem, groups of blocks that halve the resolution, and a classifier.
 
     Attributes:
-      classes: number of logits.
-      dtype: of the convolutions.
-      axis_name: mapped axis of the batch.
-      blocks: number of blocks in every group.
-      width: channels of the stem and of the first group; they double from group to
-        group.
-      bottleneck: see `Block`.
-      large: whether the stem is a 7 x 7 convolution and a max-pool, for images of
+      classes: Number of logits.
+      dtype: Dtype of the convolutions.
+      axis_name: Mapped axis of the batch; None without one.
+      blocks: Number of blocks in every group.
+      width: Channels of the stem and the first group. They double from group to group.
+      bottleneck: Whether the blocks have three convolutions.
+      large: Whether the stem is a 7 x 7 convolution and a max-pool, for images of
         ImageNet's size, instead of a 3 x 3 convolution.
-      kernel_init: initial kernels of the convolutions.
-      output_init: initial kernel of the classifier.
+      kernel_init: Initializer of the convolutions' kernels.
+      output_init: Initializer of the classifier's kernel.
     """
 
     classes: int
@@ -106,7 +105,7 @@ class ResNet(nn.Module):
     def __call__(
         self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
     ) -> jax.Array:
-        """Logits (n, classes) of images (n, height, width, channels)."""
+        """Return logits (n, classes) for images (n, height, width, channels)."""
         layers.check_images("resnet", x)
         kernel, strides = (7, 2) if self.large else (3, 1)
         x = layers.conv(
@@ -123,7 +122,7 @@ class ResNet(nn.Module):
         x = ghosts.activation(x)
         if self.large:
             sides = ((1, 1), (1, 1))
-            # Its annotation has strings only; its documentation has this too.
+            # The documentation of max_pool allows this, its annotation does not.
             x = nn.max_pool(x, (3, 3), (2, 2), sides)  # pyright: ignore[reportArgumentType]
         for group, number in enumerate(self.blocks):
             for block in range(number):
@@ -141,11 +140,11 @@ class ResNet(nn.Module):
 
 
 def thin(depth: int) -> functools.partial[ResNet]:
-    """The network of He et al. for CIFAR, of 6n + 2 layers and 16, 32, 64 channels.
+    """Return the network of He et al. for CIFAR: 6n + 2 layers, 16, 32, 64 channels.
 
-    He-normal (fan-in) kernels, as in GraNet's code. Basic blocks at every depth, where
-    ToST's code goes over to bottlenecks from depth 54 on: its "ResNet-104" has 155
-    layers, this one 104.
+    Kernels are He-normal (fan-in), as in GraNet's code. All depths have basic blocks.
+    ToST's code uses bottlenecks from depth 54 on, so its "ResNet-104" has 155 layers,
+    and this one has 104.
     """
     return functools.partial(
         ResNet,
@@ -161,10 +160,10 @@ def thin(depth: int) -> functools.partial[ResNet]:
 def wide(
     blocks: tuple[int, ...], *, bottleneck: bool, large: bool
 ) -> functools.partial[ResNet]:
-    """ResNet-18/34/50, from 64 channels on.
+    """Return ResNet-18/34/50, which begin with 64 channels.
 
-    For CIFAR from PyTorch's default kernels, as in GraNet's code; for ImageNet from
-    He-normal (fan-out) kernels, as torchvision's and GraNet's.
+    For CIFAR, kernels have PyTorch's default initialisation, as in GraNet's code. For
+    ImageNet they are He-normal (fan-out), as in torchvision and GraNet.
     """
     return functools.partial(
         ResNet,

@@ -1,6 +1,6 @@
-"""Transformers, norms before the layers: ViT for images, GPT for text.
+"""Transformers with norms before the layers: ViT for images, GPT for text.
 
-Softmax and norms compute in float32. Queries, keys and values come from one kernel, so
+Softmax and norms compute in float32. One kernel produces queries, keys and values, so
 that every kernel has two dimensions.
 
 References:
@@ -19,15 +19,15 @@ from experiments.models import layers
 
 
 class Block(nn.Module):
-    """Attention, then two linear layers with GELU, each added to what came in.
+    """Attention, then two linear layers with GELU, each with a residual connection.
 
     Attributes:
-      heads: of the attention.
-      causal: whether a position attends to none behind it.
-      epsilon: of the norms.
-      kernel_init: initial kernels.
-      last_init: initial kernels of the layers whose output is added.
-      dtype: of the output.
+      heads: Number of attention heads.
+      causal: Whether a position attends only to itself and earlier positions.
+      epsilon: Epsilon of the norms.
+      kernel_init: Initializer of the kernels.
+      last_init: Initializer of the last kernel before each residual connection.
+      dtype: Dtype of the output.
     """
 
     heads: int
@@ -39,7 +39,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """From (n, length, width) to the same shape."""
+        """Map (n, length, width) to the same shape."""
         n, length, width = x.shape
         dense = functools.partial(nn.Dense, dtype=self.dtype)
         norm = functools.partial(nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
@@ -64,13 +64,13 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """ViT-S/16: 12 blocks of width 384 over patches of 16 x 16 pixels.
 
-    The logits are of a class token, positions are learned, and there is no dropout.
-    Initialised as in timm: kernels and positions from a normal distribution of standard
-    deviation 0.02, the patches' kernel from PyTorch's default.
+    It has a class token, learned positions, and no dropout. The initialisation is that
+    of timm: kernels and positions are normal with standard deviation 0.02, and the
+    patch kernel has PyTorch's default.
 
     Attributes:
-      classes: number of logits.
-      dtype: of the blocks.
+      classes: Number of logits.
+      dtype: Dtype of the blocks.
     """
 
     classes: int
@@ -78,7 +78,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Logits (n, classes) of images (n, height, width, channels)."""
+        """Return logits (n, classes) for images (n, height, width, channels)."""
         layers.check_images("vit-s-16", x, smallest=16)
         if x.shape[1] % 16 or x.shape[2] % 16:
             raise ValueError(
@@ -119,13 +119,14 @@ class ViT(nn.Module):
 class GPT(nn.Module):
     """A small decoder for bytes: 4 blocks of width 128, contexts of 128 bytes.
 
-    Position i of the output is of the bytes up to i. Initialised as GPT-2: normal, of
-    standard deviation 0.02, divided by the root of the number of layers whose output is
-    added. The classifier is a layer of its own.
+    Position i of the output depends on the bytes up to i. The initialisation is that of
+    GPT-2: normal with standard deviation 0.02, in the last layer before each residual
+    connection divided by the square root of the number of such layers. The classifier
+    does not share its kernel with the embedding.
 
     Attributes:
-      classes: number of logits.
-      dtype: of the blocks.
+      classes: Number of logits.
+      dtype: Dtype of the blocks.
     """
 
     classes: int
@@ -133,7 +134,7 @@ class GPT(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Logits (n, length, classes) of bytes (n, length)."""
+        """Return logits (n, length, classes) for bytes (n, length)."""
         context, width, depth = 128, 128, 4
         layers.check_text("gpt", x, longest=context)
         init = nn.initializers.normal(0.02)

@@ -1,8 +1,8 @@
 """VGG with batch norm, for CIFAR.
 
-Convolutions without bias and one linear classifier, as in the code of GraNet and GraSP.
-The last pooling there, 2 x 2 on what 32 x 32 images leave, is a mean over all positions
-here, which is the same for those and takes other sizes too.
+Convolutions have no bias, and there is one linear classifier, as in the code of GraNet
+and GraSP. The last pooling is a mean over all positions. For images of 32 x 32 pixels
+it equals the 2 x 2 pooling of that code, and it supports other sizes.
 
 References:
   Simonyan & Zisserman, Very Deep Convolutional Networks for Large-Scale Image
@@ -17,16 +17,16 @@ from experiments.models import layers
 
 
 class VGG(nn.Module):
-    """3 x 3 convolutions with norm and ReLU, a max-pool between groups.
+    """3 x 3 convolutions with norm and ReLU, and a max-pool between groups.
 
-    He-normal (fan-out) kernels, norm scales of 0.5, a classifier of standard deviation
-    0.01.
+    Kernels are He-normal (fan-out), norm scales start at 0.5, and the classifier is
+    normal with standard deviation 0.01.
 
     Attributes:
-      classes: number of logits.
-      dtype: of the convolutions.
-      axis_name: mapped axis of the batch.
-      groups: number of convolutions in each of the five groups.
+      classes: Number of logits.
+      dtype: Dtype of the convolutions.
+      axis_name: Mapped axis of the batch; None without one.
+      groups: Number of convolutions in each of the five groups.
     """
 
     classes: int
@@ -38,7 +38,7 @@ class VGG(nn.Module):
     def __call__(
         self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
     ) -> jax.Array:
-        """Logits (n, classes) of images (n, height, width, channels)."""
+        """Return logits (n, classes) for images (n, height, width, channels)."""
         layers.check_images(f"vgg-{sum(self.groups) + 3}", x, smallest=16)
         i = 0
         for group, number in enumerate(self.groups):
@@ -54,7 +54,7 @@ class VGG(nn.Module):
                     axis_name=self.axis_name,
                     name=f"norm_{i:02}",
                 )(y)
-                y = ghosts.beside(
+                y = ghosts.add_skip(
                     y, x, 1, train, axis_name=self.axis_name, name=f"ghost_{i:02}"
                 )
                 x = ghosts.activation(y)

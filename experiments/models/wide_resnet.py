@@ -1,6 +1,6 @@
-"""Wide residual networks for CIFAR, norms before the convolutions.
+"""Wide residual networks for CIFAR, with norms before the convolutions.
 
-Without the dropout that some codes have between the convolutions.
+There is no dropout between the convolutions, unlike in some implementations.
 
 References:
   Zagoruyko & Komodakis, Wide Residual Networks, BMVC 2016.
@@ -16,13 +16,13 @@ from experiments.models import layers
 
 
 class Block(nn.Module):
-    """Norm, ReLU, 3 x 3 convolution, twice, beside a shortcut.
+    """Norm, ReLU and 3 x 3 convolution, twice, with a shortcut around them.
 
     Attributes:
-      features: channels.
-      strides: of the first convolution.
-      dtype: of the output.
-      axis_name: mapped axis of the batch.
+      features: Number of channels.
+      strides: Strides of the first convolution.
+      dtype: Dtype of the output.
+      axis_name: Mapped axis of the batch; None without one.
     """
 
     features: int
@@ -38,30 +38,30 @@ class Block(nn.Module):
         norm = functools.partial(
             layers.batch_norm, train, dtype=self.dtype, axis_name=self.axis_name
         )
-        beside = functools.partial(ghosts.beside, axis_name=self.axis_name)
+        add_skip = functools.partial(ghosts.add_skip, axis_name=self.axis_name)
         first = ghosts.activation(norm(name="norm_1")(x))
         y = conv(self.features, 3, self.strides, name="conv_1")(first)
-        y = beside(y, first, self.strides, train, name="ghost_1")
+        y = add_skip(y, first, self.strides, train, name="ghost_1")
         second = ghosts.activation(norm(name="norm_2")(y))
         y = conv(self.features, 3, name="conv_2")(second)
-        y = beside(y, second, 1, train, name="ghost_2")
+        y = add_skip(y, second, 1, train, name="ghost_2")
         if x.shape[-1] != self.features:
-            # It takes what comes out of the norm: there is no identity to keep.
+            # The shortcut begins after the norm, since it is no identity anyway.
             x = conv(self.features, 1, self.strides, name="shortcut")(first)
         return x + y
 
 
 class WideResNet(nn.Module):
-    """Three groups of blocks, at 32 x 32, 16 x 16 and 8 x 8 pixels of CIFAR.
+    """Three groups of blocks, at 32 x 32, 16 x 16 and 8 x 8 pixels for CIFAR.
 
-    He-normal (fan-out) kernels, and PyTorch's default one of the classifier.
+    Kernels are He-normal (fan-out); the classifier has PyTorch's default.
 
     Attributes:
-      classes: number of logits.
-      dtype: of the convolutions.
-      axis_name: mapped axis of the batch.
-      depth: 6n + 4 layers, n blocks in each group.
-      factor: channels are 16, 32 and 64 times as many.
+      classes: Number of logits.
+      dtype: Dtype of the convolutions.
+      axis_name: Mapped axis of the batch; None without one.
+      depth: Number of layers, 6n + 4 with n blocks in each group.
+      factor: Factor of the channels, which are 16, 32 and 64 times this number.
     """
 
     classes: int
@@ -74,7 +74,7 @@ class WideResNet(nn.Module):
     def __call__(
         self, x: jax.Array, train: bool, ghosts: layers.Ghosts = layers.NO_GHOSTS
     ) -> jax.Array:
-        """Logits (n, classes) of images (n, height, width, channels)."""
+        """Return logits (n, classes) for images (n, height, width, channels)."""
         layers.check_images(f"wrn-{self.depth}-{self.factor}", x)
         x = layers.conv(16, 3, dtype=self.dtype, name="conv")(x)
         for group in range(3):

@@ -29,6 +29,7 @@ OTHERS = [
         "README.md",
         "CONTRIBUTING.md",
         "experiments/README.md",
+        "experiments/clusters.md",
         "experiments/results/README.md",
     )
 ]

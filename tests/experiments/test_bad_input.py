@@ -18,8 +18,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import train, trainer
-from experiments.config import CheckpointConfig, Config, DataConfig, OptimizerConfig
+from experiments import train
+from experiments.config.run import CheckpointConfig, Config, DataConfig, OptimizerConfig
+from experiments.training import loop
 from tests.helpers import runs
 
 CONFIG = Config(
@@ -39,7 +40,7 @@ RUN = "static-seed0"
 
 
 @functools.cache
-def maker() -> trainer.Trainer:
+def maker() -> loop.TrainSetup:
     return runs.make(CONFIG)
 
 
@@ -48,7 +49,7 @@ def finished(tmp_path_factory) -> pathlib.Path:
     """Results of a run, to be left as they are."""
     out = tmp_path_factory.mktemp("finished") / "out"
     train.open_folder(dataclasses.replace(CONFIG, out=out))
-    trainer.fit(maker(), [0], out / RUN)
+    loop.fit(maker(), [0], out / RUN)
     assert runs.steps_saved(out / RUN) == [10, 12]
     return out
 
@@ -58,8 +59,8 @@ def begun(tmp_path) -> pathlib.Path:
     """Results of a run that was stopped after step 5, with a checkpoint."""
     out = tmp_path / "out"
     train.open_folder(dataclasses.replace(CONFIG, out=out))
-    with pytest.raises(trainer.StoppedError):
-        trainer.fit(
+    with pytest.raises(loop.StoppedError):
+        loop.fit(
             maker(),
             [0],
             out / RUN,
@@ -107,7 +108,7 @@ def status_of(capfd, command: Callable[[], object]) -> tuple[int, str]:
 
 def assert_goes_on(out: pathlib.Path, finished: pathlib.Path) -> None:
     """Asserts that training there now ends as if nothing had happened."""
-    trainer.fit(maker(), [0], out / RUN)
+    loop.fit(maker(), [0], out / RUN)
     final = [runs.restored(maker(), folder / RUN, 12) for folder in (out, finished)]
     assert runs.same(*final)
     assert runs.lines(out / RUN) == runs.lines(finished / RUN)
@@ -238,7 +239,7 @@ def test_a_checkpoint_of_another_network_or_method_is_not_read(
     """Were it put where the configuration does not tell."""
     other = runs.make(dataclasses.replace(CONFIG, **changes))
     before = contents(begun)
-    status, error = status_of(capfd, lambda: trainer.fit(other, [0], begun / RUN))
+    status, error = status_of(capfd, lambda: loop.fit(other, [0], begun / RUN))
     assert status == 2
     assert "the checkpoint of step 5" in one_line(error)
     assert contents(begun) == before
@@ -288,7 +289,7 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
     for path in last.glob("state/ocdbt.process_0/d/*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     before = contents(out)
-    status, error = status_of(capfd, lambda: trainer.fit(maker(), [0], out / RUN))
+    status, error = status_of(capfd, lambda: loop.fit(maker(), [0], out / RUN))
     assert status == 2
     assert f"remove {last} to go on from the one before." in one_line(error)
     assert contents(out) == before
@@ -307,10 +308,11 @@ def test_metrics_that_do_not_go_with_the_checkpoint(change, finished, tmp_path, 
     else:
         path.write_text("".join(lines[:-2] + lines[-1:]))
     before = contents(out)
-    status, error = status_of(capfd, lambda: trainer.fit(maker(), [0], out / RUN))
+    status, error = status_of(capfd, lambda: loop.fit(maker(), [0], out / RUN))
     assert status == 2
-    assert f"{path} has not the records up to step 12" in one_line(error)
-    assert f"put the file back, or remove {out / RUN} to train anew" in one_line(error)
+    assert f"{path} lacks records up to step 12" in one_line(error)
+    remedy = f"put the file back, or remove {out / RUN} to train again from the start"
+    assert remedy in one_line(error)
     assert contents(out) == before
     path.write_text("".join(lines))
     assert_goes_on(out, finished)
@@ -376,7 +378,7 @@ def test_training_that_diverges_keeps_the_last_good_checkpoint(tmp_path, capfd):
     messages = []
     for _ in range(2):  # and the same again, when it goes on
         status, error = status_of(
-            capfd, lambda: trainer.fit(diverging, [0], tmp_path / RUN)
+            capfd, lambda: loop.fit(diverging, [0], tmp_path / RUN)
         )
         assert status == 1
         messages.append(one_line(error))

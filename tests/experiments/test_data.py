@@ -34,7 +34,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants
 
 from experiments import data, prepare
-from experiments.data import files, preparation, stream
+from experiments.data import downloads, preparation
+from experiments.data import imagenet as stream
 
 ROOT = pathlib.Path(__file__).parents[2]
 PREPARE = [sys.executable, "-m", "experiments.prepare"]
@@ -464,10 +465,10 @@ def test_debian_files_get_their_original_header_back(tmp_path, monkeypatch, netw
     originals = mnist_files(ORIGINAL_TIMES)
     put(tmp_path / "debian", {n: without_name(c) for n, c in originals.items()})
     for name, content in originals.items():
-        assert files.with_original_header(tmp_path / "debian" / name) == content
-    monkeypatch.setattr(files, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
-    assert preparation.is_at_hand("fashion_mnist")
-    assert not preparation.is_at_hand("mnist")
+        assert downloads.with_original_header(tmp_path / "debian" / name) == content
+    monkeypatch.setattr(downloads, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
+    assert preparation.is_available("fashion_mnist")
+    assert not preparation.is_available("mnist")
     checksums = {name: sha256(content) for name, content in originals.items()}
     preparation.prepare("fashion_mnist", tmp_path, checksums=checksums)
     dataset = data.load("fashion_mnist", tmp_path)
@@ -476,7 +477,7 @@ def test_debian_files_get_their_original_header_back(tmp_path, monkeypatch, netw
 
 
 def test_debian_files_that_are_others_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
+    monkeypatch.setattr(downloads, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
     put(
         tmp_path / "debian",
         {n: without_name(c) for n, c in mnist_files(ORIGINAL_TIMES).items()},
@@ -491,7 +492,7 @@ def test_debian_files_that_are_others_are_refused(tmp_path, monkeypatch):
 
 def test_fashion_mnist_of_the_package_is_complete(data_dir, tmp_path, network):
     """The real images, where Debian's package is installed."""
-    folder = files.DEBIAN_FASHION_MNIST
+    folder = downloads.DEBIAN_FASHION_MNIST
     sizes = {"train": 60_000, "t10k": 10_000}
     if not folder.exists():
         folder, sizes = tmp_path, {"train": 40, "t10k": 12}
@@ -550,7 +551,7 @@ def test_a_file_with_a_wrong_checksum_is_refused(name, tmp_path, network):
 def test_known_checksums_are_those_that_are_registered():
     for name in ("mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_shakespeare"):
         catalogue: Any = tfds.builder_cls(name)
-        archives = preparation.builders.BUILDERS[name].archives()
+        archives = preparation.tfds_builders.BUILDERS[name].archives()
         assert len(archives) == (4 if "mnist" in name else 1)
         for archive in archives:
             assert catalogue.url_infos[archive.url].checksum == archive.sha256
@@ -587,7 +588,7 @@ def test_a_data_set_that_is_not_there_comes_with_the_command(
 
 
 def test_fashion_mnist_without_the_package_names_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "DEBIAN_FASHION_MNIST", tmp_path / "none")
+    monkeypatch.setattr(downloads, "DEBIAN_FASHION_MNIST", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="package dataset-fashion-mnist has"):
         data.load("fashion_mnist", tmp_path)
 
@@ -616,7 +617,7 @@ def test_what_is_downloaded_is_verified(tmp_path, monkeypatch, network):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/input.txt"
-        builder = preparation.builders.BUILDERS["tiny_shakespeare"]
+        builder = preparation.tfds_builders.BUILDERS["tiny_shakespeare"]
         (known,) = builder.url_infos.values()
         size = type(known.size)(len(SHAKESPEARE.encode()))
         info = dataclasses.replace(known, size=size, checksum=checksum)
@@ -730,14 +731,14 @@ def test_only_one_process_at_a_time_prepares(tmp_path):
 def test_a_killed_preparation_leaves_nothing_that_looks_complete(tmp_path):
     script = """
 import os, signal, sys
-from experiments.data import builders, preparation
-whole = builders.Digits._generate_examples
+from experiments.data import tfds_builders, preparation
+whole = tfds_builders.Digits._generate_examples
 def examples(*args):
     for key, example in whole(*args):
         if len(args[1]) == 596 and key == 300:  # the training images are written
             os.kill(os.getpid(), signal.SIGKILL)
         yield key, example
-builders.Digits._generate_examples = examples
+tfds_builders.Digits._generate_examples = examples
 preparation.prepare("digits", sys.argv[1])
 """
     killed = subprocess.run(

@@ -23,17 +23,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from experiments import (
-    augment,
-    data,
-    metrics,
-    models,
-    schedules,
-    step,
-    train,
-    trainer,
-)
-from experiments.config import (
+from experiments import data, models, train
+from experiments.config.run import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -43,6 +34,8 @@ from experiments.config import (
     ToSTConfig,
     build_method,
 )
+from experiments.data import augment
+from experiments.training import loop, metrics, optimizer, run_folders, step
 from granet_jax.penalties import PenaltyInputs
 from tests.helpers.runs import same
 from tests.nightly import NIGHTLY
@@ -78,36 +71,36 @@ def lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-CREATE = functools.partial(trainer.create, devices=jax.devices()[:1])
+CREATE = functools.partial(loop.create, devices=jax.devices()[:1])
 
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "create", CREATE)
+    monkeypatch.setattr(loop, "create", CREATE)
 
 
-def make(**changes: Any) -> trainer.Trainer:
+def make(**changes: Any) -> loop.TrainSetup:
     config = dataclasses.replace(SHORT_CONFIG, **changes)
     return CREATE(config, data.load("digits"))
 
 
 @pytest.fixture(scope="module")
-def makers() -> dict[str, trainer.Trainer]:
+def makers() -> dict[str, loop.TrainSetup]:
     """Trainers to share, since compilation takes nearly all of the time."""
     return {method: make(method=method) for method in ("granet", "static", "dense")}
 
 
 def trained(
-    maker: trainer.Trainer, seed: int, folder: pathlib.Path
-) -> tuple[list[metrics.Record], step.TrainState]:
+    maker: loop.TrainSetup, seed: int, folder: pathlib.Path
+) -> tuple[list[metrics.MetricsRecord], step.TrainState]:
     """The records without their times, and the final state."""
     folder.mkdir()
-    (records,), state = trainer.fit(maker, [seed], folder)
+    (records,), state = loop.fit(maker, [seed], folder)
     return [record._replace(seconds=0.0) for record in records], state
 
 
-def masks_of(maker: trainer.Trainer, state: step.TrainState) -> Any:
-    return maker.program.functions.masks(state)
+def masks_of(maker: loop.TrainSetup, state: step.TrainState) -> Any:
+    return maker.compiled_step.train_step.masks(state)
 
 
 # --- configuration
@@ -329,18 +322,18 @@ def test_mirrored_images_are_the_chosen_ones():
     ],
 )
 def test_learning_rate(config, expected):
-    rate = schedules.learning_rate(config, 100)
+    rate = optimizer.learning_rate(config, 100)
     for at, value in expected.items():
         assert float(np.asarray(rate(at))) == pytest.approx(value, rel=1e-6, abs=1e-9)
 
 
 def test_an_epoch_goes_once_through_the_data_in_an_order_of_its_own(makers):
-    program, train_data = makers["granet"].program, makers["granet"].train
-    state = program.create([0])
+    compiled_step, train_data = makers["granet"].compiled_step, makers["granet"].train
+    state = compiled_step.create([0])
     assert np.array_equal(state.order, np.arange(1201))
     orders = []
     for _ in range(2 * 18):  # 18 batches of 64 images are an epoch
-        state, _ = program.steps(state, train_data, 1)
+        state, _ = compiled_step.steps(state, train_data, 1)
         orders.append(np.asarray(state.order))
     assert int(state.step) == 36
     for first in (0, 18):
@@ -359,9 +352,11 @@ def test_a_scan_over_steps_gives_what_the_loop_gives_bit_for_bit(makers, tmp_pat
 
     def steps(state: step.TrainState, train_data: Any, number: int) -> Any:
         lengths.append(number)
-        return maker.program.steps(state, train_data, number)
+        return maker.compiled_step.steps(state, train_data, number)
 
-    counted = maker._replace(program=dataclasses.replace(maker.program, steps=steps))
+    counted = maker._replace(
+        compiled_step=dataclasses.replace(maker.compiled_step, steps=steps)
+    )
     scan = trained(counted, 0, tmp_path / "scan")
     assert lengths == 4 * [*13 * [3], 1]
     assert scan[0] == loop[0]
@@ -383,13 +378,15 @@ def test_the_seed_decides_everything_and_all_share_one_program(makers, tmp_path)
             (masks_of(maker, state), masks_of(maker, state_other)),
         ):
             assert not np.array_equal(a[name]["kernel"], b[name]["kernel"])
-    assert maker.program.steps._cache_size() == 1
+    assert maker.compiled_step.steps._cache_size() == 1
 
 
 def test_random_masks_are_drawn_from_the_seed_too(makers):
     maker = makers["static"]
-    masks = {seed: masks_of(maker, maker.program.create([seed])) for seed in (0, 1, 2)}
-    assert same(masks[1], masks_of(maker, maker.program.create([1])))
+    masks = {
+        seed: masks_of(maker, maker.compiled_step.create([seed])) for seed in (0, 1, 2)
+    }
+    assert same(masks[1], masks_of(maker, maker.compiled_step.create([1])))
     for seed in (1, 2):
         for a, b in zip(*map(jax.tree.leaves, (masks[0], masks[seed])), strict=True):
             assert not np.array_equal(a, b)
@@ -398,11 +395,13 @@ def test_random_masks_are_drawn_from_the_seed_too(makers):
 @pytest.mark.parametrize("size", [1024, 100])
 def test_evaluation_counts_every_image_once(makers, size):
     maker = makers["dense"]
-    dataset, program = maker.dataset, maker.program
-    state = program.create([3])
-    batches = trainer.padded(dataset.test, size, 1)
+    dataset, compiled_step = maker.dataset, maker.compiled_step
+    state = compiled_step.create([3])
+    batches = loop.padded_batches(dataset.test, size, 1)
     assert len({batch.labels.shape for batch in batches}) == 1
-    scores = [program.evaluate(state, program.place_test(b)) for b in batches]
+    scores = [
+        compiled_step.evaluate(state, compiled_step.place_test(b)) for b in batches
+    ]
 
     x = (np.asarray(dataset.test.inputs, np.float64) / 255 - dataset.mean) / dataset.std
     x = x.reshape(596, 64)
@@ -422,7 +421,7 @@ def test_evaluation_counts_every_image_once(makers, size):
 def test_test_batches_suit_the_devices(devices):
     labels = np.arange(50, dtype=np.int32) % 10
     split = data.Split(np.arange(50, dtype=np.uint8).reshape(50, 1, 1, 1), labels)
-    batches = trainer.padded(split, 20, devices)
+    batches = loop.padded_batches(split, 20, devices)
     assert all(len(batch.labels) % devices == 0 for batch in batches)
     real = [batch.labels >= 0 for batch in batches]
     inputs = [np.asarray(b.inputs)[r] for b, r in zip(batches, real, strict=True)]
@@ -431,26 +430,26 @@ def test_test_batches_suit_the_devices(devices):
 
 def test_a_network_that_is_not_as_sparse_as_it_should_be_is_noticed(makers):
     maker = makers["static"]
-    state = maker.program.create([0])
-    trainer._check(maker, state, STEPS, None)
+    state = maker.compiled_step.create([0])
+    loop._check_state(maker, state, STEPS, None)
     wrong = dataclasses.replace(
-        maker.program,
-        functions=dataclasses.replace(
-            maker.program.functions,
+        maker.compiled_step,
+        train_step=dataclasses.replace(
+            maker.compiled_step.train_step,
             config=dataclasses.replace(maker.config, sparsity=0.8),
         ),
     )
     with pytest.raises(RuntimeError, match=f"{kept(0.9)} weights are active"):
-        trainer._check(maker._replace(program=wrong), state, STEPS, None)
+        loop._check_state(maker._replace(compiled_step=wrong), state, STEPS, None)
     filled = jax.tree.map(jnp.ones_like, state.params)
     with pytest.raises(RuntimeError, match="hidden_0/kernel has weights"):
-        trainer._check(maker, state._replace(params=filled), 1, None)
+        loop._check_state(maker, state._replace(params=filled), 1, None)
 
 
 def test_weight_decay_is_on_weights_alone():
     maker = make(method="dense", optimizer=OptimizerConfig(weight_decay=0.5))
-    shapes = jax.eval_shape(maker.program.functions.create, np.uint32(0)).params
-    decayed = schedules.decayed(shapes, models.maskable)
+    shapes = jax.eval_shape(maker.compiled_step.train_step.create, np.uint32(0)).params
+    decayed = optimizer.decay_mask(shapes, models.maskable)
     for layer in ("hidden_0", "hidden_1", "output"):
         assert decayed[layer] == {"kernel": True, "bias": False}
 
@@ -470,10 +469,10 @@ def test_one_step_is_the_textbook_step(accumulate):
         label_smoothing=0.1, accumulate=accumulate, ema=0.9, weight_decay=0.01
     )
     maker = make(method="dense", optimizer=config, data=DataConfig(shift=0))
-    dataset, program = maker.dataset, maker.program
-    state = program.create([0])
+    dataset, compiled_step = maker.dataset, maker.compiled_step
+    state = compiled_step.create([0])
     params = jax.device_get(state.params)
-    state, loss = program.steps(state, maker.train, 1)
+    state, loss = compiled_step.steps(state, maker.train_data, 1)
     rows = np.asarray(state.order)[:64]
     assert not np.array_equal(rows, np.arange(64))
     x = (np.asarray(dataset.train.inputs)[rows] / 255 - dataset.mean) / dataset.std
@@ -502,16 +501,16 @@ def test_a_moving_average_is_evaluated_masked(tmp_path):
     optimizer = OptimizerConfig(ema=0.99)
     maker = make(method="granet", optimizer=optimizer)
     records, state = trained(maker, 0, tmp_path / "ema")
-    functions = maker.program.functions
-    evaluated = functions.evaluated(state)
+    train_step = maker.compiled_step.train_step
+    evaluated = train_step.evaluation_params(state)
     masks = masks_of(maker, state)
     for name in ("hidden_0", "hidden_1", "output"):
         mask = np.asarray(masks[name]["kernel"])
         assert not np.any(np.asarray(evaluated[name]["kernel"])[~mask])
         assert np.any(np.asarray(state.average[name]["kernel"])[~mask])
     # Neither the average as it is nor the weights give the recorded loss.
-    (batch,) = trainer.padded(maker.dataset.test, 1024, 1)
-    dense = make(method="dense").program
+    (batch,) = loop.padded_batches(maker.dataset.test, 1024, 1)
+    dense = make(method="dense").compiled_step
     losses = [
         float(dense.evaluate(state._replace(params=params), batch).loss[0]) / 596
         for params in (evaluated, state.average, state.params)
@@ -523,12 +522,14 @@ def test_a_moving_average_is_evaluated_masked(tmp_path):
 
 def test_bfloat16_computes_in_it_and_keeps_float32_parameters():
     maker = make(method="dense", precision="bfloat16")
-    functions = maker.program.functions
-    shapes = jax.eval_shape(functions.create, np.uint32(0))
+    train_step = maker.compiled_step.train_step
+    shapes = jax.eval_shape(train_step.create, np.uint32(0))
     assert {x.dtype for x in jax.tree.leaves(shapes.params)} == {jnp.dtype("float32")}
-    text = str(jax.make_jaxpr(functions.step)(shapes, maker.dataset.train))
+    text = str(jax.make_jaxpr(train_step.step)(shapes, maker.dataset.train))
     assert "bf16[64,300]" in text
-    _, loss = maker.program.steps(maker.program.create([0]), maker.train, 1)
+    _, loss = maker.compiled_step.steps(
+        maker.compiled_step.create([0]), maker.train_data, 1
+    )
     assert loss.dtype == jnp.float32
 
 
@@ -551,7 +552,7 @@ def finished(tmp_path_factory) -> Finished:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "80")
         capture = tmp_path_factory.mktemp("out") / "stdout"
-        patch.setattr(trainer, "create", CREATE)
+        patch.setattr(loop, "create", CREATE)
         with capture.open("w") as file:
             patch.setattr(sys, "stdout", file)
             status = train.main([*SHORT, "--seeds", "2", "--out", str(folder)])
@@ -806,7 +807,7 @@ def test_the_default_network_trains_into_the_default_folder(tmp_path, monkeypatc
 
 def test_default_folders_of_the_same_second_differ(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert len({train._new_folder(Config()) for _ in range(4)}) == 4
+    assert len({run_folders.new_folder(Config()) for _ in range(4)}) == 4
 
 
 # --- when something is wrong

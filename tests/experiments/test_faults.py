@@ -25,9 +25,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import checkpoints, manifest, models, trainer
-from experiments.checkpoints import CheckpointError, Checkpoints
-from experiments.config import CheckpointConfig, Config, MaskConfig, OptimizerConfig
+from experiments import models
+from experiments.config.run import CheckpointConfig, Config, MaskConfig, OptimizerConfig
+from experiments.training import checkpoints, loop, manifest
+from experiments.training.checkpoints import CheckpointError, Checkpoints
 from tests.experiments.test_bad_input import one_line, status_of
 from tests.helpers import runs
 from tests.nightly import NIGHTLY
@@ -69,7 +70,7 @@ def _small(monkeypatch) -> None:
 
 
 @functools.cache
-def maker(**changes: Any) -> trainer.Trainer:
+def maker(**changes: Any) -> loop.TrainSetup:
     return runs.make(dataclasses.replace(CONFIG, **changes))
 
 
@@ -167,7 +168,7 @@ def recorded(
         # So that nothing else goes on meanwhile: a copy is of one moment.
         patch.setattr(Checkpoints, "save", save_and_wait)
         with copying(folder / "run", folder / "killed") as done:
-            trainer.fit(maker(), [3], folder / "run")
+            loop.fit(maker(), [3], folder / "run")
     assert runs.steps_saved(folder / "run") == [4, 6]
     found = [(what, folder / "killed" / str(i)) for i, what in enumerate(done)]
     return folder / "run", found
@@ -208,7 +209,7 @@ def test_a_kill_at_any_moment_is_gone_on_from(recorded, tmp_path) -> None:
         again = tmp_path / left.name
         shutil.copytree(left, again)
         begun: list[int] = []
-        trainer.fit(maker(), [3], again, stopped=begun.append)
+        loop.fit(maker(), [3], again, stopped=begun.append)
         # From the last whole one: those have their names.
         there = runs.steps_saved(left) if (left / "checkpoints").exists() else []
         assert begun[0] == max(there, default=0), what
@@ -223,7 +224,7 @@ def test_a_kill_at_any_moment_is_gone_on_from(recorded, tmp_path) -> None:
 
 def refusal(run: pathlib.Path, **changes: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
-        trainer.fit(maker(**changes), [3], run)
+        loop.fit(maker(**changes), [3], run)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -243,7 +244,7 @@ def test_a_flipped_bit_in_any_file_is_found(recorded, tmp_path) -> None:
                 flipped[place // 8] ^= 1 << (place % 8)
                 (folder / name).write_bytes(flipped)
                 try:
-                    opened.restore(LAST, maker().program.abstract())
+                    opened.restore(LAST, maker().compiled_step.abstract())
                 except CheckpointError as error:
                     message = str(error)
                     assert f"remove {folder} to go on from the one before." in message
@@ -256,7 +257,7 @@ def test_a_flipped_bit_in_any_file_is_found(recorded, tmp_path) -> None:
                         "manifest/commit_success.txt",
                     )
             (folder / name).write_bytes(content)
-        opened.restore(LAST, maker().program.abstract())
+        opened.restore(LAST, maker().compiled_step.abstract())
     finally:
         opened.close()
 
@@ -266,14 +267,14 @@ def test_files_that_are_missing_or_were_not_there(recorded, tmp_path) -> None:
     shutil.copytree(recorded[0], run)
     folder = run / "checkpoints" / str(LAST)
     (folder / "state" / "more").write_bytes(b"")
-    assert "(not as they were written: state/more)" in refusal(run)
+    assert "(these files were changed: state/more)" in refusal(run)
     (folder / "state" / "more").unlink()
     (folder / manifest.NAME / manifest.FILE).unlink()
     assert "manifest/sha256.json is missing" in refusal(run)
     (folder / manifest.NAME / manifest.FILE).write_text('["sha256"]')
     assert "sha256.json cannot be read" in refusal(run)
     shutil.rmtree(folder)
-    trainer.fit(maker(), [3], run)
+    loop.fit(maker(), [3], run)
     assert runs.same(*(runs.restored(maker(), r, LAST) for r in (run, recorded[0])))
 
 
@@ -369,7 +370,7 @@ def test_a_checkpoint_of_the_first_version_is_read_and_gone_on_from(tmp_path) ->
         name: x for name, x in wanted.items() if "/continuing/" not in name
     }
     begun: list[int] = []
-    trainer.fit(maker(), [3], run, stopped=begun.append)
+    loop.fit(maker(), [3], run, stopped=begun.append)
     assert begun[0] == 4
     assert runs.steps_saved(run) == [4, 6]
     assert (run / "checkpoints" / "6" / manifest.NAME / manifest.FILE).exists()
@@ -413,7 +414,7 @@ def test_a_file_in_the_place_of_the_folder(tmp_path) -> None:
     run.mkdir()
     (run / "checkpoints").write_text("words")
     with pytest.raises(OSError, match="checkpoints"):
-        trainer.fit(maker(), [3], run)
+        loop.fit(maker(), [3], run)
     assert (run / "checkpoints").read_text() == "words"
 
 
@@ -430,13 +431,13 @@ def test_a_folder_that_is_taken_away_in_mid_run(
         return None
 
     status, error = status_of(
-        capfd, lambda: trainer.fit(maker(), [3], run, stopped=stopped)
+        capfd, lambda: loop.fit(maker(), [3], run, stopped=stopped)
     )
     assert status == 2
     assert "the same command again" in one_line(error)
     (run / "checkpoints").unlink()
     aside.rename(run / "checkpoints")
     assert runs.steps_saved(run) == [2]
-    trainer.fit(maker(), [3], run)
+    loop.fit(maker(), [3], run)
     assert runs.same(*(runs.restored(maker(), r, LAST) for r in (run, recorded[0])))
     assert runs.lines(run) == runs.lines(recorded[0])

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, models, trainer
-from experiments.config import Config, MaskConfig, OptimizerConfig, ToSTConfig
+from experiments import data, models
+from experiments.config.run import Config, MaskConfig, OptimizerConfig, ToSTConfig
+from experiments.training import loop
 from granet_jax import distributions, tost
 from tests.helpers.runs import make, same
 
@@ -34,7 +35,7 @@ maker_of = functools.cache(make)
 
 def trained(config: Config, folder: Any, devices: int = 1) -> Any:
     maker = maker_of(config, devices)
-    records, state = trainer.fit(maker, [0], folder)
+    records, state = loop.fit(maker, [0], folder)
     return maker, records[0], state
 
 
@@ -125,29 +126,30 @@ def test_after_the_ghosts_the_network_is_the_plain_one(changes, devices, tmp_pat
     config = dataclasses.replace(CONFIG, **changes)
     maker, records, state = trained(config, tmp_path / "run", devices)
     plain = maker_of(dataclasses.replace(config, tost=ToSTConfig()), devices)
-    expected = plain.program.create([0])
+    expected = plain.compiled_step.create([0])
     assert jax.tree.structure(state) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
-    total = sum(maker.sizes.values())
+    total = sum(maker.mask_sizes.values())
     expected_active = distributions.total_count(total, 0.9)
     assert [r.sparsity.active for r in records] == 5 * [expected_active]
     # Its function is that of the plain network, bit for bit.
-    (batch,) = trainer.padded(maker.dataset.test, 1024, devices)
-    placed = plain.program.place_test(batch)
-    score = plain.program.evaluate(state, placed)
+    (batch,) = loop.padded_batches(maker.dataset.test, 1024, devices)
+    placed = plain.compiled_step.place_test(batch)
+    score = plain.compiled_step.evaluate(state, placed)
     assert int(score.correct[0]) == records[-1].test_correct
     assert same(
-        jax.device_get(score), jax.device_get(maker.program.evaluate(state, placed))
+        jax.device_get(score),
+        jax.device_get(maker.compiled_step.evaluate(state, placed)),
     )
 
 
 def test_the_ghost_phase_ends_at_its_step(tmp_path):
     maker = maker_of(CONFIG, 1)
     assert CONFIG.ghost_steps == 6
-    early = maker.early
+    early = maker.ghost_step
     assert early is not None
-    assert [maker.at(step) is early for step in (0, 5, 6, 12)] == [
+    assert [maker.compiled_step_at(step) is early for step in (0, 5, 6, 12)] == [
         True,
         True,
         False,
@@ -156,11 +158,11 @@ def test_the_ghost_phase_ends_at_its_step(tmp_path):
     # By hand: six steps with ghosts, their end, six without.
     state = early.create([0])
     for _ in range(6):
-        state, _ = early.steps(state, maker.train, 1)
+        state, _ = early.steps(state, maker.train_data, 1)
     assert "ghost_1" in state.params
     state = tost.drop_ghosts(state)
     for _ in range(6):
-        state, _ = maker.program.steps(state, maker.train, 1)
+        state, _ = maker.compiled_step.steps(state, maker.train_data, 1)
     _, _, found = trained(CONFIG, tmp_path / "run")
     assert same(jax.device_get(found), jax.device_get(state))
 
@@ -182,8 +184,8 @@ def test_blocks_of_steps_end_where_the_ghosts_do(tmp_path):
 @pytest.mark.parametrize("stop", [4, 6])
 def test_a_run_stopped_at_any_phase_goes_on_exactly(stop, tmp_path):
     _, whole_records, whole = trained(CONFIG, tmp_path / "whole")
-    with pytest.raises(trainer.StoppedError):
-        trainer.fit(maker_of(CONFIG, 1), [0], tmp_path / "run", stopped={stop: 15}.get)
+    with pytest.raises(loop.StoppedError):
+        loop.fit(maker_of(CONFIG, 1), [0], tmp_path / "run", stopped={stop: 15}.get)
     _, records, rest = trained(CONFIG, tmp_path / "run")
     assert same(jax.device_get(whole), jax.device_get(rest))
     strip = [r._replace(seconds=0.0) for r in whole_records]
@@ -195,12 +197,12 @@ def test_ghosts_as_in_the_code_are_kept(tmp_path):
         CONFIG, tost=ToSTConfig(neurons="swish", skips="conv", as_in_code=True)
     )
     maker, records, state = trained(config, tmp_path / "run")
-    assert maker.at(12) is maker.early
+    assert maker.compiled_step_at(12) is maker.ghost_step
     kernel = state.params["ghost_1"]["ghost_conv"]["kernel"]
     # All output channels start equal, and are no more.
     assert kernel.shape == (1, 1, 16, 32)
     assert np.asarray(kernel).all()
-    start = maker.early.create([0]).params["ghost_1"]["ghost_conv"]["kernel"]
+    start = maker.ghost_step.create([0]).params["ghost_1"]["ghost_conv"]["kernel"]
     assert np.array_equal(start, np.full((1, 1, 16, 32), 1e-4, np.float32))
     assert not np.array_equal(kernel, start)
     # They carry no mask and are not counted.
@@ -218,10 +220,10 @@ def test_refined_labels_are_in_the_loss_of_training_only():
     losses, scores = [], []
     for each in (config, usual, plain):
         maker = make(each)
-        state = maker.program.create([0])
-        (batch,) = trainer.padded(data.load("digits").test, 1024, 1)
-        scores.append(maker.program.evaluate(state, batch).loss[0])
-        _, loss = maker.program.steps(state, maker.train, 1)
+        state = maker.compiled_step.create([0])
+        (batch,) = loop.padded_batches(data.load("digits").test, 1024, 1)
+        scores.append(maker.compiled_step.evaluate(state, batch).loss[0])
+        _, loss = maker.compiled_step.steps(state, maker.train_data, 1)
         losses.append(float(loss[0, 0]))
     assert scores[0] == scores[1] == scores[2]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

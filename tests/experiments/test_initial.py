@@ -12,10 +12,11 @@ import optax
 import pytest
 
 import granet_jax
-from experiments import data, initial, models, sources, trainer
-from experiments.config import Config, MaskConfig, OptimizerConfig, ToSTConfig
-from experiments.parallel import Program
-from experiments.step import Functions
+from experiments import data, models
+from experiments.config.run import Config, MaskConfig, OptimizerConfig, ToSTConfig
+from experiments.training import initial_masks, initial_state, loop
+from experiments.training.devices import CompiledStep
+from experiments.training.step import TrainStep
 from granet_jax import distributions, mask_sources, tost
 from tests.helpers.runs import make, same
 
@@ -38,8 +39,8 @@ def with_source(source: str, **changes: Any) -> Config:
     return dataclasses.replace(CONFIG, masks=masks, **changes)
 
 
-def functions(config: Config) -> Functions:
-    return Functions(config, data.load("digits"))
+def functions(config: Config) -> TrainStep:
+    return TrainStep(config, data.load("digits"))
 
 
 def drawn(config: Config, seed: int) -> Any:
@@ -48,25 +49,25 @@ def drawn(config: Config, seed: int) -> Any:
 
 
 @functools.cache
-def program(devices: int = 1, **changes: Any) -> Program:
-    return make(dataclasses.replace(CONFIG, **changes), devices).program
+def compiled_step(devices: int = 1, **changes: Any) -> CompiledStep:
+    return make(dataclasses.replace(CONFIG, **changes), devices).compiled_step
 
 
 @functools.cache
 def weights(config: Config, seed: int) -> tuple[Any, Any]:
-    return initial.weights(functions(config), seed)
+    return initial_state.weights(functions(config), seed)
 
 
 def started(config: Config, of: list[int], devices: int = 1, **form: Any) -> Any:
     """The state at step 0, by a program that is the same for all configurations."""
-    shared = program(devices, **form)
+    shared = compiled_step(devices, **form)
     own = dataclasses.replace(
         shared,
-        functions=dataclasses.replace(
-            shared.functions, config=dataclasses.replace(config, **form)
+        train_step=dataclasses.replace(
+            shared.train_step, config=dataclasses.replace(config, **form)
         ),
     )
-    return jax.device_get(shared.snapshot(initial.state(own, of)))
+    return jax.device_get(shared.snapshot(initial_state.state(own, of)))
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -91,7 +92,7 @@ def test_training_starts_from_the_masks_of_the_source(source):
 
 def test_the_masks_are_those_of_the_library():
     config = with_source("snip")
-    found = sources.masks(functions(config), drawn(config, 0), {}, 0)
+    found = initial_masks.masks(functions(config), drawn(config, 0), {}, 0)
     model = models.create("lenet-300-100", classes=10)
 
     def loss(params, batch):
@@ -99,7 +100,7 @@ def test_the_masks_are_those_of_the_library():
         entropy = optax.softmax_cross_entropy_with_integer_labels
         return entropy(logits, batch[1]).mean()
 
-    batches = sources.examples(functions(config), 0)
+    batches = initial_masks.examples(functions(config), 0)
     assert [len(labels) for _, labels in batches] == [100]
     grads = jax.grad(loss)(drawn(config, 0), batches[0])
     scores = [
@@ -119,12 +120,12 @@ def test_the_masks_are_those_of_the_library():
 
 def test_examples_have_all_classes_alike_and_are_of_the_seed():
     config = dataclasses.replace(CONFIG, masks=MaskConfig(source="snip", images=157))
-    first = sources.examples(functions(config), 1)
+    first = initial_masks.examples(functions(config), 1)
     assert [len(labels) for _, labels in first] == [79, 78]
     labels = np.concatenate([labels for _, labels in first])
     assert sorted(np.bincount(labels)) == 3 * [15] + 7 * [16]
-    assert same(first, sources.examples(functions(config), 1))
-    assert not same(first[0], sources.examples(functions(config), 2)[0])
+    assert same(first, initial_masks.examples(functions(config), 1))
+    assert not same(first[0], initial_masks.examples(functions(config), 2)[0])
     # They are normalised training images, each once.
     images = np.concatenate([images for images, _ in first]).reshape(157, -1)
     train = data.load("digits").train
@@ -164,8 +165,8 @@ def test_a_dynamic_method_starts_from_the_source(tmp_path):
     config = dataclasses.replace(
         config, masks=dataclasses.replace(config.masks, interval=2)
     )
-    (records,), _ = trainer.fit(make(config), [0], tmp_path / "run")
-    _, masks = initial.weights(functions(config), 0)
+    (records,), _ = loop.fit(make(config), [0], tmp_path / "run")
+    _, masks = initial_state.weights(functions(config), 0)
     # RigL keeps the number of every layer.
     assert records[-1].sparsity.leaves == granet_jax.sparsity(masks).leaves
 
@@ -173,16 +174,16 @@ def test_a_dynamic_method_starts_from_the_source(tmp_path):
 def test_a_run_from_a_source_goes_on_exactly(tmp_path):
     config = with_source("synflow", tost=ToSTConfig(lrsi=True))
     maker, wishes = make(config), {5: 15}
-    whole = trainer.fit(maker, [1], tmp_path / "whole")[1]
-    with pytest.raises(trainer.StoppedError):
-        trainer.fit(maker, [1], tmp_path / "run", stopped=wishes.get)
-    rest = trainer.fit(maker, [1], tmp_path / "run")[1]
+    whole = loop.fit(maker, [1], tmp_path / "whole")[1]
+    with pytest.raises(loop.StoppedError):
+        loop.fit(maker, [1], tmp_path / "run", stopped=wishes.get)
+    rest = loop.fit(maker, [1], tmp_path / "run")[1]
     assert same(jax.device_get(whole), jax.device_get(rest))
 
 
 def test_rescaled_weights_are_multiples_of_the_drawn_ones():
     config = dataclasses.replace(CONFIG, tost=ToSTConfig(lrsi=True))
-    params, masks = initial.weights(functions(config), 0)
+    params, masks = initial_state.weights(functions(config), 0)
     state = functions(config).create(jnp.uint32(0))
     assert same(masks, jax.device_get(state.opt_state.masks))
     kernels = 0
@@ -201,7 +202,7 @@ def test_dense_training_is_rescaled_too():
     config = dataclasses.replace(
         CONFIG, method="dense", sparsity=0.0, tost=ToSTConfig(lrsi=True)
     )
-    params, masks = initial.weights(functions(config), 0)
+    params, masks = initial_state.weights(functions(config), 0)
     assert masks is None
     assert not same(params, jax.device_get(drawn(config, 0)))
 
@@ -214,7 +215,7 @@ def test_synflow_of_a_deep_network_does_not_overflow():
     variables = functions(config).variables(jnp.uint32(0))
     # One round empties convolutions beside which there is a shortcut.
     with pytest.warns(UserWarning, match="the network is still connected"):
-        found = sources.masks(
+        found = initial_masks.masks(
             functions(config), variables["params"], variables["batch_stats"], 0
         )
     sizes = granet_jax.sparsity(found)
@@ -255,11 +256,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "neurons": (
         {"model": "vit-s-16", "tost": ToSTConfig(neurons="swish")},
-        "tost.neurons has no place in model vit-s-16, only in lenet-300-100",
+        "tost.neurons is not available for model vit-s-16, only for lenet-300-100",
     ),
     "skips": (
         {"tost": ToSTConfig(skips="conv")},
-        "tost.skips has no place in model lenet-300-100, only in cnn, cnn-bn",
+        "tost.skips is not available for model lenet-300-100, only for cnn, cnn-bn",
     ),
     "labels": (
         {
@@ -275,15 +276,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "fraction of nothing": (
         {"tost": ToSTConfig(lrsi=True, ghost_fraction=0.5)},
-        "tost.ghost_fraction is of no effect without neurons or skips",
+        "tost.ghost_fraction has no effect without neurons or skips",
     ),
     "fraction of what is kept": (
         {"tost": ToSTConfig(neurons="swish", ghost_fraction=0.5, as_in_code=True)},
-        "tost.ghost_fraction is of no effect .* with as_in_code",
+        "tost.ghost_fraction has no effect .* with as_in_code",
     ),
     "as in code": (
         {"tost": ToSTConfig(as_in_code=True)},
-        "tost.as_in_code is of effect on neurons, skips and lrsi only",
+        "tost.as_in_code has an effect on neurons, skips and lrsi only",
     ),
 }
 
@@ -298,7 +299,7 @@ def test_what_cannot_be_is_refused(case):
 def test_more_images_than_there_are_is_an_error():
     config = dataclasses.replace(CONFIG, masks=MaskConfig(source="snip", images=10**6))
     with pytest.raises(ValueError, match=r"masks.images must be at most the 1201 .*"):
-        sources.examples(functions(config), 0)
+        initial_masks.examples(functions(config), 0)
 
 
 def test_the_record_is_the_librarys():

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import lottery, tickets, train, trainer
-from experiments.checkpoints import Checkpoints
-from experiments.config import Config, MaskConfig, ToSTConfig
+from experiments import lottery, train
+from experiments.config.run import Config, MaskConfig, ToSTConfig
 from experiments.lottery import LotteryConfig
+from experiments.training import loop, ticket_files
+from experiments.training.checkpoints import Checkpoints
 from granet_jax import distributions
 from tests.helpers.runs import lines, make, same
 from tests.nightly import NIGHTLY
@@ -47,7 +48,7 @@ def found(request, tmp_path_factory):
     return config
 
 
-def on_all_devices(config: Config) -> trainer.Trainer:
+def on_all_devices(config: Config) -> loop.TrainSetup:
     """A trainer as of `lottery.run`."""
     return make(config, jax.device_count())
 
@@ -57,14 +58,16 @@ def final(config: LotteryConfig, number: int) -> Any:
     each = on_all_devices(config.train)
     folder = config.out / "seed1" / f"round{number}" / "checkpoints"
     checkpoints = Checkpoints(folder, 1)
-    state, _ = checkpoints.restore(config.train.steps, each.program.abstract())
+    state, _ = checkpoints.restore(config.train.steps, each.compiled_step.abstract())
     checkpoints.close()
     return jax.device_get(state)
 
 
 def ticket(config: LotteryConfig, sparsity: float) -> tuple[Any, Any]:
     state = final(config, 0)
-    return tickets.read(config.out, 1, sparsity, state.params, state.opt_state.masks)
+    return ticket_files.read(
+        config.out, 1, sparsity, state.params, state.opt_state.masks
+    )
 
 
 def kernels(tree: Any) -> np.ndarray:
@@ -88,11 +91,11 @@ def test_each_round_prunes_the_smallest_weights_of_the_last(found):
 
 def test_weights_go_back_to_those_of_the_step(found):
     each = on_all_devices(TRAINING)
-    state = each.program.create([1])
+    state = each.compiled_step.create([1])
     for _ in range(found.rewind_steps):
-        state, loss = each.program.steps(state, each.train, 1)
+        state, loss = each.compiled_step.steps(state, each.train_data, 1)
         jax.block_until_ready(loss)
-    origin = jax.device_get(each.program.snapshot(state).params)
+    origin = jax.device_get(each.compiled_step.snapshot(state).params)
     for sparsity in SPARSITIES:
         weights, masks = ticket(found, sparsity)
         for name in KERNELS:
@@ -111,8 +114,8 @@ def test_training_of_a_ticket_is_that_of_its_round(found, tmp_path):
     masks = MaskConfig(source="tickets", tickets=found.out)
     config = dataclasses.replace(TRAINING, sparsity=0.5, masks=masks)
     each = on_all_devices(config)
-    _, state = trainer.fit(each, [1], tmp_path / "run")
-    state = jax.device_get(each.program.snapshot(state))
+    _, state = loop.fit(each, [1], tmp_path / "run")
+    state = jax.device_get(each.compiled_step.snapshot(state))
     _, bits = ticket(found, 0.5)
     assert same(state.opt_state.masks, bits)
     ended = final(found, 2)
@@ -131,15 +134,15 @@ def test_seeds_at_once_and_ghosts_start_from_tickets(found, tmp_path):
         tost=ToSTConfig(neurons="swish", ghost_fraction=0.5),
     )
     with pytest.raises(FileNotFoundError, match=r"no ticket seed2-0\.55\.npz, only s"):
-        trainer.fit(make(config), [1, 2], tmp_path / "run")
+        loop.fit(make(config), [1, 2], tmp_path / "run")
     weights, bits = ticket(found, 0.55)
-    tickets.write(found.out, 2, 0.55, jax.tree.map(lambda x: 2 * x, weights), bits)
+    ticket_files.write(found.out, 2, 0.55, jax.tree.map(lambda x: 2 * x, weights), bits)
     try:
         each = make(config)
-        state = trainer.initial.state(each.at(0), [1, 2])
+        state = loop.initial_state.state(each.compiled_step_at(0), [1, 2])
     finally:
         (found.out / "seed2-0.55.npz").unlink()
-    params = jax.device_get(each.at(0).snapshot(state).params)
+    params = jax.device_get(each.compiled_step_at(0).snapshot(state).params)
     for lane, factor in enumerate((1, 2)):
         expected = jax.tree.map(lambda x, f=factor: f * x, weights)
         assert same(jax.tree.map(lambda x, i=lane: x[i], params), expected)
@@ -155,7 +158,7 @@ def test_goes_on_where_it_was_stopped(found, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train.StopSignal, "reached", reached)
     for _ in range(3):
-        with pytest.raises(trainer.StoppedError) as stopped:
+        with pytest.raises(loop.StoppedError) as stopped:
             lottery.run(config)
         assert stopped.value.__notes__ == ["Go on with the same command."]
     lottery.run(config)
@@ -203,20 +206,20 @@ def test_tickets_of_another_network_or_damaged_are_refused(found, tmp_path):
     state = final(found, 0)
     params, masks = state.params, state.opt_state.masks
     weights, bits = ticket(found, 0.3)
-    tickets.write(tmp_path, 0, 0.5, weights, bits)
+    ticket_files.write(tmp_path, 0, 0.5, weights, bits)
     with pytest.raises(ValueError, match="35140 active weights instead of 25100"):
-        tickets.read(tmp_path, 0, 0.5, params, masks)
-    tickets.write(tmp_path, 0, 0.3, {"output": weights["output"]}, bits)
+        ticket_files.read(tmp_path, 0, 0.5, params, masks)
+    ticket_files.write(tmp_path, 0, 0.3, {"output": weights["output"]}, bits)
     with pytest.raises(ValueError, match=r"not a ticket of this network.*hidden_0"):
-        tickets.read(tmp_path, 0, 0.3, params, masks)
+        ticket_files.read(tmp_path, 0, 0.3, params, masks)
     wider = jax.tree.map(lambda x: np.concatenate([x, x], -1), weights)
-    tickets.write(tmp_path, 0, 0.3, wider, bits)
+    ticket_files.write(tmp_path, 0, 0.3, wider, bits)
     with pytest.raises(ValueError, match=r"shape \(600,\) instead of \(300,\)"):
-        tickets.read(tmp_path, 0, 0.3, params, masks)
+        ticket_files.read(tmp_path, 0, 0.3, params, masks)
     file = tmp_path / "seed0-0.3.npz"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"seed0-0\.3\.npz is not a ticket"):
-        tickets.read(tmp_path, 0, 0.3, params, masks)
+        ticket_files.read(tmp_path, 0, 0.3, params, masks)
 
 
 def test_the_command_line(tmp_path, capsys):

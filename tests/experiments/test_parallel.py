@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments import data, trainer
-from experiments.config import Config, DataConfig, MaskConfig, OptimizerConfig
+from experiments import data
+from experiments.config.run import Config, DataConfig, MaskConfig, OptimizerConfig
+from experiments.training import loop
 
 CONFIG = Config(
     model="lenet-300-100",
@@ -35,19 +36,19 @@ FORMS: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @functools.cache
-def make(devices: int, **changes: Any) -> trainer.Trainer:
+def make(devices: int, **changes: Any) -> loop.TrainSetup:
     config = dataclasses.replace(CONFIG, **changes)
-    return trainer.create(config, data.load("digits"), jax.devices()[:devices])
+    return loop.create(config, data.load("digits"), jax.devices()[:devices])
 
 
-def run(maker: trainer.Trainer, steps: int) -> tuple[Any, np.ndarray]:
+def run(maker: loop.TrainSetup, steps: int) -> tuple[Any, np.ndarray]:
     """The state after some steps, as saved, and the losses (lanes, steps)."""
-    state = maker.program.create(range(maker.program.lanes))
+    state = maker.compiled_step.create(range(maker.compiled_step.lanes))
     losses = []
     for _ in range(steps):
-        state, loss = maker.program.steps(state, maker.train, 1)
+        state, loss = maker.compiled_step.steps(state, maker.train_data, 1)
         losses.append(np.asarray(jax.block_until_ready(loss)))
-    return maker.program.snapshot(state), np.concatenate(losses, axis=1)
+    return maker.compiled_step.snapshot(state), np.concatenate(losses, axis=1)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_weights_that_live_on_are_trained_alike(form):
     ):
         state, losses = run(maker, 4)
         states.append(jax.device_get(state))
-        seen = maker.program.inspect(maker.program.restore(state))
+        seen = maker.compiled_step.inspect(maker.compiled_step.restore(state))
         # The network uses none of the weights outside the masks.
         assert np.asarray(seen.broken).sum() == 0
         assert np.asarray(seen.active).sum() == 5_020
@@ -108,7 +109,7 @@ def test_weights_that_live_on_are_trained_alike(form):
 def test_the_initial_state_is_the_same_to_the_bit(form):
     changes, devices = FORMS[form]
     found, want = (
-        m.program.snapshot(m.program.create([3]))
+        m.compiled_step.snapshot(m.compiled_step.create([3]))
         for m in (make(devices, **changes), make(1))
     )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
@@ -120,11 +121,11 @@ def test_evaluation_counts_alike(form):
     changes, devices = FORMS[form]
     scores = []
     for maker in (make(devices, **changes), make(1)):
-        state = maker.program.create([1])
+        state = maker.compiled_step.create([1])
         batches = maker.test
         assert batches is not None
         scores.append(
-            [jax.device_get(maker.program.evaluate(state, b)) for b in batches]
+            [jax.device_get(maker.compiled_step.evaluate(state, b)) for b in batches]
         )
     counts = [[score.correct.tolist() for score in each] for each in scores]
     assert counts[0] == counts[1]
@@ -134,9 +135,11 @@ def test_evaluation_counts_alike(form):
 
 def test_fsdp_keeps_a_part_of_parameters_moments_and_masks_on_each_device():
     maker = make(8, fsdp=4)
-    state = maker.program.create([0])
+    state = maker.compiled_step.create([0])
     for _ in range(3):
-        state, _ = jax.block_until_ready(maker.program.steps(state, maker.train, 1))
+        state, _ = jax.block_until_ready(
+            maker.compiled_step.steps(state, maker.train_data, 1)
+        )
     kernel = state.params["hidden_0"]["kernel"]
     mask = state.opt_state.masks["hidden_0"]["kernel"]
     moments = [
@@ -148,31 +151,33 @@ def test_fsdp_keeps_a_part_of_parameters_moments_and_masks_on_each_device():
         assert x.sharding.spec == P(None, "fsdp")
         assert x.addressable_shards[0].data.shape == (64, 75)
     assert state.order.sharding.is_fully_replicated
-    seen = maker.program.inspect(state)
+    seen = maker.compiled_step.inspect(state)
     assert np.asarray(seen.broken).sum() == 0
     assert np.asarray(seen.finite).all()
 
 
 def test_the_batch_is_split_over_the_devices():
     maker = make(8)
-    state = maker.program.abstract()
-    text = maker.program.steps.lower(state, maker.train, 1).compile().as_text()
+    state = maker.compiled_step.abstract()
+    text = (
+        maker.compiled_step.steps.lower(state, maker.train_data, 1).compile().as_text()
+    )
     # Each device's matrix product with the first layer has 8 of the 64 rows.
     assert "f32[8,300]" in text
 
 
 def test_seeds_under_vmap_are_the_runs_one_by_one():
     together = make(1, vmap_seeds=True, seeds=3)
-    assert together.program.lanes == 3
+    assert together.compiled_step.lanes == 3
     state, losses = run(together, 4)
     assert losses.shape == (3, 4)
     assert state.step.shape == state.opt_state.count.shape == ()
     for seed in range(3):
         alone = make(1)
-        expected = alone.program.create([seed])
+        expected = alone.compiled_step.create([seed])
         alone_losses = []
         for _ in range(4):
-            expected, loss = alone.program.steps(expected, alone.train, 1)
+            expected, loss = alone.compiled_step.steps(expected, alone.train_data, 1)
             alone_losses.append(float(loss[0, 0]))
         np.testing.assert_allclose(losses[seed], alone_losses, rtol=1e-4)
         assert np.array_equal(state.order[seed], expected.order)
@@ -191,16 +196,16 @@ def test_under_vmap_whether_to_update_stays_one_question():
     An update is a loop of 0 or 1 trips that carries the masks and its condition.
     """
     maker = make(1, vmap_seeds=True, seeds=2)
-    state = maker.program.abstract()
-    program = jax.make_jaxpr(maker.program.steps, static_argnums=2)
-    assert () in flags(program(state, maker.train, 1))
-    assert (2,) not in flags(program(state, maker.train, 1))
+    state = maker.compiled_step.abstract()
+    compiled_step = jax.make_jaxpr(maker.compiled_step.steps, static_argnums=2)
+    assert () in flags(compiled_step(state, maker.train_data, 1))
+    assert (2,) not in flags(compiled_step(state, maker.train_data, 1))
     # The naive form, counters batched too, has one for each.
-    step = maker.program.functions.step
-    one = jax.eval_shape(maker.program.functions.create, np.uint32(0))
+    step = maker.compiled_step.train_step.step
+    one = jax.eval_shape(maker.compiled_step.train_step.create, np.uint32(0))
     batched = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), one)
     naive = jax.make_jaxpr(jax.vmap(step, in_axes=(0, None)))
-    assert (2,) in flags(naive(batched, maker.train))
+    assert (2,) in flags(naive(batched, maker.train_data))
 
 
 def flags(jaxpr: Any) -> set[tuple[int, ...]]:
@@ -246,10 +251,10 @@ def test_text_trains_too():
         data=DataConfig(batch_size=8, shift=0, flip=False),
         optimizer=OptimizerConfig(name="adamw", learning_rate=1e-3),
     )
-    maker = trainer.create(config, dataset, jax.devices()[:1])
+    maker = loop.create(config, dataset, jax.devices()[:1])
     state, losses = run(maker, 6)
     assert jnp.isfinite(losses).all()
     assert losses[0, -1] < losses[0, 0]
     (batch,) = maker.test or ()
-    score = maker.program.evaluate(state, batch)
+    score = maker.compiled_step.evaluate(state, batch)
     assert 0 < int(score.correct[0]) <= split.labels.size

@@ -16,19 +16,13 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import (
-    data,
-    models,
-    plasticity,
-    plasticity_branches,
-    plasticity_report,
-    train,
-    trainer,
-)
-from experiments.checkpoints import Checkpoints
-from experiments.config import Config, DataConfig, OptimizerConfig
-from experiments.plasticity_config import UNPRUNED, Branch, Point, Study
-from experiments.plasticity_report import Results
+from experiments import data, models, plasticity, train
+from experiments.config.plasticity import UNPRUNED, Branch, PruningPoint, Study
+from experiments.config.run import Config, DataConfig, OptimizerConfig
+from experiments.reports import plasticity as plasticity_report
+from experiments.reports.plasticity import Results
+from experiments.training import loop, plasticity_branches
+from experiments.training.checkpoints import Checkpoints
 from tests.helpers import runs
 
 WEIGHTS = 64 * 40 + 40 * 10
@@ -64,7 +58,7 @@ def _small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "create", create)
         one = jax.devices()[:1]
-        for module, name in ((trainer, "create"), (plasticity, "compiled")):
+        for module, name in ((loop, "create"), (plasticity, "compile_step")):
             function = getattr(module, name)
             patch.setattr(module, name, functools.partial(function, devices=one))
         yield
@@ -136,8 +130,8 @@ def test_a_whole_study(tmp_path, capsys):
     assert (unpruned[0] != found["accuracy_before"][1]).any()
 
     checkpoints = Checkpoints(tmp_path / "study/dense-seed1/checkpoints", keep=4)
-    dense = trainer.create(study.dense, data.load("digits"))
-    state, _ = checkpoints.restore(16, dense.program.abstract())
+    dense = loop.create(study.dense, data.load("digits"))
+    state, _ = checkpoints.restore(16, dense.compiled_step.abstract())
     checkpoints.close()
     after, when_pruned = by_hand(dense, state, rate=0.9, learning_rate=0.01)
     one_shot = Branch("magnitude", "global", "one-shot", 0.0, 0.9)
@@ -150,10 +144,10 @@ def test_a_whole_study(tmp_path, capsys):
 
 
 def by_hand(
-    dense: trainer.Trainer, state: Any, *, rate: float, learning_rate: float
+    dense: loop.TrainSetup, state: Any, *, rate: float, learning_rate: float
 ) -> tuple[float, float]:
     """Accuracy of a state pruned by magnitude, eight steps later and at once."""
-    functions: Any = dense.program.functions
+    train_step: Any = dense.compiled_step.train_step
     dataset: Any = dense.dataset
     train_data = dataset.train
     kernels = {n: np.asarray(state.params[n]["kernel"]) for n in ("hidden", "output")}
@@ -171,16 +165,16 @@ def by_hand(
         }
 
     def loss(params: Any, statistics: Any, images: Any, labels: Any) -> Any:
-        inputs = functions.inputs(images)
-        logits, changed = functions.logits(params, statistics, inputs, 0)
+        inputs = train_step.inputs(images)
+        logits, changed = train_step.logits(params, statistics, inputs, 0)
         found = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return found.mean(), changed
 
     def accuracy(params: Any, statistics: Any) -> float:
         variables = {"params": params, "batch_stats": statistics}
         test = dataset.test
-        logits = functions.model.apply(
-            variables, functions.inputs(test.inputs), train=False
+        logits = train_step.model.apply(
+            variables, train_step.inputs(test.inputs), train=False
         )
         return float(np.mean(np.argmax(logits, axis=1) == test.labels))
 
@@ -257,7 +251,7 @@ def test_a_study_that_is_stopped_and_killed_ends_like_one_that_is_not(
             "reached",
             lambda self, step: signal.SIGTERM if next(asked) > 70 else None,
         )
-        with pytest.raises(trainer.StoppedError) as caught:
+        with pytest.raises(loop.StoppedError) as caught:
             plasticity.run(again)
     assert caught.value.signal == signal.SIGTERM
     assert "--out" in caught.value.__notes__[0]
@@ -293,11 +287,11 @@ def test_branches_may_be_added_and_nothing_is_trained_twice(
     shutil.copytree(straight, folder)
     first = small(out=folder)
     trained: list[str] = []
-    train_jobs = plasticity.train_jobs
+    train_branches = plasticity.train_branches
 
     def noting(study: Any, each: Any, pruner: Any, jobs: Any, *rest: Any) -> None:
         trained.extend(f"{job.seed} {job.branch.name}" for job in jobs)
-        train_jobs(study, each, pruner, jobs, *rest)
+        train_branches(study, each, pruner, jobs, *rest)
 
     monkeypatch.setattr(plasticity, "train_jobs", noting)
     plasticity.run(first)
@@ -323,7 +317,7 @@ def test_another_study_is_not_gone_on_with(tmp_path):
     assert plasticity.open_folder(with_train(first, seeds=3)) == first.out
     (tmp_path / "b").mkdir()
     (tmp_path / "b/notes").touch()
-    with pytest.raises(FileExistsError, match="neither empty nor of a run"):
+    with pytest.raises(FileExistsError, match="neither empty nor the folder of a run"):
         plasticity.open_folder(dataclasses.replace(first, out=tmp_path / "b"))
 
 
@@ -343,7 +337,11 @@ def test_tables_hold_what_was_measured():
     way = Branch("magnitude", "global", "one-shot", 0.0, 0.9)
     results = Results(
         title="a model",
-        points=(Point(10, 1, 0.1), Point(20, 2, 0.1), Point(30, 3, 0.01)),
+        points=(
+            PruningPoint(10, 1, 0.1),
+            PruningPoint(20, 2, 0.1),
+            PruningPoint(30, 3, 0.01),
+        ),
         seeds=(0, 1),
         steps=10,
         epochs=1.0,
@@ -381,8 +379,8 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "lanes": ({"lanes": 0}, "lanes must be at least 1, got 0"),
     "epochs": ({"epochs": 0.0}, r"epochs must lie in \(0, inf\), got 0.0"),
     "rate": ({"rates": (0.5, 1.0)}, r"rates must lie in \(0, 1\), got 1.0"),
-    "no rates": ({"rates": ()}, r"rates must have values, none twice, got \(\)"),
-    "twice": ({"regrow": (0.5, 0.5)}, "regrow must have values, none twice"),
+    "no rates": ({"rates": ()}, r"rates must have distinct values, got \(\)"),
+    "twice": ({"regrow": (0.5, 0.5)}, "regrow must have distinct values"),
     "regrow": ({"regrow": (1.5,)}, r"regrow must lie in \[0, 1\], got 1.5"),
 }
 TRAIN_ERRORS: dict[str, tuple[dict[str, Any], str]] = {

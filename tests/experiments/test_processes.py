@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import pytest
 
-from experiments import trainer
-from experiments.config import CheckpointConfig, Config, MaskConfig
+from experiments.config.run import CheckpointConfig, Config, MaskConfig
+from experiments.training import loop
 from tests.helpers import runs
 
 STEPS = 40
@@ -93,8 +93,8 @@ def end_pair(
 def assert_trained_alike(out: pathlib.Path, tmp_path: pathlib.Path, **form: Any) -> Any:
     """Asserts that a run of two processes is that of two devices; the final state."""
     maker = runs.make(Config(**(CONFIG.__dict__ | form)), devices=2)
-    _, state = trainer.fit(maker, [0], tmp_path / RUN)
-    expected = maker.program.snapshot(state)
+    _, state = loop.fit(maker, [0], tmp_path / RUN)
+    expected = maker.compiled_step.snapshot(state)
     steps = maker.config.steps
     found = runs.restored(maker, out / RUN, steps)
     assert int(found.step) == steps

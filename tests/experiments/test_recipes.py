@@ -11,16 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, dry_run, recipes, schedules, train
-from experiments.config import (
+from experiments import data, train
+from experiments.config import recipes
+from experiments.config.run import (
     Config,
     DataConfig,
     MaskConfig,
     ToSTConfig,
     build_method,
 )
-from experiments.data import builders
-from experiments.step import Functions
+from experiments.data import tfds_builders
+from experiments.reports import dry_run
+from experiments.training import optimizer
+from experiments.training.step import TrainStep
 
 ALL = recipes.recipes()
 FULL = {name: r for name, r in ALL.items() if not name.endswith("-mini")}
@@ -143,7 +146,7 @@ def test_steps():
 )
 def test_learning_rates(name, rates):
     config = ALL[name].config
-    schedule = schedules.learning_rate(config.optimizer, config.steps)
+    schedule = optimizer.learning_rate(config.optimizer, config.steps)
     found = [float(schedule(jnp.int32(step))) for step in rates]
     np.testing.assert_allclose(found, list(rates.values()), rtol=1e-5)
 
@@ -288,21 +291,21 @@ def test_help_names_the_options(capsys):
 
 
 def test_facts_are_those_of_the_data(tmp_path):
-    assert set(dry_run.FACTS) == set(data.NAMES)
-    for name, facts in dry_run.FACTS.items():
+    assert set(dry_run.DATASETS) == set(data.NAMES)
+    for name, facts in dry_run.DATASETS.items():
         if name == "imagenet2012":
             continue
-        features = builders.BUILDERS[name](data_dir=tmp_path).info.features
+        features = tfds_builders.BUILDERS[name](data_dir=tmp_path).info.features
         if "text" in features:
             assert facts[:2] == ((128,), 256)
             continue
         assert facts.shape == features["image"].shape
         assert facts.classes == features["label"].num_classes
     digits = data.load("digits", tmp_path)
-    facts = dry_run.FACTS["digits"]
+    facts = dry_run.DATASETS["digits"]
     assert (len(digits.train.labels), digits.classes) == (facts.train_size, 10)
     # 90% of 1,115,394 characters, in rows of 128 that each have a successor.
-    assert dry_run.FACTS["tiny_shakespeare"].train_size == (1_003_854 - 1) // 128
+    assert dry_run.DATASETS["tiny_shakespeare"].train_size == (1_003_854 - 1) // 128
 
 
 def test_counts_of_lenet():
@@ -340,8 +343,8 @@ def test_streamed_data_has_no_remainder():
 
 def test_memory_is_that_of_a_state(tmp_path):
     config = dataclasses.replace(LENET, data=DataConfig("digits"))
-    functions = Functions(config, data.load("digits", tmp_path))
-    state = jax.jit(functions.create)(jnp.uint32(0))
+    train_step = TrainStep(config, data.load("digits", tmp_path))
+    state = jax.jit(train_step.create)(jnp.uint32(0))
     result = dry_run.analyse(config)
     counters = state.step.nbytes + state.seed.nbytes
     held = sum(x.nbytes for x in jax.tree.leaves(state))
@@ -412,7 +415,7 @@ def test_dry_run_needs_no_data(capsys, tmp_path, monkeypatch):
         "160, of 390 steps each",
         "62, every 1,000 steps, from step 1,000 to 62,000",
         "31, the last one at 31,000",
-        "20,035,018 parameters; masks cover 20,024,000, of which 1,001,200 are active",
+        "20,035,018 parameters; 20,024,000 have masks, and 1,001,200 of these are",
         "Estimates, since data and training decide",
     ):
         assert part in words
@@ -435,7 +438,7 @@ def test_dry_run_leaves_to_a_source_what_it_decides(capsys, tmp_path):
     assert status == 0
     words = " ".join(out.split())
     for part in (
-        "Its settings are ours: those of the paper were not at hand.",
+        "Its settings are ours: those of the paper were not available.",
         "masks from snip",
         "ToST swish neurons, identity skips for 35,535 steps, LRsI, labels smoothed by "
         "0.1",
@@ -469,7 +472,7 @@ def test_an_option_changes_a_recipe(capsys, tmp_path):
     )
     assert status == 0
     assert "124, every 500 steps" in text
-    assert "The recipe, but for masks.interval, model: no published" in text
+    assert "The recipe except for masks.interval, model: no published" in text
     assert "93.72" not in text
     # The folder itself stays free for the run.
     assert not out.exists()

@@ -19,9 +19,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import models, trainer
-from experiments.checkpoints import Checkpoints, Progress
-from experiments.config import CheckpointConfig, Config, MaskConfig, OptimizerConfig
+from experiments import models
+from experiments.config.run import CheckpointConfig, Config, MaskConfig, OptimizerConfig
+from experiments.training import loop
+from experiments.training.checkpoints import Checkpoints, Progress
 from tests.helpers import runs
 from tests.nightly import NIGHTLY
 
@@ -75,15 +76,15 @@ def _small(monkeypatch):
 
 
 def fit_until(
-    maker: trainer.Trainer, run: pathlib.Path, stop: int
-) -> trainer.StoppedError:
+    maker: loop.TrainSetup, run: pathlib.Path, stop: int
+) -> loop.StoppedError:
     """Trains, in a run's folder, up to a step."""
 
     def stopped(step: int) -> int | None:
         return signal.SIGTERM if step >= stop else None
 
-    with pytest.raises(trainer.StoppedError) as caught:
-        trainer.fit(maker, [3], run, stopped=stopped)
+    with pytest.raises(loop.StoppedError) as caught:
+        loop.fit(maker, [3], run, stopped=stopped)
     return caught.value
 
 
@@ -96,7 +97,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_is_not(
     variant, tmp_path
 ):
     maker = runs.make(dataclasses.replace(CONFIG, **VARIANTS[variant]))
-    records, state = trainer.fit(maker, [3], tmp_path / "straight")
+    records, state = loop.fit(maker, [3], tmp_path / "straight")
     assert [record.step for record in records[0]] == [0, 7, 14, 21, 24]
     run = tmp_path / "stopped"
     # Before, at and after evaluations, checkpoints, updates and the end of the epoch;
@@ -109,7 +110,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_is_not(
         assert "with a checkpoint" in str(error)
         assert error.signal == signal.SIGTERM
         assert runs.steps_saved(run)[-1] >= stop
-    records_again, state_again = trainer.fit(maker, [3], run)
+    records_again, state_again = loop.fit(maker, [3], run)
     assert runs.same(state_again, state)
     without_times = [
         [record._replace(seconds=0.0) for record in each[0]]
@@ -119,9 +120,9 @@ def test_a_run_that_is_stopped_again_and_again_ends_like_one_that_is_not(
     assert runs.lines(run) == runs.lines(tmp_path / "straight")
     final = [runs.restored(maker, tmp_path / n, 24) for n in ("straight", "stopped")]
     assert runs.same(*final)
-    assert runs.same(final[0], maker.program.snapshot(state))
+    assert runs.same(final[0], maker.compiled_step.snapshot(state))
     # What the run was compared by is what training changes.
-    begun = jax.device_get(maker.program.create([3]))
+    begun = jax.device_get(maker.compiled_step.create([3]))
     for name in ("step", "order", "params", "statistics", "opt_state", "average"):
         if name != "average" or variant == "snfs":
             assert not runs.same(getattr(begun, name), getattr(state, name))
@@ -139,7 +140,7 @@ def test_a_checkpoint_holds_the_losses_since_the_last_evaluation(tmp_path, monke
         save(self, step, state, progress)
 
     monkeypatch.setattr(Checkpoints, "save", noting)
-    records, _ = trainer.fit(maker, [3], tmp_path)
+    records, _ = loop.fit(maker, [3], tmp_path)
     assert list(given) == [5, 10, 15, 20, 24]
     for step, progress in given.items():
         (losses,) = progress.losses
@@ -162,7 +163,7 @@ FORMS: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @functools.cache
-def form(name: str) -> trainer.Trainer:
+def form(name: str) -> loop.TrainSetup:
     changes, devices = FORMS[name]
     config = dataclasses.replace(
         CONFIG, steps=8, method="static", masks=MaskConfig(), **changes
@@ -178,7 +179,7 @@ def test_a_checkpoint_of_8_devices_is_gone_on_from_on_1_and_on_4(source, tmp_pat
     expected = jax.device_get(runs.restored(maker, tmp_path, 5))
     assert int(expected.step) == 5
     for name in FORMS:
-        other = form(name).program
+        other = form(name).compiled_step
         found = runs.restored(form(name), tmp_path, 5)
         assert runs.same(jax.device_get(found), expected)
         assert {len(x.sharding.device_set) for x in jax.tree.leaves(found)} == {
@@ -189,9 +190,9 @@ def test_a_checkpoint_of_8_devices_is_gone_on_from_on_1_and_on_4(source, tmp_pat
         assert runs.same(jax.device_get(again), expected)
     ends = {}
     for name in ("jit, 1", "jit, 4", source):
-        records, state = trainer.fit(form(name), [3], copied(tmp_path, name))
+        records, state = loop.fit(form(name), [3], copied(tmp_path, name))
         assert [record.step for record in records[0]] == [0, 7, 8]
-        ends[name] = jax.device_get(form(name).program.snapshot(state))
+        ends[name] = jax.device_get(form(name).compiled_step.snapshot(state))
     # Sums over devices round differently.
     for name in ("jit, 1", "jit, 4"):
         for found, want in zip(
@@ -237,7 +238,7 @@ def cache(tmp_path_factory) -> pathlib.Path:
 
 
 @functools.cache
-def reader() -> trainer.Trainer:
+def reader() -> loop.TrainSetup:
     """A trainer of the configuration above, to read checkpoints with."""
     return runs.make(
         Config(

@@ -12,9 +12,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from experiments import trainer
-from experiments.config import CheckpointConfig, Config, DataConfig, MaskConfig
-from experiments.data import Stream, stream
+from experiments.config.run import CheckpointConfig, Config, DataConfig, MaskConfig
+from experiments.data import Stream, imagenet
+from experiments.training import loop
 from tests.helpers import runs
 
 TRAIN, TEST, CLASSES = 37, 21, 4
@@ -50,16 +50,16 @@ class Source(list[dict[str, Any]]):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "IMAGE_SIZE", 16)
-    monkeypatch.setattr(stream, "RESIZED", 18)
+    monkeypatch.setattr(imagenet, "IMAGE_SIZE", 16)
+    monkeypatch.setattr(imagenet, "RESIZED", 18)
 
 
-def make(devices: int = 1, **changes: Any) -> trainer.Trainer:
+def make(devices: int = 1, **changes: Any) -> loop.TrainSetup:
     dataset = Stream(
         name="imagenet2012",
         classes=CLASSES,
-        mean=stream.IMAGENET_MEAN,
-        std=stream.IMAGENET_STD,
+        mean=imagenet.IMAGENET_MEAN,
+        std=imagenet.IMAGENET_STD,
         image_shape=(16, 16, 3),
         train_size=TRAIN,
         test_size=TEST,
@@ -67,7 +67,7 @@ def make(devices: int = 1, **changes: Any) -> trainer.Trainer:
         test_source=Source(encoded(1000 + i) for i in range(TEST)),
     )
     config = dataclasses.replace(CONFIG, **changes)
-    return trainer.create(config, dataset, jax.devices()[:devices])
+    return loop.create(config, dataset, jax.devices()[:devices])
 
 
 def stop_at(wanted: int) -> Any:
@@ -76,7 +76,7 @@ def stop_at(wanted: int) -> Any:
 
 def test_a_stream_trains_resumes_and_counts_every_test_image(tmp_path):
     maker = make()
-    records, state = trainer.fit(maker, [3], tmp_path / "whole")
+    records, state = loop.fit(maker, [3], tmp_path / "whole")
     assert [r.step for r in records[0]] == [0, 6, 12]
     assert state.order == ()
     for record in records[0]:
@@ -84,16 +84,16 @@ def test_a_stream_trains_resumes_and_counts_every_test_image(tmp_path):
     assert records[0][-1].test_correct > TEST / CLASSES + 3
 
     for at in (4, 7):
-        with pytest.raises(trainer.StoppedError):
-            trainer.fit(maker, [3], tmp_path / "parts", stopped=stop_at(at))
-    _, resumed = trainer.fit(maker, [3], tmp_path / "parts")
+        with pytest.raises(loop.StoppedError):
+            loop.fit(maker, [3], tmp_path / "parts", stopped=stop_at(at))
+    _, resumed = loop.fit(maker, [3], tmp_path / "parts")
     assert runs.same(resumed, state)
     assert runs.lines(tmp_path / "parts") == runs.lines(tmp_path / "whole")
 
 
 def test_evaluation_is_that_of_the_images_one_by_one():
     maker = make()
-    state = maker.program.create([0])
+    state = maker.compiled_step.create([0])
     correct = 0
     for i in range(TEST):
         example = maker.dataset.test_source[i]
@@ -101,13 +101,13 @@ def test_evaluation_is_that_of_the_images_one_by_one():
             # The shorter side of 20 becomes 18, the longer of 24 becomes 21.
             image = image.resize((21, 18), PIL.Image.Resampling.BILINEAR)
             x = np.asarray(image.crop((2, 1, 18, 17)), np.float64) / 255
-        x = ((x - stream.IMAGENET_MEAN) / stream.IMAGENET_STD).reshape(-1)
+        x = ((x - imagenet.IMAGENET_MEAN) / imagenet.IMAGENET_STD).reshape(-1)
         for name in ("hidden_0", "hidden_1", "output"):
             layer = jax.tree.map(np.asarray, state.params[name])
             x = x @ layer["kernel"] + layer["bias"]
             x = np.maximum(x, 0) if name != "output" else x
         correct += int(x.argmax()) == example["label"]
-    (record,) = trainer._evaluate(maker, state, 0, trainer.Losses(1), 0.0)
+    (record,) = loop._evaluate(maker, state, 0, loop.Losses(1), 0.0)
     assert record.test_correct == correct
 
 
@@ -116,12 +116,12 @@ def test_several_devices_share_every_batch(parallel):
     losses, records = {}, {}
     for devices in (1, 4):
         maker = make(devices, parallel=parallel)
-        state = maker.program.create([0])
-        (records[devices],) = trainer._evaluate(maker, state, 0, trainer.Losses(1), 0.0)
-        batches = trainer.batches(maker, 0, 0)
+        state = maker.compiled_step.create([0])
+        (records[devices],) = loop._evaluate(maker, state, 0, loop.Losses(1), 0.0)
+        batches = loop.train_batches(maker, 0, 0)
         losses[devices] = []
         for _ in range(3):
-            state, loss = maker.program.steps(state, next(batches), 1)
+            state, loss = maker.compiled_step.steps(state, next(batches), 1)
             losses[devices].append(float(jax.block_until_ready(loss)[0, 0]))
     assert records[4].test_correct == records[1].test_correct
     np.testing.assert_allclose(records[4].test_loss, records[1].test_loss, rtol=1e-5)

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 
 import granet_jax
-from experiments import report, sweep, sweep_report, train, trainer
-from experiments.metrics import Log, Record
-from experiments.sweep_file import Sweep, read
+from experiments import sweep, train
+from experiments.config.sweep import Sweep, read
+from experiments.reports import sweep as sweep_report
+from experiments.reports import training as training_report
+from experiments.training import loop
+from experiments.training.metrics import Log, MetricsRecord
 from granet_jax.analysis import plots
 
 SWEEPS = pathlib.Path(sweep.__file__).parent / "sweeps"
@@ -46,8 +49,8 @@ def kept(sparsity: float) -> int:
     return round((1 - sparsity) * TOTAL)
 
 
-def record(step: int, accuracy: float, active: int) -> Record:
-    return Record(
+def record(step: int, accuracy: float, active: int) -> MetricsRecord:
+    return MetricsRecord(
         step=step,
         train_loss=None if step == 0 else 0.5,
         test_correct=round(accuracy * 1000),
@@ -70,8 +73,8 @@ class Fake:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.done: list[str] = []
         self.fails: dict[str, BaseException] = {}
-        monkeypatch.setattr(trainer, "create", lambda config, dataset: config)
-        monkeypatch.setattr(sweep.parallel, "compiled", lambda config, dataset: None)
+        monkeypatch.setattr(loop, "create", lambda config, dataset: config)
+        monkeypatch.setattr(sweep.devices, "compile_step", lambda config, dataset: None)
         monkeypatch.setattr(train, "train_seeds", self.train)
         monkeypatch.setattr(
             sweep_report, "plot", lambda sweep, runs, path: path.touch()
@@ -205,7 +208,7 @@ ERRORS = {
     "no name of a folder": (
         '"rigl"]',
         '"a/b"]\nmethod."a/b".method = "rigl"',
-        r"methods has 'a/b': the name of a row is that of a folder",
+        r"methods has 'a/b': the name of a row is also the name of a folder",
     ),
     "not a method": ("[train]", "[method.rigel]\n[train]", r"method.rigel is unknown"),
     "not there": ("[train]", "[method.gmp]\n[train]", r"gmp is not one of methods"),
@@ -222,7 +225,7 @@ ERRORS = {
     "twice in a table": (
         "eval_every = 3",
         "eval_every = 3\neval-every = 3",
-        r"train.eval.every is there twice",
+        r"train.eval.every is given twice",
     ),
     "not TOML": ("seeds = 2", "seeds = ", r"is not a TOML file"),
 }
@@ -269,7 +272,7 @@ def test_the_sweeps_there_are_give_all_methods_one_budget(path):
 
 def test_a_sweep_goes_on_where_it_was_stopped(fake, tmp_path, monkeypatch, capsys):
     tiny, out = written(tmp_path, TINY), tmp_path / "out"
-    stop = trainer.StoppedError(3, signal.SIGTERM)
+    stop = loop.StoppedError(3, signal.SIGTERM)
     fake.fails = {"rigl-0.9/rigl-seed1": stop}
     command = [str(tmp_path / "file.toml"), "--out", str(out), "--no-progress"]
     assert sweep.main(command) == 128 + signal.SIGTERM
@@ -369,14 +372,14 @@ def test_a_folder_of_something_else_is_left_alone(fake, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("")
-    with pytest.raises(FileExistsError, match="neither empty nor of a sweep"):
+    with pytest.raises(FileExistsError, match="nor the folder of a sweep"):
         sweep.run(written(tmp_path, TINY), out, progress=False)
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 
 def test_the_rest_is_trained_when_a_run_diverges(fake, tmp_path, capsys):
     written(tmp_path, TINY)
-    fake.fails = {ALL[2]: trainer.DivergedError("the loss of step 2 is nan")}
+    fake.fails = {ALL[2]: loop.DivergedError("the loss of step 2 is nan")}
     command = [str(tmp_path / "file.toml"), "--out", str(tmp_path / "out")]
     assert sweep.main([*command, "--no-progress"]) == 1
     assert "rigl-0.9: the loss of step 2 is nan" in capsys.readouterr().err
@@ -389,11 +392,11 @@ def test_auto_chooses_what_is_faster_once(fake, tmp_path, monkeypatch, capsys):
     tiny = written(tmp_path, TINY.replace("vmap_seeds = false", ""))
     timings = [(0.002, 0.001)]
     monkeypatch.setattr(sweep, "seconds_per_step", lambda *a: timings.pop())
-    device = trainer.jax.devices()[:1]
+    device = loop.jax.devices()[:1]
     monkeypatch.setattr(sweep.jax, "devices", lambda: device)
     out = tmp_path / "out"
-    fake.fails = {"rigl-0.9/rigl-seeds0-1": trainer.StoppedError(0, signal.SIGINT)}
-    with pytest.raises(trainer.StoppedError):
+    fake.fails = {"rigl-0.9/rigl-seeds0-1": loop.StoppedError(0, signal.SIGINT)}
+    with pytest.raises(loop.StoppedError):
         sweep.run(tiny, out, progress=False)
     assert "2.00 ms, and with all seeds at once 1.00 ms" in capsys.readouterr().out
     assert json.loads((out / "sweep.json").read_text())["vmap_seeds"] is True
@@ -433,7 +436,7 @@ def rows(text: str, table: int) -> dict[str, list[str]]:
 @pytest.mark.parametrize("vmap_seeds", ["false", "true"])
 def test_results_are_what_the_runs_say(vmap_seeds, tmp_path, monkeypatch):
     """A real sweep, without and with all seeds at once."""
-    device = trainer.jax.devices()[:1]
+    device = loop.jax.devices()[:1]
     monkeypatch.setattr(sweep.jax, "devices", lambda: device)
     text = TINY.replace("= false", f"= {vmap_seeds}").replace("[0.9, 0.95]", "[0.9]")
     found, out = written(tmp_path, text), tmp_path / "out"
@@ -441,7 +444,7 @@ def test_results_are_what_the_runs_say(vmap_seeds, tmp_path, monkeypatch):
     text = (out / "results.md").read_text()
     results = json.loads((out / "results.json").read_text())
     assert [cell["name"] for cell in results["cells"]] == ["dense", "rigl-0.9"]
-    assert results["environment"]["jax"] == trainer.jax.__version__
+    assert results["environment"]["jax"] == loop.jax.__version__
     for cell, active in zip(results["cells"], (TOTAL, kept(0.9)), strict=True):
         lines = by_hand(out, cell["name"])
         assert sorted(lines) == [0, 1] == cell["seeds"]
@@ -589,7 +592,7 @@ def test_gains_are_between_runs_of_one_seed(tmp_path):
     def runs(name, *accuracies, seeds=(0, 1)):
         method = found.cells[name].method
         records = tuple((record(6, a, kept(0.9)),) for a in accuracies)
-        return report.Runs(method, seeds, records)
+        return training_report.MethodRuns(method, seeds, records)
 
     done = {
         "dense": runs("dense", 0.9, 0.8),
@@ -615,7 +618,7 @@ def test_gains_are_between_runs_of_one_seed(tmp_path):
 def test_variants_have_a_panel_for_every_sparse_row(tmp_path, monkeypatch):
     found = written(tmp_path, VARIANTS)
     done = {
-        name: report.Runs(
+        name: training_report.MethodRuns(
             config.method, (0,), ((record(6, 0.9 - 0.01 * i, kept(0.9)),),)
         )
         for i, (name, config) in enumerate(found.cells.items())
@@ -670,7 +673,7 @@ def test_what_is_wrong_in_variants_is_named(old, new, message, tmp_path):
 def test_rows_with_names_have_colours_of_their_own(tmp_path):
     found = written(tmp_path, NAMED)
     runs = {
-        name: report.Runs(
+        name: training_report.MethodRuns(
             config.method, (0,), ((record(6, 0.9 - 0.03 * i, kept(0.9)),),)
         )
         for i, (name, config) in enumerate(found.cells.items())
@@ -695,7 +698,7 @@ def test_best_is_chosen_at_the_final_sparsity(tmp_path):
         record(3, 0.6, kept(0.9)),
         record(6, 0.5, kept(0.9)),
     )
-    runs = {"gmp-0.9": report.Runs("gmp", (0,), (records,))}
+    runs = {"gmp-0.9": training_report.MethodRuns("gmp", (0,), (records,))}
     sweep_report.write(found, runs, {}, {}, tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert rows(text, 0)["gmp"] == ["50.00 (1 of 2 seeds)", "-"]
@@ -720,7 +723,7 @@ def test_the_plot_shows_every_method(tmp_path):
     text = text.replace("steps = 6", "steps = 48")
     found = written(tmp_path, text)
     runs = {
-        name: report.Runs(
+        name: training_report.MethodRuns(
             config.method,
             (0, 1),
             tuple(
@@ -752,7 +755,7 @@ def test_timing_tells_seconds_of_one_seed(tmp_path, monkeypatch):
     tiny = written(tmp_path, TINY)
     clock = [0.0]
 
-    class Program:
+    class CompiledStep:
         def __init__(self, lanes: int, seconds: float):
             self.lanes, self.seconds = lanes, seconds
             self.create = tuple
@@ -761,14 +764,14 @@ def test_timing_tells_seconds_of_one_seed(tmp_path, monkeypatch):
             clock[0] += number * self.seconds
             return state, 0.0
 
-    class Trainer:
+    class TrainSetup:
         train = None
 
         def __init__(self, config, dataset):
             lanes = config.seeds if config.vmap_seeds else 1
-            self.program = Program(lanes, 0.05 if lanes == 1 else 0.08)
+            self.compiled_step = CompiledStep(lanes, 0.05 if lanes == 1 else 0.08)
 
-    monkeypatch.setattr(trainer, "create", Trainer)
+    monkeypatch.setattr(loop, "create", TrainSetup)
     monkeypatch.setattr(sweep.time, "perf_counter", lambda: clock[0])
     plain, mapped = sweep.seconds_per_step(tiny.first, None)
     assert (plain, mapped) == (pytest.approx(0.05), pytest.approx(0.04))

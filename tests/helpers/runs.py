@@ -12,9 +12,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from experiments import data, trainer
-from experiments.checkpoints import Checkpoints
-from experiments.config import Config
+from experiments import data
+from experiments.config.run import Config
+from experiments.training import loop
+from experiments.training.checkpoints import Checkpoints
 
 PyTree = Any
 ROOT = pathlib.Path(__file__).parents[2]
@@ -49,11 +50,9 @@ def same(a: PyTree, b: PyTree) -> bool:
     )
 
 
-def make(config: Config, devices: int = 1) -> trainer.Trainer:
+def make(config: Config, devices: int = 1) -> loop.TrainSetup:
     """A trainer on the first devices of this process."""
-    return trainer.create(
-        config, data.load(config.data.dataset), jax.devices()[:devices]
-    )
+    return loop.create(config, data.load(config.data.dataset), jax.devices()[:devices])
 
 
 def steps_saved(run: pathlib.Path) -> list[int]:
@@ -62,11 +61,11 @@ def steps_saved(run: pathlib.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def restored(maker: trainer.Trainer, run: pathlib.Path, step: int) -> PyTree:
+def restored(maker: loop.TrainSetup, run: pathlib.Path, step: int) -> PyTree:
     """A checkpoint of a run, as the trainer of that many devices reads it."""
     checkpoints = Checkpoints(run / "checkpoints", keep=100)
     try:
-        return checkpoints.restore(step, maker.program.abstract())[0]
+        return checkpoints.restore(step, maker.compiled_step.abstract())[0]
     finally:
         checkpoints.close()
 

@@ -1,0 +1,1 @@
+"""Configurations of runs, methods, recipes, studies and sweeps."""

@@ -1,0 +1,1 @@
+"""Tables, figures and summaries of results."""

@@ -1,0 +1,1 @@
+"""The training run: its step, its loop, its state and its files."""

@@ -1,0 +1,83 @@
+"""Folders of results: a new one, or the folder of a run that continues."""
+
+import datetime
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from experiments.config.run import Config, check_same
+from experiments.training import processes
+from experiments.training.atomic_files import read_json, write_json
+
+DEFAULT_FOLDER = pathlib.Path("runs")
+
+
+def open_folder(config: Config) -> pathlib.Path:
+    """Return the results folder of a configuration, new or to be continued.
+
+    Raises:
+      FileExistsError: The folder contains other files.
+      ValueError: The folder contains a run with another configuration.
+    """
+    if config.out is None:
+        if jax.process_count() > 1:
+            raise ValueError("several processes need one folder: give --out.")
+        return new_folder(config)
+    if processes.is_first():
+        claim(config.out, config.to_dict())
+    return config.out
+
+
+def claim(folder: pathlib.Path, options: dict[str, Any]) -> None:
+    """Create a results folder, or check that it belongs to the same run.
+
+    Args:
+      folder: Folder for the results.
+      options: All options as JSON values, for config.json.
+
+    Raises:
+      FileExistsError: The folder contains other files.
+      ValueError: The folder contains a run with other options.
+    """
+    path = folder / "config.json"
+    if path.exists():
+        check_same(
+            read_json(path), options, holder=f"{folder} holds a run", this="this one"
+        )
+        return
+    if folder.exists() and (not folder.is_dir() or _has_other_files(folder)):
+        raise FileExistsError(
+            f"out: {folder} already exists, and it is neither empty nor the folder of "
+            "a run. Results are never overwritten: choose another folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, options)
+
+
+def _has_other_files(folder: pathlib.Path) -> bool:
+    # A killed run may have left an unfinished config.json.
+    return any(path.name != "config.json.partial" for path in folder.iterdir())
+
+
+def new_folder(config: Config) -> pathlib.Path:
+    """Create a folder named after the time and the method in `DEFAULT_FOLDER`."""
+    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    DEFAULT_FOLDER.mkdir(exist_ok=True)
+    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
+        folder = DEFAULT_FOLDER / f"{time}-{config.method}{suffix}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        write_json(folder / "config.json", config.to_dict())
+        return folder
+    raise FileExistsError(f"{DEFAULT_FOLDER} already has 99 runs of {time}.")
+
+
+def run_name(method: str, seeds: Sequence[int]) -> str:
+    """Return the folder name of a run of one seed, or of several seeds at once."""
+    if len(seeds) == 1:
+        return f"{method}-seed{seeds[0]}"
+    return f"{method}-seeds{seeds[0]}-{seeds[-1]}"
