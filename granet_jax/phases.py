@@ -322,15 +322,15 @@ def score_function(
         scores see weights.
     """
 
-    def score(function: Score, masks: Masks, *, growing: bool = False) -> list[Array]:
+    def evaluated(score: Score, masks: Masks, *, growing: bool = False) -> list[Array]:
         pairs = zip(masks, before, strict=True)
         masks = [structures.spread(structure, m, like) for m, like in pairs]
         params = zero_outside(before if growing else masks, weights.stepped)
         visible = zero_outside(masks, params)
-        ranked = evaluate(function, names, masks, params, visible, weights, key)
+        ranked = evaluate(score, names, masks, params, visible, weights, key)
         return [structures.merge(structure, x) for x in ranked]
 
-    return score
+    return evaluated
 
 
 def evaluate(

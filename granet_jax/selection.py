@@ -99,7 +99,7 @@ def top_k(
 
     def count_tied(bounds: list[Array]) -> list[Array]:
         flags = [[is_tied_before(i, b) for b in bounds] for i in range(len(keys))]
-        return count_leaves(flags, counter)
+        return list(count_leaves(flags, counter))
 
     from_end = largest_bound(count_tied, missing, tied, Positions.dtype(places))
     return [

@@ -53,7 +53,7 @@ class Step(NamedTuple):
       average: The moving average of the dense gradient, this step's included.
     """
 
-    count: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     advances: Array
     key: Array
     inner_state: optax.OptState

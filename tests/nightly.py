@@ -21,8 +21,7 @@ ONE_OF = {
     "test_ghosts::test_ghosts_stand_beside_the_convolutions": 4,
     "test_initial::test_the_masks_are_the_same_on_any_devices": 3,
     "test_initial::test_training_starts_from_the_masks_of_the_source": 3,
-    "test_synflow::"
-    "test_magnitude_empties_a_layer_where_the_initial_spread_says": 3,
+    "test_synflow::test_magnitude_empties_a_layer_where_the_initial_spread_says": 3,
     "test_models::test_batch_statistics_change_in_training_only": 2,
     "test_models::test_logits_depend_on_every_parameter": 2,
     "test_models::test_shapes_and_dtypes": 2,

@@ -149,7 +149,7 @@ def evaluate(score: Score, masks: PyTree, weights: Sequence[Any], key: Array) ->
                 param=by_name[name],
                 grad=None,
                 mask=mask,
-                accumulator=None,
+                average=None,
                 # A leaf's random numbers depend on its name, not on the other leaves.
                 key=jax.random.fold_in(key, zlib.crc32(name.encode())),
                 name=name,

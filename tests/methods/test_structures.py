@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from granet_jax.keys import sort_keys
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import granet_jax
 from granet_jax import distributions, mask_sources, scores, structures
-from granet_jax.keys import sort_keys
 from granet_jax.structures import Structure
 from tests.helpers.trees import assert_same
 from tests.methods.test_cyclic import QUICK
