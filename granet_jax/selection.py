@@ -228,8 +228,10 @@ def _common_dtype(dtypes: Sequence[Any]) -> jnp.dtype:
 def _float_key(x: Array) -> Array:
     dtype = _unsigned(x)
     sign = jnp.asarray(1 << (8 * dtype.itemsize - 1), dtype)
-    bits = lax.bitcast_convert_type(jnp.where(x == 0, jnp.zeros_like(x), x), dtype)
-    key = jnp.where(bits >= sign, ~bits, bits | sign)
+    bits = lax.bitcast_convert_type(x, dtype)
+    # Sign and magnitude become an order; -0.0, whose bits are `sign`, becomes 0.0.
+    # (The bits are compared, because processors may take subnormal numbers for zero.)
+    key = jnp.where(bits > sign, ~bits, bits | sign)
     return jnp.where(jnp.isnan(x), jnp.ones((), dtype), key)
 
 
