@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.core import Tracer
 
 from granet_jax import dense_weights, masking, structures
 from granet_jax.checks import check_flag, check_seed
@@ -19,14 +20,14 @@ from granet_jax.initial_masks import init_masks
 from granet_jax.masking import PyTree, Where, map_masked
 from granet_jax.methods.method import Method, check_method
 from granet_jax.moments import refuse_flattened, zero_moments
-from granet_jax.penalties import penalised
 from granet_jax.per_weight import is_per_weight
-from granet_jax.phases import step_key, update_masks
+from granet_jax.phases import step_key, update_masks, update_masks_compiled
 from granet_jax.state import SparseState
 from granet_jax.step import (
     Setup,
+    Step,
     begin_step,
-    check_call,
+    gradient_of,
     mark_weights,
     names_of,
     run_if,
@@ -141,7 +142,7 @@ def transform(
 
 def init(setup: Setup, params: PyTree) -> SparseState:
     """The first state: initial masks, and zeros."""
-    method = setup.method
+    method, count = setup.method, jnp.zeros((), jnp.int32)
     if setup.masks is None:
         masks = init_masks(method, params, where=setup.where, seed=setup.seed)
     else:
@@ -164,7 +165,7 @@ def init(setup: Setup, params: PyTree) -> SparseState:
             setup,
             masks,
             [jnp.asarray(p) for p in masking.maskable_leaves(params, masks)],
-            step_key(setup.seed, 0),
+            count,
         )
         marked = map_masked(
             lambda m, _, p: masking.placed_like(m, p), marked, marked, params
@@ -172,7 +173,6 @@ def init(setup: Setup, params: PyTree) -> SparseState:
     phases = tuple(phase.init(jax.tree.leaves(masks)) for phase in method.phases)
     if setup.packed:
         masks, marked = masking.pack_masks((masks, marked))
-    count = jnp.zeros((), jnp.int32)
     return SparseState(count, masks, inner_state, average, marked, phases)
 
 
@@ -185,55 +185,51 @@ def update(
 ) -> tuple[PyTree, SparseState]:
     """One step of a method whose pruned weights are zero."""
     method, optimizer = setup.method, setup.optimizer
-    state, params, dense = check_call(setup, updates, state, params, extra)
-    step = begin_step(setup, state, params, dense)
+    step = begin_step(setup, updates, state, params, extra)
     load, store = storage(state, params)
 
-    def grads_of(masks: PyTree) -> PyTree:
-        marked = load(state.marked)
-        return penalised(method.penalty, updates, masks, marked, params, state.count)
-
-    def change(now: tuple[PyTree, PyTree, Any]) -> tuple[PyTree, PyTree, Any]:
+    def change(now: tuple[PyTree, PyTree, Any], step: Step) -> Any:
         """The masks, the weights among them that continue, and the phases' states."""
-        masks = load(now[0])
-        grads = zero_outside(masks, grads_of(masks))
-        moved, _ = optimizer.update(grads, step.inner_state, params, **extra)
-        weights = weights_of(
-            step, masks, stepped(masks, params, moved), dense, load(state.marked)
-        )
+        masks, phases = load(now[0]), now[2]
+
+        def after() -> list[Array]:
+            grads = zero_outside(masks, gradient_of(setup, step, masks))
+            moved, _ = optimizer.update(grads, step.inner_state, step.params, **extra)
+            return stepped(masks, step.params, moved)
+
+        key = step_key(setup.seed, step.count)
         leaves, treedef = jax.tree.flatten(masks)
-        new, kept, phases = update_masks(
-            method, names_of(masks), leaves, now[2], weights, step.count, step.key
-        )
+        names, weights = names_of(masks), weights_of(step, masks, after)
+        run = update_masks if isinstance(step.count, Tracer) else update_masks_compiled
+        new, kept, phases = run(method, names, leaves, phases, weights, step.count, key)
         new, kept = treedef.unflatten(new), treedef.unflatten(kept)
         return store(new), store(kept) if method.grows else (), phases
 
     # Where no phase grows, every weight that is active continues.
     now = (state.masks, state.masks if method.grows else (), state.phases)
-    now = run_if(method.updates, step, change, now)
-    masks, kept, phases = now
+    masks, kept, phases = run_if(method.updates, step, change, now)
     kept = load(kept if method.grows else masks)
 
     if not setup.has_inner or is_per_weight(optimizer, params, kept, extra):
         # Zeros that go into the optimizer come out of it as zeros. (To mask what comes
         # out would be the same, but XLA would copy parameters and moments for it.)
         moved, inner_state = optimizer.update(
-            zero_outside(kept, grads_of(kept)),
+            zero_outside(kept, gradient_of(setup, step, load(state.masks))),
             zero_moments(step.inner_state, kept),
             zero_outside(kept, params),
             **extra,
         )
     else:
         before = load(state.masks)
-        grads = zero_outside(before, grads_of(before))
+        grads = zero_outside(before, gradient_of(setup, step, before))
         moved, inner_state = optimizer.update(grads, step.inner_state, params, **extra)
         inner_state = zero_moments(inner_state, kept)
     moved = map_masked(update_or_zero, kept, moved, params)
 
-    def mark(_: PyTree) -> PyTree:
+    def mark(_: PyTree, step: Step) -> PyTree:
         present = load(masks)
-        after = stepped(present, params, moved)
-        return store(mark_weights(setup, present, after, step.key))
+        after = stepped(present, step.params, moved)
+        return store(mark_weights(setup, present, after, step.count))
 
     marked = run_if(method.marks, step, mark, state.marked)
     return moved, SparseState(

@@ -17,12 +17,13 @@ from granet_jax.initial_masks import choose_among_all
 from granet_jax.masking import PyTree, map_masked
 from granet_jax.methods.method import Method
 from granet_jax.moments import zero_moments
-from granet_jax.penalties import penalised
+from granet_jax.phases import step_key
 from granet_jax.state import SparseState
 from granet_jax.step import (
     Setup,
+    Step,
     begin_step,
-    check_call,
+    gradient_of,
     mark_weights,
     names_of,
     run_once_if,
@@ -43,47 +44,51 @@ def update(
 ) -> tuple[PyTree, SparseState]:
     """One step of a method whose masks are chosen among all weights."""
     method, optimizer = setup.method, setup.optimizer
-    state, params, dense = check_call(setup, updates, state, params, extra)
-    step = begin_step(setup, state, params, dense)
+    step = begin_step(setup, updates, state, params, extra)
     load, store = storage(state, params)
-    before, marked = load(state.masks), load(state.marked)
-    grads = penalised(method.penalty, updates, before, marked, params, state.count)
+    before = load(state.masks)
+    grads = gradient_of(setup, step, before)
 
     # With dense weights, a gradient reaches the marked weights only, if there are any.
-    limited = method.weights == "dense" and bool(jax.tree.leaves(marked))
+    limited = method.weights == "dense" and bool(jax.tree.leaves(step.marked))
     if limited:
-        grads = zero_outside(marked, grads)
+        grads = zero_outside(step.marked, grads)
     moved, inner_state = optimizer.update(grads, step.inner_state, params, **extra)
     if limited:
-        moved = zero_outside(marked, moved)
+        moved = zero_outside(step.marked, moved)
     after = stepped(before, params, moved)
 
-    def choose(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+    def choose(now: tuple[PyTree, PyTree], step: Step) -> tuple[PyTree, PyTree]:
         masks = load(now[0])
         leaves, treedef = jax.tree.flatten(masks)
-        weights = weights_of(step, masks, after, dense, ())
         shapes = tuple(tuple(m.shape) for m in leaves)
-        number = _number_at(method, shapes, step.count)
         chosen = choose_among_all(
-            method, names_of(masks), leaves, weights, number, step.key
+            method,
+            names_of(masks),
+            leaves,
+            weights_of(step, masks, lambda: after),
+            _number_at(method, shapes, step.count),
+            step_key(setup.seed, step.count),
         )
-        new_marked = ()
+        marked = ()
         if method.marked_sparsity is not None:
-            new_marked = store(mark_weights(setup, masks, after, step.key))
-        return store(treedef.unflatten(chosen)), new_marked
+            marked = store(mark_weights(setup, masks, after, step.count))
+        return store(treedef.unflatten(chosen)), marked
 
-    due = (step.count % method.refresh == 0) | method.updates.contains(step.count)
     now = (state.masks, state.marked)
-    always = method.refresh == 1
-    masks, stored = choose(now) if always else run_once_if(due, choose, now)
+    if method.refresh == 1:
+        masks, marked = choose(now, step)
+    else:
+        due = (step.count % method.refresh == 0) | method.updates.contains(step.count)
+        masks, marked = run_once_if(due, step, choose, now)
     if method.weights == "projected":
         keep = load(masks)
         moved = map_masked(update_or_zero, keep, moved, params)
         inner_state = zero_moments(inner_state, keep)
     elif limited:
-        inner_state = zero_moments(inner_state, load(stored))
+        inner_state = zero_moments(inner_state, load(marked))
     return moved, SparseState(
-        step.count, masks, inner_state, step.average, stored, state.phases
+        step.count, masks, inner_state, step.average, marked, state.phases
     )
 
 

@@ -87,7 +87,7 @@ def _initial_masks(
     number = targets.counts_at(method, shapes, method.sparsity(0))
     masks = [jnp.ones_like(p, bool) for p in weights]
     return choose_among_all(
-        method, names, masks, Weights(weights), jnp.asarray(number), key
+        method, names, masks, Weights(lambda: weights), jnp.asarray(number), key
     )
 
 
@@ -130,7 +130,7 @@ def choose_among_all(
       key: The random key of the step.
       among: The candidates; None for all weights.
     """
-    params = weights.stepped
+    params = weights.stepped()
     ranked = evaluate(method.rank, names, masks, params, params, weights, key)
     return structures.select(
         method.structure, ranked, number, among=among, scope=method.scope

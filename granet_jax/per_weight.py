@@ -73,7 +73,7 @@ def _one_step(
 
     small = jax.tree.map(lambda p: jnp.zeros(_small(p), bool), params)
     keep = masking.map_masked(lambda _, x: _every_second(x), masks, small)
-    keep = masking.map_masked(lambda _, x: x, masks, masks, keep)
+    keep = masking.map_masked(lambda m, _, k: k, masks, masks, keep)
     weights, grads = tree(_WEIGHT), tree(_GRADIENT)
     state = optimizer.init(weights)
     state = jax.tree.map(
@@ -89,11 +89,13 @@ def _one_step(
     for result, is_moment in ((updates, False), (state, True)):
         found = keep if result is updates else matching_masks(state, keep)
         pairs = zip(
-            jax.tree.leaves(result),
+            jax.tree.leaves(result, is_leaf=is_masked_node),
             jax.tree.leaves(found, is_leaf=is_masked_node),
             strict=True,
         )
         for x, m in pairs:
+            if is_masked_node(x):
+                continue
             mask = None if is_masked_node(m) else np.asarray(m)
             results.append((np.asarray(x), mask, is_moment))
     return results

@@ -24,7 +24,7 @@ Scope = Literal["layer", "global"]
 Count = Callable[[list[Array]], list[Array]]
 
 SCOPES: tuple[str, ...] = ("layer", "global")
-_BITS = 4  # of a digit
+_BITS = 2  # of a digit
 
 
 @functools.partial(jax.jit, static_argnames="scope", inline=True)
@@ -90,22 +90,32 @@ def top_k(
         missing -= jnp.minimum(sum_before(tied), missing)
     missing = jnp.minimum(missing, tied)
 
-    # One `Positions` for all leaves of a type, so that XLA builds it once.
-    kinds = {jax.typeof(x): positions(jax.typeof(x)) for x in keys}
-    places = [kinds[jax.typeof(x)] for x in keys]
+    def all_tied() -> list[Array]:
+        return [x >= key[i] for i, x in enumerate(keys)]
 
-    def is_tied_before(i: int, bound: Array) -> Array:
-        return (keys[i] == key[i]) & places[i].at_least_from_end(bound[i])
+    def first_tied() -> list[Array]:
+        ties = [x == key[i] for i, x in enumerate(keys)]
+        first = _first(ties, missing, tied)
+        return [(x > key[i]) | first[i] for i, x in enumerate(keys)]
 
-    def count_tied(bounds: list[Array]) -> list[Array]:
-        flags = [[is_tied_before(i, b) for b in bounds] for i in range(len(keys))]
-        return list(count_leaves(flags, counter))
+    return lax.cond(jnp.any(missing < tied), first_tied, all_tied)
 
-    from_end = largest_bound(count_tied, missing, tied, Positions.dtype(places))
-    return [
-        (x > key[i]) | (is_tied_before(i, from_end) & (missing[i] > 0))
-        for i, x in enumerate(keys)
-    ]
+
+def _first(flags: Sequence[Array], wanted: Array, present: Array) -> list[Array]:
+    """The first `wanted` of the `present` True entries of every array."""
+    # One `Positions` for all arrays of a type, so that XLA builds it once.
+    kinds = {jax.typeof(x): positions(jax.typeof(x)) for x in flags}
+    places = [kinds[jax.typeof(x)] for x in flags]
+
+    def is_before(i: int, bound: Array) -> Array:
+        return flags[i] & places[i].at_least_from_end(bound[i])
+
+    def count(bounds: list[Array]) -> list[Array]:
+        rows = [[is_before(i, b) for b in bounds] for i in range(len(flags))]
+        return list(count_leaves(rows, wanted.dtype))
+
+    bound = largest_bound(count, wanted, present, Positions.dtype(places))
+    return [is_before(i, bound) & (wanted[i] > 0) for i in range(len(flags))]
 
 
 def largest_bound(

@@ -15,9 +15,12 @@ from granet_jax.initial_masks import choose_among_all
 from granet_jax.masking import PyTree, Where, map_masked, maskable_leaves
 from granet_jax.methods.method import Method
 from granet_jax.moments import restart_moments, zero_moments
+from granet_jax.penalties import penalised
 from granet_jax.phases import Weights, step_key
 from granet_jax.schedules import Steps
 from granet_jax.state import SparseState, is_packed_state, unpacked_like
+
+_LAST_COUNT = 2**31 - 1
 
 
 class Setup(NamedTuple):
@@ -43,27 +46,33 @@ class Setup(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step begins with.
+    """What a step reads, apart from the masks that it may change.
 
     Attributes:
-      count: int32 scalar, the number of this step, 1 for the first.
-      advances: Whether the count still rises; it stops at 2**31 - 1.
-      key: The random key of this step.
+      params: The parameters before the step.
+      updates: The gradients; without an inner optimizer, the updates to mask.
+      dense: The dense gradient, or None.
       inner_state: The optimizer's state, its moments fresh after a reset.
       average: The moving average of the dense gradient, this step's included.
+      marked: The marked weights, boolean arrays.
+      done: int32 scalar, the number of steps before this one.
+      count: int32 scalar, the number of this step, 1 for the first.
     """
 
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    advances: Array
-    key: Array
+    params: PyTree
+    updates: PyTree
+    dense: PyTree | None
     inner_state: optax.OptState
     average: PyTree
+    marked: PyTree
+    done: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
-def check_call(
+def begin_step(
     setup: Setup, updates: PyTree, state: Any, params: PyTree | None, extra: Any
-) -> tuple[SparseState, PyTree, PyTree | None]:
-    """The state, the parameters and the dense gradient, or an error.
+) -> Step:
+    """Check the arguments of an update; advance the counter and the average.
 
     Raises:
       ValueError: `params` are missing, or a dense gradient that the method needs.
@@ -79,36 +88,41 @@ def check_call(
             f"{type(state).__name__}. Restore a checkpoint onto "
             "jax.eval_shape(tx.init, params), which gives it its types back."
         )
+    method = setup.method
     dense = updates if setup.has_inner else extra.get("grads")
-    if dense is None and setup.method.needs_gradient:
+    if dense is None and method.needs_gradient:
         raise ValueError(
-            f"{setup.method.name} needs the dense gradient, and as the last link of a "
-            "chain it only sees updates. Either give it the optimizer, "
+            f"{method.name} needs the dense gradient, and as the last link of a chain "
+            "it only sees updates. Either give it the optimizer, "
             "transform(method, inner=optimizer), or pass the gradient along, "
             "tx.update(grads, state, params, grads=grads)."
         )
-    return state, params, dense
-
-
-def begin_step(
-    setup: Setup, state: SparseState, params: PyTree, dense: PyTree | None
-) -> Step:
-    """Advance the counter and the average; start moments afresh after a reset."""
-    method = setup.method
-    count = jnp.asarray(optax.safe_increment(state.count))
-    advances = count > state.count
     average = state.average
     if method.average_decay is not None:
         average = _averaged(method.average_decay, average, dense)
-    inner_state = state.inner_state
-    if setup.has_inner and method.resets.steps():
-        # At the start of this step and not at the end of the last one, whose update
-        # still reads the old moments: XLA would copy them.
-        masks = unpacked_like(params, state.masks)
-        fresh = zero_moments(setup.optimizer.init(params), masks)
-        restart = method.resets.contains(state.count) & advances
-        inner_state = restart_moments(inner_state, fresh, params, restart)
-    return Step(count, advances, step_key(setup.seed, count), inner_state, average)
+    return Step(
+        params=params,
+        updates=updates,
+        dense=dense,
+        inner_state=_after_resets(setup, state, params),
+        average=average,
+        marked=unpacked_like(params, state.marked),
+        done=state.count,
+        count=jnp.asarray(optax.safe_increment(state.count)),
+    )
+
+
+def _after_resets(setup: Setup, state: SparseState, params: PyTree) -> optax.OptState:
+    """The optimizer's state, with fresh moments if the last step reset them."""
+    resets = setup.method.resets
+    if not setup.has_inner or not resets.steps():
+        return state.inner_state
+    # At the start of a step and not at the end of the one before, whose update still
+    # reads the old moments: XLA would copy them.
+    masks = unpacked_like(params, state.masks)
+    fresh = zero_moments(setup.optimizer.init(params), masks)
+    restart = resets.contains(state.count) & (state.count < _LAST_COUNT)
+    return restart_moments(state.inner_state, fresh, params, restart)
 
 
 def _averaged(decay: float, average: PyTree, grads: PyTree) -> PyTree:
@@ -127,24 +141,25 @@ def storage(
     return load, masking.pack_masks if is_packed_state(state) else lambda masks: masks
 
 
-def weights_of(
-    step: Step,
-    masks: PyTree,
-    after: list[Array],
-    dense: PyTree | None,
-    marked: PyTree,
-) -> Weights:
+def gradient_of(setup: Setup, step: Step, masks: PyTree) -> PyTree:
+    """The gradient for the optimizer: the dense one, with that of the penalty."""
+    penalty = setup.method.penalty
+    return penalised(penalty, step.updates, masks, step.marked, step.params, step.done)
+
+
+def weights_of(step: Step, masks: PyTree, after: Callable[[], list[Array]]) -> Weights:
     """The maskable leaves that scores may read."""
+    dense = step.dense
     return Weights(
         stepped=after,
         grads=None if dense is None else maskable_leaves(dense, masks),
         average=jax.tree.leaves(step.average) or None,
-        marked=jax.tree.leaves(marked) or None,
+        marked=jax.tree.leaves(step.marked) or None,
     )
 
 
 def mark_weights(
-    setup: Setup, masks: PyTree, weights: list[Array], key: Array
+    setup: Setup, masks: PyTree, weights: list[Array], count: Array
 ) -> PyTree:
     """Choose the marked weights: among the active ones, or among all if dense."""
     method = setup.method
@@ -153,9 +168,10 @@ def mark_weights(
     assert method.marked_sparsity is not None
     number = targets.counts_at(method, shapes, method.marked_sparsity)
     among = None if method.weights == "dense" else leaves
+    key = step_key(setup.seed, count)
     names = names_of(masks)
     chosen = choose_among_all(
-        method, names, leaves, Weights(weights), jnp.asarray(number), key, among
+        method, names, leaves, Weights(lambda: weights), jnp.asarray(number), key, among
     )
     return treedef.unflatten(chosen)
 
@@ -188,26 +204,30 @@ def names_of(masks: PyTree) -> tuple[str, ...]:
 
 
 def run_if(
-    steps: Steps, step: Step, change: Callable[[PyTree], PyTree], value: PyTree
+    steps: Steps, step: Step, change: Callable[[PyTree, Step], PyTree], value: PyTree
 ) -> PyTree:
-    """`change(value)` at some steps, else `value`: a loop of one trip or none.
+    """`change(value, step)` at the given steps, else `value`."""
+    if not steps.steps():
+        return value
+    due = steps.contains(step.count) & (step.count > step.done)
+    return run_once_if(due, step, change, value)
+
+
+def run_once_if(
+    due: Array, step: Step, change: Callable[[PyTree, Step], PyTree], value: PyTree
+) -> PyTree:
+    """`change(value, step)` if `due`, else `value`: a loop of one trip or none.
 
     `lax.cond` would do, except that under `vmap` it runs both branches in every step,
     whereas a loop runs only when some lane wants it.
     """
-    if not steps.steps():
-        return value
-    return run_once_if(steps.contains(step.count) & step.advances, change, value)
-
-
-def run_once_if(
-    predicate: Array, change: Callable[[PyTree], PyTree], value: PyTree
-) -> PyTree:
-    """`change(value)` where `predicate`, else `value`; see `run_if`."""
-    if not isinstance(predicate, Tracer):
-        return change(value) if predicate else value
+    if not isinstance(due, Tracer):
+        return change(value, step) if due else value
 
     def body(carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-        return jnp.zeros_like(carry[0]), change(carry[1])
+        # Without the barrier, XLA would move what does not depend on `value` out of the
+        # loop, and so compute it in every step.
+        value, held = lax.optimization_barrier((carry[1], step))
+        return jnp.zeros_like(due), change(value, held)
 
-    return lax.while_loop(lambda carry: carry[0], body, (predicate, value))[1]
+    return lax.while_loop(lambda carry: carry[0], body, (due, value))[1]

@@ -287,7 +287,7 @@ def _prune(
         phases += (Exchange(schedules.constant(regrow)),)
     at = UpdateInputs(
         before=leaves,
-        score=score_function(names, leaves, Weights(weights, dense), key),
+        score=score_function(names, leaves, Weights(lambda: weights, dense), key),
         target=keep,
         scope=scope,
         row=jnp.zeros((), jnp.int32),
