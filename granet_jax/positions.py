@@ -6,53 +6,67 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from granet_jax.masking import is_explicit
 
 
 class Positions(NamedTuple):
-    """How far the entries of an array are from its end, in row-major order.
+    """Where the entries of an array are, in row-major order.
 
-    The last entry is 1 from the end, the first as far as the array has entries. An
-    entry is `rest - column` from the end; the two are kept apart, because together they
-    would take as much memory as the array.
+    Rows and columns are kept apart, because the index of every entry would take as much
+    memory as the array.
 
     Attributes:
-      rest: The distance of the first entry of every row, of shape (..., 1).
+      row: The number of the row along the last axis, of shape (..., 1).
       column: The index along the last axis, of shape (1, ..., n).
     """
 
-    rest: Array
+    row: Array
     column: Array
 
-    def at_least_from_end(self, bound: Array) -> Array:
-        """Whether entries are at least `bound`, an unsigned scalar, from the end."""
-        bound = bound.astype(self.rest.dtype)
-        zero = jnp.zeros_like(self.rest)
-        columns = jnp.where(self.rest >= bound, self.rest - bound + 1, zero)
-        return self.column < columns
+    @classmethod
+    def of(cls, like: Any) -> "Positions":
+        """The positions in an array of the shape and sharding of `like`."""
+        dtype, ndim = index_dtype(math.prod(like.shape)), len(like.shape)
+        if not ndim:
+            return cls(jnp.zeros((), dtype), jnp.zeros((), dtype))
+        row, leading = jnp.zeros((1,) * ndim, dtype), range(ndim - 1)
+        for axis in leading:
+            stride = jnp.asarray(math.prod(like.shape[axis + 1 : -1]), dtype)
+            row += iota(like, dtype, axis, along=leading) * stride
+        return cls(row, iota(like, dtype, ndim - 1, along=(ndim - 1,)))
 
-    @staticmethod
-    def dtype(places: Sequence["Positions"]) -> jnp.dtype:
-        """The dtype that holds the distances of all of several arrays."""
-        return jnp.result_type(*(x.rest.dtype for x in places))
+    def before(self, row: Array, column: Array) -> Array:
+        """Which entries come before that of a row and a column, both scalars."""
+        row, column = row.astype(self.row.dtype), column.astype(self.column.dtype)
+        return (self.row < row) | ((self.row == row) & (self.column < column))
 
 
-def positions(like: Any) -> Positions:
-    """The positions in an array of the shape and sharding of `like`."""
-    size = math.prod(like.shape)
-    dtype = jnp.dtype(np.uint32 if size < 2**32 else np.uint64)
-    ndim = len(like.shape)
-    if not ndim:
-        return Positions(jnp.ones((), dtype), jnp.zeros((), dtype))
-    rows, last = range(ndim - 1), ndim - 1
-    rest = jnp.full((1,) * ndim, size, dtype)
-    for axis in rows:
-        stride = jnp.asarray(math.prod(like.shape[axis + 1 :]), dtype)
-        rest -= iota(like, dtype, axis, along=rows) * stride
-    return Positions(rest, iota(like, dtype, last, along=(last,)))
+def split_positions(
+    from_end: Array, shapes: Sequence[tuple[int, ...]]
+) -> tuple[Array, Array]:
+    """Rows and columns before which entries are at least so far from the end.
+
+    The last entry of an array is 1 from its end, and the first one as far as the array
+    has entries.
+
+    Args:
+      from_end: Unsigned vector of distances, one per array.
+      shapes: The shapes of the arrays.
+
+    Returns:
+      A vector of rows and one of columns, for `Positions.before`.
+    """
+    size = jnp.asarray([math.prod(s) for s in shapes], from_end.dtype)
+    length = jnp.asarray([max(s[-1], 1) if s else 1 for s in shapes], from_end.dtype)
+    end = jnp.where(from_end <= size, size + 1 - from_end, 0)
+    return end // length, end % length
+
+
+def index_dtype(size: int) -> jnp.dtype:
+    """The unsigned integer dtype of the positions among so many entries."""
+    return jnp.dtype(jnp.uint32 if size < 2**31 else jnp.uint64)
 
 
 def iota(

@@ -10,18 +10,16 @@ under any sharding, a pass is a local reduction and an all-reduce of 16 integers
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from granet_jax.positions import Positions, positions
+from granet_jax.positions import Positions, index_dtype, split_positions
 
 Scope = Literal["layer", "global"]
-# From some bounds, arrays of one shape, to the numbers of entries at or above each.
-Count = Callable[[list[Array]], list[Array]]
 
 SCOPES: tuple[str, ...] = ("layer", "global")
 _BITS = 2  # of a digit
@@ -64,101 +62,172 @@ def top_k(
     check_scope(scope)
     if not scores:
         return []
-    counter = counter_dtype([jnp.size(x) for x in scores], scope)
+    sizes = [jnp.size(x) for x in scores]
+    counter = counter_dtype(sizes, scope)
     keys = sort_keys(scores, among)
-    shape = (len(keys),)
-    wanted = jnp.broadcast_to(jnp.asarray(k).astype(counter), shape)
+    kinds = {jax.typeof(x): Positions.of(jax.typeof(x)) for x in keys}
+    places = [kinds[jax.typeof(x)] for x in keys]
+    wanted = jnp.broadcast_to(jnp.asarray(k).astype(counter), (len(keys),))
+
+    shapes = [x.shape for x in keys]
+
+    def ties_from(key: Array, place: Array) -> list[Array]:
+        """The entries of some keys, at least so far from the end of their leaves."""
+        rows, columns = split_positions(place, shapes)
+        return [
+            (x == key[i].astype(x.dtype)) & places[i].before(rows[i], columns[i])
+            for i, x in enumerate(keys)
+        ]
+
+    def count(over_keys: Array, key: Array, bounds: list[Array]) -> list[Array]:
+        flags = [
+            [
+                jnp.where(over_keys, x >= bound[i].astype(x.dtype), tied)
+                for i, (x, tied) in enumerate(
+                    zip(keys, ties_from(key, bound), strict=True)
+                )
+            ]
+            for bound in bounds
+        ]
+        return list(count_leaves(list(zip(*flags, strict=True)), counter))
 
     def total(counts: Array) -> Array:
-        """The count that decides for a leaf: its own, or that of all leaves."""
-        if scope == "layer":
-            return counts
-        return jnp.broadcast_to(jnp.sum(counts, dtype=counter), shape)
+        whole = jnp.sum(counts, dtype=counter)
+        return jnp.broadcast_to(whole, counts.shape) if scope == "global" else counts
 
-    def count_keys(bounds: list[Array]) -> list[Array]:
-        flags = [[x >= bound[i] for bound in bounds] for i, x in enumerate(keys)]
-        return [total(counts) for counts in count_leaves(flags, counter)]
+    def share(missing: Array, tied: Array) -> Array:
+        """How many of the tied entries of each leaf are selected: the first leaves'."""
+        if scope == "global":
+            missing -= jnp.minimum(sum_before(tied), missing)
+        return jnp.minimum(missing, tied)
 
-    most = jnp.full(shape, jnp.iinfo(counter).max, counter)
-    key = largest_bound(count_keys, wanted, most, keys[0].dtype)
-
-    # Of the entries whose key is the threshold, the first leaves are served first.
-    flags = [[x > key[i], x == key[i]] for i, x in enumerate(keys)]
-    above, tied = count_leaves(flags, counter)
-    missing = wanted - jnp.minimum(total(above), wanted)
-    if scope == "global":
-        missing -= jnp.minimum(sum_before(tied), missing)
-    missing = jnp.minimum(missing, tied)
+    key, place = find_threshold(count, wanted, keys[0].dtype, max(sizes), total, share)
 
     def all_tied() -> list[Array]:
         return [x >= key[i] for i, x in enumerate(keys)]
 
     def first_tied() -> list[Array]:
-        ties = [x == key[i] for i, x in enumerate(keys)]
-        first = _first(ties, missing, tied)
-        return [(x > key[i]) | first[i] for i, x in enumerate(keys)]
+        ties = ties_from(key, place)
+        return [(x > key[i]) | ties[i] for i, x in enumerate(keys)]
 
-    return lax.cond(jnp.any(missing < tied), first_tied, all_tied)
-
-
-def _first(flags: Sequence[Array], wanted: Array, present: Array) -> list[Array]:
-    """The first `wanted` of the `present` True entries of every array."""
-    # One `Positions` for all arrays of a type, so that XLA builds it once.
-    kinds = {jax.typeof(x): positions(jax.typeof(x)) for x in flags}
-    places = [kinds[jax.typeof(x)] for x in flags]
-
-    def is_before(i: int, bound: Array) -> Array:
-        return flags[i] & places[i].at_least_from_end(bound[i])
-
-    def count(bounds: list[Array]) -> list[Array]:
-        rows = [[is_before(i, b) for b in bounds] for i in range(len(flags))]
-        return list(count_leaves(rows, wanted.dtype))
-
-    bound = largest_bound(count, wanted, present, Positions.dtype(places))
-    return [is_before(i, bound) & (wanted[i] > 0) for i in range(len(flags))]
+    # A condition, so that XLA keeps the masks, of one byte, and not the keys.
+    return lax.cond(jnp.any(place > 1), first_tied, all_tied)
 
 
-def largest_bound(
-    count: Count, wanted: Array, reached: Array, dtype: jnp.dtype
-) -> Array:
-    """The largest bound that at least `wanted` entries reach; 1 if fewer do.
+class _Search(NamedTuple):
+    """The state of `find_threshold`: arrays with one entry per threshold.
 
-    The search stops early once every bound is reached by no more than `wanted` entries:
-    further digits would select the same ones.
+    Attributes:
+      shift: int32 scalar, the place in the number of the digit that is searched next.
+      over_keys: Whether keys are searched, or the positions of tied entries.
+      key: The threshold of the keys, as far as it is known.
+      place: The threshold of the positions, as far as it is known.
+      wanted: How many entries are to be selected; of those tied, in the second part.
+      least: How many entries reach the threshold.
+      above: How many entries reach what is above all it can still become.
+    """
+
+    shift: Array
+    over_keys: Array
+    key: Array
+    place: Array
+    wanted: Array
+    least: Array
+    above: Array
+
+
+def find_threshold(
+    count: Callable[[Array, Array, list[Array]], list[Array]],
+    wanted: Array,
+    dtype: jnp.dtype,
+    size: int,
+    total: Callable[[Array], Array] = lambda counts: counts,
+    share: Callable[[Array, Array], Array] = jnp.minimum,
+) -> tuple[Array, Array]:
+    """Find the keys, and the positions of ties, from which entries are selected.
+
+    The search stops early once thresholds are reached by exactly the wanted number of
+    entries: further digits would select the same ones.
 
     Args:
-      count: The function that counts entries at or above each of some bounds.
-      wanted: Unsigned array, one number per bound that is searched.
-      reached: Array like `wanted`: the number of entries at or above bound 1, or the
-        largest number of its dtype if that is not known yet.
-      dtype: The unsigned integer dtype of the bounds.
+      count: From (over_keys, key, bounds) to the numbers of entries that reach each of
+        the bounds: with their keys, or, of the entries that equal `key`, with their
+        distances from the end.
+      wanted: Unsigned array of the numbers to select.
+      dtype: The dtype of the keys.
+      size: The largest distance from the end.
+      total: From counts to those that decide.
+      share: From (missing, tied) to how many of the tied entries are selected.
 
     Returns:
-      Array of the shape of `wanted` and of dtype `dtype`.
+      Arrays like `wanted`: a key, and the distance from the end that entries of this
+      key must have; larger keys are selected anyway. The distance is 1 where all are.
     """
-    one = jnp.ones((), dtype)
+    wide = jnp.promote_types(dtype, index_dtype(size))
+    key_shift = 8 * dtype.itemsize - _BITS
+    place_shift = -(-(size + 1).bit_length() // _BITS - 1) * _BITS
 
-    def unfinished(search: tuple[Array, Array, Array]) -> Array:
-        shift, _, reached = search
-        return (shift >= 0) & jnp.any(reached > wanted)
+    def begin_places(s: _Search) -> _Search:
+        tied = s.least - s.above
+        missing = s.wanted - jnp.minimum(total(s.above), s.wanted)
+        return s._replace(
+            shift=jnp.full_like(s.shift, place_shift),
+            over_keys=jnp.zeros_like(s.over_keys),
+            wanted=share(missing, tied),
+            least=tied,
+            above=jnp.zeros_like(s.above),
+        )
 
-    def next_digit(search: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        shift, low, reached = search
-        unit = one << shift.astype(dtype)
-        bounds = [low + unit * jnp.asarray(d, dtype) for d in range(2**_BITS)]
-        counts = count([jnp.maximum(bounds[0], one), *bounds[1:]])
-        reached = counts[0]
-        digit = jnp.zeros_like(low)
-        # Counts fall as bounds rise.
-        for higher in counts[1:]:
-            reached = jnp.where(higher >= wanted, higher, reached)
-            digit += (higher >= wanted).astype(dtype)
-        return shift - _BITS, low + unit * digit, reached
+    def decisive(s: _Search, counts: Array) -> Array:
+        return jnp.where(s.over_keys, total(counts), counts)
 
-    first = jnp.asarray(8 * dtype.itemsize - _BITS, jnp.int32)
-    low = jnp.zeros(wanted.shape, dtype)
-    _, low, _ = lax.while_loop(unfinished, next_digit, (first, low, reached))
-    return jnp.maximum(low, one)
+    def next_digit(s: _Search) -> _Search:
+        low = jnp.where(s.over_keys, s.key, s.place)
+        unit = jnp.ones((), wide) << s.shift.astype(wide)
+        bounds = [low + unit * jnp.asarray(d, wide) for d in range(2**_BITS)]
+        # Key 0 means "no candidate", and no position is 0 from the end.
+        counts = count(s.over_keys, s.key, [jnp.maximum(bounds[0], 1), *bounds[1:]])
+        least, above = counts[:2]
+        # Where there are fewer candidates than wanted, all of them are.
+        most = jnp.where(s.over_keys, total(least), s.wanted)
+        wanted = jnp.minimum(s.wanted, most)
+        for bound, here, next_one in zip(
+            bounds[1:], counts[1:], [*counts[2:], s.above], strict=True
+        ):
+            # Counts fall as bounds rise: of those that suffice, the last one remains.
+            suffices = decisive(s, here) >= wanted
+            low = jnp.where(suffices, bound, low)
+            least = jnp.where(suffices, here, least)
+            above = jnp.where(suffices, next_one, above)
+        s = s._replace(
+            shift=s.shift - _BITS,
+            key=jnp.where(s.over_keys, low, s.key),
+            place=jnp.where(s.over_keys, s.place, low),
+            wanted=wanted,
+            least=least,
+            above=above,
+        )
+        ends = s.over_keys & (s.shift < 0)
+        return jax.tree.map(
+            lambda after, now: jnp.where(ends, after, now), begin_places(s), s
+        )
+
+    def unfinished(s: _Search) -> Array:
+        return (s.shift >= 0) & jnp.any(decisive(s, s.least) > s.wanted)
+
+    zeros = jnp.zeros(wanted.shape, wide)
+    s = _Search(
+        shift=jnp.asarray(key_shift, jnp.int32),
+        over_keys=jnp.asarray(True),
+        key=zeros,
+        place=zeros,
+        wanted=wanted,
+        least=jnp.full_like(wanted, jnp.iinfo(wanted.dtype).max),
+        above=jnp.zeros_like(wanted),
+    )
+    s = lax.while_loop(unfinished, next_digit, s)
+    one = jnp.ones((), wide)
+    return jnp.maximum(s.key, one).astype(dtype), jnp.maximum(s.place, one)
 
 
 def count_leaves(

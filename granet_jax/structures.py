@@ -33,7 +33,7 @@ from granet_jax import distributions, masking, selection
 from granet_jax.checks import check_choice, check_integer
 from granet_jax.distributions import Distribution, Shape
 from granet_jax.positions import iota, mesh_axes
-from granet_jax.selection import Scope, largest_bound, sort_keys
+from granet_jax.selection import Scope, find_threshold, sort_keys
 
 Norm = Literal["l1", "l2"]
 NORMS: tuple[str, ...] = ("l1", "l2")
@@ -423,26 +423,20 @@ def _best_by_digits(keys: Array, number: Array, axes: tuple[int, ...]) -> Array:
         index, size = index + along * jnp.uint32(size), size * keys.shape[axis]
     from_end = jnp.uint32(size) - index
 
-    def count(flags: Array) -> Array:
+    def reaches(over_keys: Array | bool, key: Array, bound: Array) -> Array:
+        tied = keys == key.astype(keys.dtype)
+        above = keys >= bound.astype(keys.dtype)
+        return jnp.where(over_keys, above, tied & (from_end >= bound))
+
+    def sums(flags: Array) -> Array:
         return jnp.sum(flags, axis=axes, keepdims=True, dtype=jnp.uint32)
 
-    number = jnp.broadcast_to(number, count(keys > 0).shape)
-    most = jnp.full_like(number, jnp.iinfo(jnp.uint32).max)
-    key = largest_bound(
-        lambda bounds: [count(keys >= bound) for bound in bounds],
-        number,
-        most,
-        keys.dtype,
-    )
-    ties = keys == key
-    missing = number - jnp.minimum(count(keys > key), number)
-    place = largest_bound(
-        lambda bounds: [count(ties & (from_end >= bound)) for bound in bounds],
-        missing,
-        count(ties),
-        from_end.dtype,
-    )
-    return (keys > key) | (ties & (from_end >= place) & (missing > 0))
+    def count(over_keys: Array, key: Array, bounds: list[Array]) -> list[Array]:
+        return [sums(reaches(over_keys, key, bound)) for bound in bounds]
+
+    wanted = jnp.broadcast_to(number, sums(keys > 0).shape)
+    key, place = find_threshold(count, wanted, keys.dtype, size)
+    return (keys > key) | reaches(False, key, place)
 
 
 def _unit(leaf: Shape) -> Shape:
