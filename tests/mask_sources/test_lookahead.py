@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import granet_jax
 from granet_jax import mask_sources as ms
-from granet_jax import scores
+from granet_jax import schedules, scores
+from granet_jax.phases import Exchange, Prune
 from tests.helpers import trees
 from tests.mask_sources.helpers import draw, largest
 
@@ -24,7 +25,7 @@ def evaluate(score: Any, params: dict[str, Any]) -> tuple[Any, Any]:
         param=jnp.zeros(0),
         grad=None,
         mask=jnp.ones(0, bool),
-        accumulator=None,
+        average=None,
         key=jax.random.key(0),
         weights=params,
     )
@@ -102,7 +103,9 @@ def test_as_a_source_and_as_the_pruning_score_of_a_method(sharded: bool) -> None
     present = {k: np.ones(s, bool) for k, s in SHAPES.items()}
     masks = ms.from_score(SCORE, params, 0.6, on_collapse="ignore")
     trees.assert_same(masks, pruned(params, present, 90))
-    method = dataclasses.replace(granet_jax.gmp(0.6, 2, interval=1), prune=SCORE)
+    method = dataclasses.replace(
+        granet_jax.gmp(0.6, 2, interval=1), phases=(Prune(by=SCORE),)
+    )
     tx = granet_jax.transform(method, optax.sgd(0.0))
     if sharded:
         mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=2 * (AxisType.Auto,))
@@ -132,10 +135,12 @@ def test_a_drop_score_sees_the_weights_that_pruning_has_left() -> None:
         return jnp.abs(inputs.param)
 
     method = granet_jax.granet(0.5, 4, interval=2, end_step=2)
+    exchange = Exchange(schedules.constant(0.5), drop=spy)
+    method = dataclasses.replace(method, phases=(Prune(), exchange))
     params = whole_numbers()
-    tx = granet_jax.transform(dataclasses.replace(method, drop=spy), optax.sgd(0.0))
+    tx = granet_jax.transform(method, optax.sgd(0.0))
     state = tx.init(params)._replace(count=jnp.int32(1))
-    tx.update(params, state, params)
+    jax.jit(tx.update)(params, state, params)
     jax.effects_barrier()
     assert set(seen) == {112}
 
