@@ -10,6 +10,7 @@ from granet_jax.checks import check_steps, check_type
 from granet_jax.distributions import Distribution
 from granet_jax.masking import Sparsity
 from granet_jax.methods import Method, check_method
+from granet_jax.phases import Revive
 
 Shapes = Mapping[str, tuple[int, ...]]
 # Density of each leaf at a step, given the step and the overall sparsity there.
@@ -112,7 +113,7 @@ def _weight_gradient_flops(
     """Return the mean FLOPs of the weights' gradient in steps `start` to `stop`."""
     if method.weights == "dense" and method.marked_sparsity is not None:
         return flops.at(prescribed(start, method.marked_sparsity))
-    if method.weights != "sparse" or method.accumulator_decay is not None:
+    if method.weights != "sparse" or method.average_decay is not None:
         return float(flops.dense)
     if ends_with_update and _update_reads_gradient(method, start, stop):
         return sparse + (flops.dense - sparse) / (stop - start + 1)
@@ -121,9 +122,10 @@ def _weight_gradient_flops(
 
 def _update_reads_gradient(method: Method, start: int, stop: int) -> bool:
     """Whether the update at `stop` needs the dense gradient."""
-    only_revives = method.grow is None and method.revive is not None
+    growing = [phase for phase in method.phases if phase.grows]
+    only_revives = method.revives and all(isinstance(p, Revive) for p in growing)
     revives = method.sparsity(stop) < method.sparsity(start)
-    return method.needs_gradient and (not only_revives or revives)
+    return method.needs_gradient and (revives or not only_revives)
 
 
 def _prescribed_densities(
