@@ -32,17 +32,18 @@ def training_flops(
     weights, which costs a dense pass where a dense gradient is needed. With f_S and f_D
     the FLOPs of the sparse and the dense forward pass, one step costs::
 
-        3 f_S                                     static, SET, GMP
-        (3 f_S dT + 2 f_S + f_D) / (dT + 1)       RigL, GraNet: a dense gradient at
-                                                  updates, dT steps apart
+        3 f_S                                     static, SET, DSR, GMP
+        (3 f_S dT + 2 f_S + f_D) / (dT + 1)       RigL, GraNet, MEST: a dense gradient
+                                                  at updates, dT steps apart
         2 f_S + f_D                               SNFS: a dense gradient in every step
 
     Here f_S follows the sparsity from update to update, and the sum is divided by 3 f_D
-    for each step. The paper does not cover the other methods; the same reasoning gives
-    3 f_S for methods whose pruned weights take no part (`cyclical` with "hard"
-    recovery, `acdc`, `sculpt`, `greg1`, `greg2`), 2 f_S + f_D for methods that move all
-    weights in every step (`straight_through`, `cyclical` with other recoveries), and
-    2 f_S + f_B for `top_kast`, with f_B the FLOPs at its backward sparsity.
+    for each step. The paper does not cover all of these methods, but the same reasoning
+    applies. It also gives 3 f_S for methods whose pruned weights take no part
+    (`cyclical` with "hard" recovery, `acdc`, `sculpt`, `greg1`, `greg2`), 2 f_S + f_D
+    for methods that move all weights in every step (`straight_through`, `cyclical` with
+    other recoveries), and 2 f_S + f_B for `top_kast`, with f_B the FLOPs at its
+    backward sparsity.
 
     Neither the choice of masks nor the optimizer counts, nor do computations before the
     run: the dense training that `greg1` starts from, or scores at initialization.
