@@ -10,6 +10,7 @@ from granet_jax.checks import check_steps, check_type
 from granet_jax.distributions import Distribution
 from granet_jax.masking import Sparsity
 from granet_jax.methods import Method, check_method
+from granet_jax.phases import Revive
 
 Shapes = Mapping[str, tuple[int, ...]]
 # Density of each leaf at a step, given the step and the overall sparsity there.
@@ -31,17 +32,18 @@ def training_flops(
     weights, which costs a dense pass where a dense gradient is needed. With f_S and f_D
     the FLOPs of the sparse and the dense forward pass, one step costs::
 
-        3 f_S                                     static, SET, GMP
-        (3 f_S dT + 2 f_S + f_D) / (dT + 1)       RigL, GraNet: a dense gradient at
-                                                  updates, dT steps apart
+        3 f_S                                     static, SET, DSR, GMP
+        (3 f_S dT + 2 f_S + f_D) / (dT + 1)       RigL, GraNet, MEST: a dense gradient
+                                                  at updates, dT steps apart
         2 f_S + f_D                               SNFS: a dense gradient in every step
 
     Here f_S follows the sparsity from update to update, and the sum is divided by 3 f_D
-    for each step. The paper does not cover the other methods; the same reasoning gives
-    3 f_S for methods whose pruned weights take no part (`cyclical` with "hard"
-    recovery, `acdc`, `sculpt`, `greg1`, `greg2`), 2 f_S + f_D for methods that move all
-    weights in every step (`straight_through`, `cyclical` with other recoveries), and
-    2 f_S + f_B for `top_kast`, with f_B the FLOPs at its backward sparsity.
+    for each step. The paper does not cover all of these methods, but the same reasoning
+    applies. It also gives 3 f_S for methods whose pruned weights take no part
+    (`cyclical` with "hard" recovery, `acdc`, `sculpt`, `greg1`, `greg2`), 2 f_S + f_D
+    for methods that move all weights in every step (`straight_through`, `cyclical` with
+    other recoveries), and 2 f_S + f_B for `top_kast`, with f_B the FLOPs at its
+    backward sparsity.
 
     Neither the choice of masks nor the optimizer counts, nor do computations before the
     run: the dense training that `greg1` starts from, or scores at initialization.
@@ -112,7 +114,7 @@ def _weight_gradient_flops(
     """Return the mean FLOPs of the weights' gradient in steps `start` to `stop`."""
     if method.weights == "dense" and method.marked_sparsity is not None:
         return flops.at(prescribed(start, method.marked_sparsity))
-    if method.weights != "sparse" or method.accumulator_decay is not None:
+    if method.weights != "sparse" or method.average_decay is not None:
         return float(flops.dense)
     if ends_with_update and _update_reads_gradient(method, start, stop):
         return sparse + (flops.dense - sparse) / (stop - start + 1)
@@ -121,9 +123,10 @@ def _weight_gradient_flops(
 
 def _update_reads_gradient(method: Method, start: int, stop: int) -> bool:
     """Whether the update at `stop` needs the dense gradient."""
-    only_revives = method.grow is None and method.revive is not None
+    growing = [phase for phase in method.phases if phase.grows]
+    only_revives = method.revives and all(isinstance(p, Revive) for p in growing)
     revives = method.sparsity(stop) < method.sparsity(start)
-    return method.needs_gradient and (not only_revives or revives)
+    return method.needs_gradient and (revives or not only_revives)
 
 
 def _prescribed_densities(

@@ -126,8 +126,8 @@ def ghost_activation(
         if form == "blend":
             # This form of the blend is exact where soft and relu are equal, and it
             # cannot overflow there.
-            rest = 1.0 - ghost_schedules.progress(step, ghost_steps)
-            soft = relu + rest.astype(x.dtype) * (soft - relu)
+            remaining = 1.0 - ghost_schedules.progress(step, ghost_steps)
+            soft = relu + remaining.astype(x.dtype) * (soft - relu)
         return jnp.where(is_over, relu, soft)
 
     return activation

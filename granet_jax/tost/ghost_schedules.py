@@ -88,9 +88,9 @@ def fading(
 
     def coefficient(step: Array | int) -> Array:
         u = progress(step, ghost_steps)
-        rest = 1.0 - u if decay == "linear" else (1.0 + jnp.cos(math.pi * u)) / 2.0
+        remaining = 1.0 - u if decay == "linear" else (1.0 + jnp.cos(math.pi * u)) / 2.0
         # A rounded cosine may not be zero at the end, so compare the integer step.
-        return jnp.where(step < ghost_steps, alpha_0 * rest, 0.0)
+        return jnp.where(step < ghost_steps, alpha_0 * remaining, 0.0)
 
     return coefficient
 

@@ -11,8 +11,8 @@ With m the masks, theta0 the parameters, and theta = alpha m theta0, an iteratio
 2. If n > gamma, take a constraint step: the objective is n.
 3. Otherwise take an objective step: the objective is loss(theta - eta g / n) / eta with
    g / n constant, on another double batch (the first of the two, and a third).
-4. Adam updates the scales along the gradient of the objective, each entry clipped. Each
-   kind of step has its own first moment; they share the second moment.
+4. Adam moves the scales down the gradient of the objective, with each entry clipped.
+   Each kind of step has its own first moment; both share the second moment.
 
 References:
   Zhu et al., GradInit: Learning to Initialize Neural Networks for Stable and Efficient

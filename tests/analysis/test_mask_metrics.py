@@ -87,46 +87,40 @@ def test_chance_of_small_masks_is_exact() -> None:
     assert analysis.chance_iou(5, 0, 0) == analysis.chance_iou(0, 0, 0) == 1.0
 
 
-def test_chance_of_large_masks() -> None:
-    # p q / (p + q - p q), up to terms in 1 / n.
-    n = 25_000_000
-    found = analysis.chance_iou(n, n // 10, n // 5)
-    assert found == pytest.approx(0.02 / 0.28, rel=1e-6)
-    # A sum over all intersections, by logarithms of factorials.
-    n, a, b = 60_000, 30_000, 20_000
+def intersections(n: int, a: int, b: int) -> dict[int, float]:
+    """Probability of each intersection of random masks with a and b of n active."""
 
     def log_binomial(m: int, k: int) -> float:
         return math.lgamma(m + 1) - math.lgamma(k + 1) - math.lgamma(m - k + 1)
 
-    expected = sum(
-        i
-        / (a + b - i)
-        * math.exp(log_binomial(a, i) + log_binomial(n - a, b - i) - log_binomial(n, b))
-        for i in range(b + 1)
-    )
+    return {
+        i: math.exp(
+            log_binomial(a, i) + log_binomial(n - a, b - i) - log_binomial(n, b)
+        )
+        for i in range(max(0, a + b - n), min(a, b) + 1)
+    }
+
+
+def test_chance_of_large_masks_and_of_several_leaves() -> None:
+    # p q / (p + q - p q), up to terms in 1 / n.
+    n = 25_000_000
+    found = analysis.chance_iou(n, n // 10, n // 5)
+    assert found == pytest.approx(0.02 / 0.28, rel=1e-6)
+    n, a, b = 60_000, 30_000, 20_000
+    expected = sum(p * i / (a + b - i) for i, p in intersections(n, a, b).items())
     assert analysis.chance_iou(n, a, b) == pytest.approx(expected, rel=1e-9)
 
+    def tree(x: int, y: int) -> dict[str, np.ndarray]:
+        return {"x": np.arange(48) < x, "y": np.arange(20) < y}
 
-def test_chance_of_all_leaves_is_that_of_a_simulation() -> None:
-    rng = np.random.default_rng(0)
-    counts = [(48, 24, 12), (20, 3, 15)]
-
-    def draw(which: int) -> dict[str, np.ndarray]:
-        return {
-            str(i): rng.permutation(np.arange(size) < active[which])
-            for i, (size, *active) in enumerate(counts)
-        }
-
-    found = analysis.overlap(draw(0), draw(1))
-    assert found.leaves["0"].chance == analysis.chance_iou(48, 24, 12)
-    ious = []
-    for _ in range(4000):
-        a, b = draw(0), draw(1)
-        both = sum(int((a[k] & b[k]).sum()) for k in a)
-        ious.append(both / (27 + 27 - both))
-    error = np.std(ious) / np.sqrt(len(ious))
-    assert abs(np.mean(ious) - found.total.chance) < 4 * error
-    assert error < 0.001
+    found = analysis.overlap(tree(24, 3), tree(12, 15))
+    assert found.leaves["x"].chance == analysis.chance_iou(48, 24, 12)
+    pairs = itertools.product(
+        intersections(48, 24, 12).items(), intersections(20, 3, 15).items()
+    )
+    expected = sum(p * q * (i + j) / (54 - i - j) for (i, p), (j, q) in pairs)
+    # The total is a second-order expansion.
+    assert found.total.chance == pytest.approx(expected, rel=1e-4)
 
 
 def test_exploration() -> None:

@@ -47,6 +47,12 @@ CYCLICAL: dict[str, Any] = {"cycles": 2, "ramp": 0.25, "interval": 5}
             granet_jax.rigl(0.8, T, interval=5, **UNIFORM),
             0.75 * (3 * S80 * 5 + 2 * S80 + DENSE) / 6 + 0.25 * 3 * S80,
         ),
+        # An update every five steps, up to the last one.
+        (
+            granet_jax.mest(0.8, T, interval=5, **UNIFORM),
+            (3 * S80 * 5 + 2 * S80 + DENSE) / 6,
+        ),
+        (granet_jax.dsr(0.8, T, interval=5), 3 * S80),
         (granet_jax.snfs(0.8, T, interval=5), 2 * S80 + DENSE),
         (
             granet_jax.gmp(0.8, 20, interval=5),
