@@ -343,7 +343,7 @@ def _epochs(axes: Axes, steps: float) -> None:
     def back(x: Any) -> Any:
         return np.asarray(x) * steps
 
-    axes.secondary_xaxis("top", train_step=(forward, back)).set_xlabel("epochs")
+    axes.secondary_xaxis("top", functions=(forward, back)).set_xlabel("epochs")
 
 
 def _empty_dataset(config: Config, dataset_info: DatasetInfo) -> Dataset | Stream:
