@@ -13,6 +13,8 @@ MethodName = Literal[
     "gmp",
     "rigl",
     "set",
+    "mest",
+    "dsr",
     "snfs",
     "static",
     "cyclical",
@@ -48,6 +50,8 @@ OPTIONS: dict[str, frozenset[str]] = {
     "gmp": _START | _GRADUAL,
     "rigl": _START | {"interval", "fraction", "stop"},
     "set": _START | {"interval", "fraction", "stop"},
+    "mest": _START | {"interval", "fraction"},
+    "dsr": _START | {"interval", "fraction", "stop"},
     "snfs": _START | {"interval", "fraction"},
     "static": _START,
     "cyclical": frozenset({"interval", "initial_sparsity", "cycles", "recovery"}),
@@ -77,8 +81,10 @@ class MaskConfig:
 
     fraction: float | None = None
     """Fraction of each layer's active weights that the first update drops
-    and regrows, in [0, 1]; by default 0.5, and 0.3 for rigl and set.
-    granet, granet-st, rigl, set, snfs."""
+    and regrows, in [0, 1]; by default 0.5, and 0.3 for rigl, set and
+    mest. For dsr, the fraction of all active weights that each update
+    should move; by default 0.01. granet, granet-st, rigl, set, mest, dsr,
+    snfs."""
 
     initial_sparsity: float | None = None
     """Sparsity at the start, in [0, sparsity]; by default 0, 0.5 for
@@ -92,11 +98,11 @@ class MaskConfig:
 
     stop: float | None = None
     """Fraction of the steps after which the masks no longer change, in
-    (0, 1]; by default 0.75. rigl, set."""
+    (0, 1]; by default 0.75. rigl, set, dsr."""
 
     distribution: Literal["uniform", "er", "erk"] | None = None
     """How the layers share the sparsity of the initial masks; by default
-    erk, and uniform for gmp and snfs. All methods up to static, and
+    erk, and uniform for gmp, dsr and snfs. All methods up to static, and
     sculpt."""
 
     cycles: int | None = None
@@ -206,6 +212,10 @@ def _create(
             # SET drops the same fraction in every update. It stops before the end of
             # training so that the network can recover from the last update.
             return granet_jax.set_(sparsity, end, **options)
+        case "mest":
+            return granet_jax.mest(sparsity, steps, **options)
+        case "dsr":
+            return granet_jax.dsr(sparsity, end, **options)
         case "snfs":
             return granet_jax.snfs(sparsity, steps, **options)
         case "static":

@@ -251,14 +251,15 @@ class Config:
     method: MethodName = "granet"
     """Sparse-training method. `granet` prunes a dense network gradually
     and regrows weights; `granet-st` does so from half of the weights;
-    `gmp` prunes gradually without regrowth; `rigl`, `set` and `snfs` drop
-    and regrow weights at constant sparsity, by gradient, at random and by
-    momentum; `static` keeps its random masks. `cyclical` prunes gradually
-    in cycles, each from a dense network; `acdc` alternates between dense
-    and sparse phases; `sculpt` trains fixed masks in cycles and prunes
-    once; `straight-through` and `top-kast` also train pruned weights;
-    `greg2` shrinks weights before it prunes them. `dense` trains without
-    masks."""
+    `gmp` prunes gradually without regrowth. At constant sparsity, `rigl`
+    regrows weights by gradient, `set` at random and `snfs` by momentum;
+    `mest` drops weights by magnitude and gradient, `dsr` below an
+    adaptive threshold; `static` keeps its random masks. `cyclical` prunes
+    gradually in cycles, each from a dense network; `acdc` alternates
+    between dense and sparse phases; `sculpt` trains fixed masks in cycles
+    and prunes once; `straight-through` and `top-kast` also train pruned
+    weights; `greg2` shrinks weights before it prunes them. `dense` trains
+    without masks."""
 
     sparsity: float = 0.9
     """Fraction of the weights that are zero at the end, in [0, 1). Biases,

@@ -27,6 +27,7 @@ from experiments.data import Dataset, Split, Stream
 from experiments.training.atomic_files import atomic_path
 from experiments.training.step import TrainStep
 from granet_jax import analysis, distributions, masking
+from granet_jax.phases import Exchange
 
 PyTree = Any
 
@@ -59,7 +60,7 @@ DATASETS = {
 }
 
 # Methods that do not change the number of active weights in a layer.
-_FIXED_METHODS = frozenset({"rigl", "set", "static", "dense"})
+_FIXED_METHODS = frozenset({"rigl", "set", "mest", "static", "dense"})
 
 
 class ParameterInfo(NamedTuple):
@@ -329,9 +330,10 @@ def _exchange_fractions(
     method: granet_jax.Method | None, updates: Sequence[int]
 ) -> list[float]:
     """Return the fraction of active weights that every update drops and regrows."""
-    if method is None or method.grow is None:
+    if method is None:
         return []
-    return [method.fraction(step) for step in updates]
+    exchanges = [phase for phase in method.phases if isinstance(phase, Exchange)]
+    return [phase.fraction(step) for phase in exchanges for step in updates]
 
 
 def _epochs(axes: Axes, steps: float) -> None:
@@ -341,7 +343,7 @@ def _epochs(axes: Axes, steps: float) -> None:
     def back(x: Any) -> Any:
         return np.asarray(x) * steps
 
-    axes.secondary_xaxis("top", train_step=(forward, back)).set_xlabel("epochs")
+    axes.secondary_xaxis("top", functions=(forward, back)).set_xlabel("epochs")
 
 
 def _empty_dataset(config: Config, dataset_info: DatasetInfo) -> Dataset | Stream:

@@ -765,7 +765,7 @@ def test_timing_tells_seconds_of_one_seed(tmp_path, monkeypatch):
             return state, 0.0
 
     class TrainSetup:
-        train = None
+        train_data = None
 
         def __init__(self, config, dataset):
             lanes = config.seeds if config.vmap_seeds else 1
