@@ -1,39 +1,34 @@
-"""What may befall a checkpoint: a kill, damage, another program; never silently wrong.
+"""Kills, damage and other versions of a checkpoint: an error, or no consequence.
 
 A process that is killed leaves the files as they are at that moment. So the folder is
-copied before every step that Python takes in it (making, renaming, removing, opening a
-file to write), and what goes on from each copy must end as the run did. Real kills are
-in `test_resume.py`.
+copied before every change that Python makes in it, and training from each copy must end
+as the undisturbed run did. Real kills are in `test_resume.py`.
 """
 
 import contextlib
-import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
 import pickle
 import re
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
-from experiments import models
-from experiments.config.run import CheckpointConfig, Config, MaskConfig, OptimizerConfig
+from experiments import train
+from experiments.config.run import CheckpointConfig, Config, MaskConfig
 from experiments.training import checkpoints, loop, manifest
 from experiments.training.checkpoints import CheckpointError, Checkpoints
-from tests.experiments.test_bad_input import one_line, status_of
 from tests.helpers import runs
-from tests.nightly import NIGHTLY
 
-# Saved at 2, 4 and 6; the last save removes the first checkpoint.
+# Saved at steps 2, 4 and 6. The last save removes the first checkpoint.
 LAST = 6
 CONFIG = Config(
     model="lenet-300-100",
@@ -46,37 +41,31 @@ CONFIG = Config(
     checkpoint=CheckpointConfig(every=2, keep=2),
 )
 FIXTURE = pathlib.Path(__file__).parent / "checkpoint_format_1"
+MANIFEST = f"{manifest.NAME}/{manifest.FILE}"
 
 
-class Wider(runs.Small):
-    """The same leaves, some of other shapes."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = nn.Dense(50, use_bias=False, name="hidden")(x.reshape(x.shape[0], -1))
-        x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name)(x)
-        return nn.Dense(self.classes, name="output")(nn.relu(x))
+@pytest.fixture(autouse=True, scope="module")
+def _small() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        runs.use_small_networks(patch)
+        yield
 
 
-@pytest.fixture(autouse=True)
-def _small(monkeypatch) -> None:
-    """Networks of any name are small ones."""
-
-    def create(name: str, *, classes: int, dtype: Any, axis_name: str | None) -> Any:
-        kind = Wider if name == "cnn" else runs.Small
-        return kind(classes, axis_name)
-
-    monkeypatch.setattr(models, "create", create)
+def setup() -> loop.TrainSetup:
+    return runs.create_setup(CONFIG)
 
 
-@functools.cache
-def maker(**changes: Any) -> loop.TrainSetup:
-    return runs.make(dataclasses.replace(CONFIG, **changes))
+def fit(run: pathlib.Path, **options: Any) -> Any:
+    return loop.fit(setup(), [3], run, **options)
+
+
+def restore(run: pathlib.Path) -> Any:
+    return runs.restored(setup(), run, LAST)
 
 
 # --- kills
 
-# Events of Python's own audit, before what they tell of is done: the path comes first.
+# Python audits these before it carries them out; their first argument is a path.
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 _watchers: list[Callable[[str, Any], None]] = []
 
@@ -87,17 +76,17 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
             watcher(event, args)
 
 
-sys.addaudithook(_audit)  # For good: there is no way to take one away.
+sys.addaudithook(_audit)  # Python cannot remove a hook.
 
 
 @contextlib.contextmanager
 def copying(run: pathlib.Path, target: pathlib.Path) -> Iterator[list[str]]:
-    """Copies a run's folder before every change that Python makes in it.
+    """Copy a run's folder before every change that Python makes in it.
 
     Yields:
-      What was about to be done, of every copy; copies have their numbers as names.
+      The change that follows each copy. Copies are named by their index in this list.
     """
-    done: list[str] = []
+    changes: list[str] = []
     lock = threading.RLock()
     busy = threading.local()
 
@@ -105,27 +94,26 @@ def copying(run: pathlib.Path, target: pathlib.Path) -> Iterator[list[str]]:
         path = args[0]
         if not isinstance(path, str) or not path.startswith(str(run)):
             return
-        if event == "open" and not (args[2] or 0) & 3:  # Only to read.
-            return
-        if getattr(busy, "copying", False):
+        only_reads = event == "open" and not (args[2] or 0) & 3
+        if only_reads or getattr(busy, "copying", False):
             return
         with lock:
             busy.copying = True
             try:
-                copy(run, target / str(len(done)))
+                copy(run, target / str(len(changes)))
             finally:
                 busy.copying = False
-            done.append(f"{event} {pathlib.Path(path).relative_to(run)}")
+            changes.append(f"{event} {pathlib.Path(path).relative_to(run)}")
 
     _watchers.append(watch)
     try:
-        yield done
+        yield changes
     finally:
         _watchers.remove(watch)
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies what is there; files of other threads may come and go."""
+    """Copy a folder in which other threads may add and remove files."""
     target.mkdir(parents=True)
     for path in sorted(source.rglob("*")):
         with contextlib.suppress(FileNotFoundError):
@@ -137,204 +125,219 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> None:
                 shutil.copyfile(path, to)
 
 
-def files(folder: pathlib.Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 SAVE = Checkpoints.save
 
 
-def save_and_wait(checkpoints: Checkpoints, *args: Any) -> None:
-    SAVE(checkpoints, *args)
-    checkpoints.wait()
+def save_and_wait(self: Checkpoints, *args: Any) -> None:
+    SAVE(self, *args)
+    self.wait()
 
 
 @pytest.fixture(scope="module")
 def recorded(
-    tmp_path_factory,
+    _small, tmp_path_factory
 ) -> tuple[pathlib.Path, list[tuple[str, pathlib.Path]]]:
-    """A run's folder, and those that kills would have left, each with its moment."""
+    """A run's folder, and the folder that a kill before each change would leave."""
     folder = tmp_path_factory.mktemp("recorded")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            models,
-            "create",
-            lambda name, *, classes, dtype, axis_name: runs.Small(classes, axis_name),
-        )
-        # So that nothing else goes on meanwhile: a copy is of one moment.
+        # Nothing else changes while a copy is made.
         patch.setattr(Checkpoints, "save", save_and_wait)
-        with copying(folder / "run", folder / "killed") as done:
-            loop.fit(maker(), [3], folder / "run")
-    assert runs.steps_saved(folder / "run") == [4, 6]
-    found = [(what, folder / "killed" / str(i)) for i, what in enumerate(done)]
-    return folder / "run", found
+        with copying(folder / "run", folder / "killed") as changes:
+            fit(folder / "run")
+    assert runs.saved_steps(folder / "run") == [4, 6]
+    killed = [(what, folder / "killed" / str(i)) for i, what in enumerate(changes)]
+    return folder / "run", killed
 
 
-def test_every_phase_of_a_save_is_among_the_kills(recorded) -> None:
-    """Or the next test would say little."""
-    moments = [what for what, _ in recorded[1]]
+@pytest.fixture
+def run(recorded, tmp_path) -> pathlib.Path:
+    """A copy of the finished run, to damage."""
+    shutil.copytree(recorded[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def assert_ends_alike(run: pathlib.Path, undisturbed: pathlib.Path) -> None:
+    assert runs.same(restore(run), restore(undisturbed))
+    assert runs.metrics(run) == runs.metrics(undisturbed)
+    assert not list((run / "checkpoints").glob("*tmp*"))
+
+
+def test_training_continues_after_a_kill_at_any_moment(recorded, tmp_path) -> None:
+    undisturbed, killed = recorded
+    changes = [what for what, _ in killed]
+    save = "checkpoints/6.orbax-checkpoint-tmp"
     for phase in (
         "open metrics.jsonl",
-        "os.mkdir checkpoints/6.orbax-checkpoint-tmp",
-        "open checkpoints/6.orbax-checkpoint-tmp/_CHECKPOINT_METADATA",
-        "os.mkdir checkpoints/6.orbax-checkpoint-tmp/state.orbax-checkpoint-tmp",
-        "os.rename checkpoints/6.orbax-checkpoint-tmp/state.orbax-checkpoint-tmp",
-        "os.rename checkpoints/6.orbax-checkpoint-tmp/progress.orbax-checkpoint-tmp",
-        "open checkpoints/6.orbax-checkpoint-tmp/manifest.orbax-checkpoint-tmp/sha256",
-        "os.rename checkpoints/6.orbax-checkpoint-tmp/manifest.orbax-checkpoint-tmp",
-        "open checkpoints/6.orbax-checkpoint-tmp/commit_success.txt",
-        # The end of the name: these are the folder's own.
-        "os.rename checkpoints/6.orbax-checkpoint-tmp$",
+        f"os.mkdir {save}",
+        f"open {save}/_CHECKPOINT_METADATA",
+        f"os.mkdir {save}/state.orbax-checkpoint-tmp",
+        f"os.rename {save}/state.orbax-checkpoint-tmp",
+        f"os.rename {save}/progress.orbax-checkpoint-tmp",
+        f"open {save}/manifest.orbax-checkpoint-tmp/sha256",
+        f"os.rename {save}/manifest.orbax-checkpoint-tmp",
+        f"open {save}/commit_success.txt",
+        # "$" is the end of the path: these change the folder itself.
+        f"os.rename {save}$",
         "shutil.rmtree checkpoints/2$",
         "os.rmdir checkpoints/2$",
     ):
-        assert any(f"{what}$".startswith(phase) for what in moments), (phase, moments)
-
-
-def test_a_kill_at_any_moment_is_gone_on_from(recorded, tmp_path) -> None:
-    run, killed = recorded
-    expected = runs.restored(maker(), run, LAST)
-    if not NIGHTLY:
-        # Once for every kind of moment, the last of it, and of those that left the
-        # same files behind one.
-        kinds = {re.sub(r"\d+", "#", what): left for what, left in killed}
-        different = {str(list(files(left))): (k, left) for k, left in kinds.items()}
-        killed = list(different.values())
-        assert len(killed) > 12
-    for what, left in killed:
+        assert any(f"{change}$".startswith(phase) for change in changes), phase
+    # One kill of every kind, the last, and one of those that left the same files.
+    kinds = {re.sub(r"\d+", "#", what): left for what, left in killed}
+    different = {str(list(runs.contents(x))): (kind, x) for kind, x in kinds.items()}
+    assert len(different) > 12
+    for what, left in different.values():
         again = tmp_path / left.name
         shutil.copytree(left, again)
-        begun: list[int] = []
-        loop.fit(maker(), [3], again, stopped=begun.append)
-        # From the last whole one: those have their names.
-        there = runs.steps_saved(left) if (left / "checkpoints").exists() else []
-        assert begun[0] == max(there, default=0), what
-        assert runs.same(runs.restored(maker(), again, LAST), expected), what
-        assert runs.lines(again) == runs.lines(run), what
-        assert not list((again / "checkpoints").glob("*tmp*")), what
+        steps: list[int] = []
+        fit(again, stopped=steps.append)
+        assert steps[0] == max(runs.saved_steps(left), default=0), what
+        assert_ends_alike(again, undisturbed)
         shutil.rmtree(again)
 
 
 # --- damage
 
 
-def refusal(run: pathlib.Path, **changes: Any) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        loop.fit(maker(**changes), [3], run)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def error_of(capfd: Any, command: Callable[[], object], status: int = 2) -> str:
+    return runs.failure(capfd, lambda: train.exit_status(command), status)
 
 
-def test_a_flipped_bit_in_any_file_is_found(recorded, tmp_path) -> None:
-    """Which tensorstore does not always: some would be read as other numbers."""
-    run = tmp_path / "run"
-    shutil.copytree(recorded[0], run)
+def test_damage_in_any_file_is_found_or_of_no_consequence(recorded, run) -> None:
+    """Tensorstore would read some flipped bits as other numbers."""
     folder = run / "checkpoints" / str(LAST)
-    before = files(folder)
     rng = np.random.default_rng(0)
+    expected = restore(run)
+    no_consequence = set()
     opened = Checkpoints(run / "checkpoints", keep=2)
+
+    def check(name: str) -> None:
+        try:
+            state, _ = opened.restore(LAST, setup().compiled_step.abstract())
+        except CheckpointError as error:
+            message = str(error)
+            assert "\n" not in message
+            assert f"remove {folder} to go on from the one before." in message
+            assert name in message or name.startswith(manifest.NAME), message
+        else:
+            assert runs.same(state, expected), name
+            no_consequence.add(name)
+
     try:
-        for name, content in before.items():
-            for place in rng.integers(8 * len(content), size=64 if NIGHTLY else 6):
+        for name, content in runs.contents(folder).items():
+            path = folder / name
+            for place in rng.integers(8 * len(content), size=6):
                 flipped = bytearray(content)
                 flipped[place // 8] ^= 1 << (place % 8)
-                (folder / name).write_bytes(flipped)
-                try:
-                    opened.restore(LAST, maker().compiled_step.abstract())
-                except CheckpointError as error:
-                    message = str(error)
-                    assert f"remove {folder} to go on from the one before." in message
-                    assert name in message or name.startswith(manifest.NAME), message
-                else:
-                    # Times, and the word that it is complete: nothing that is restored.
-                    assert name in (
-                        "_CHECKPOINT_METADATA",
-                        "commit_success.txt",
-                        "manifest/commit_success.txt",
-                    )
-            (folder / name).write_bytes(content)
-        opened.restore(LAST, maker().compiled_step.abstract())
+                path.write_bytes(flipped)
+                check(name)
+            for damaged in (content[: len(content) // 2], b""):
+                path.write_bytes(damaged)
+                check(name)
+            path.unlink()
+            check(name)
+            path.write_bytes(content)
+        # Orbax writes times and a mark of success, which nothing here restores.
+        assert no_consequence == {
+            "_CHECKPOINT_METADATA",
+            "commit_success.txt",
+            f"{manifest.NAME}/commit_success.txt",
+        }
+        vouched = json.loads((folder / MANIFEST).read_text())
+        for item in ("progress/metadata", "state/manifest.ocdbt", "state/_METADATA"):
+            assert item in vouched
     finally:
         opened.close()
 
 
-def test_files_that_are_missing_or_were_not_there(recorded, tmp_path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(recorded[0], run)
+def test_training_continues_from_the_checkpoint_before_a_damaged_one(
+    recorded, run, capfd
+) -> None:
     folder = run / "checkpoints" / str(LAST)
+
+    def refused(damage: str) -> None:
+        before = runs.contents(run)
+        error = error_of(capfd, lambda: fit(run))
+        assert damage in error
+        assert f"remove {folder} to go on from the one before." in error
+        assert runs.contents(run) == before
+
     (folder / "state" / "more").write_bytes(b"")
-    assert "(these files were changed: state/more)" in refusal(run)
+    refused("(not as they were written: state/more)")
     (folder / "state" / "more").unlink()
-    (folder / manifest.NAME / manifest.FILE).unlink()
-    assert "manifest/sha256.json is missing" in refusal(run)
-    (folder / manifest.NAME / manifest.FILE).write_text('["sha256"]')
-    assert "sha256.json cannot be read" in refusal(run)
+    (folder / MANIFEST).unlink()
+    refused("manifest/sha256.json is missing")
+    (folder / MANIFEST).write_text('["sha256"]')
+    refused("sha256.json cannot be read")
     shutil.rmtree(folder)
-    loop.fit(maker(), [3], run)
-    assert runs.same(*(runs.restored(maker(), r, LAST) for r in (run, recorded[0])))
+    fit(run)
+    assert_ends_alike(run, recorded[0])
 
 
-def test_a_pickle_in_place_of_a_file_is_not_run(recorded, tmp_path, capfd) -> None:
-    """Not even where no manifest tells, as in a checkpoint of the first format."""
+def test_metrics_that_do_not_belong_to_the_checkpoint(recorded, run, capfd):
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    for left in ("", "".join(lines[:-2] + lines[-1:])):
+        path.write_text(left)
+        error = error_of(capfd, lambda: fit(run))
+        assert f"{path} has not the records up to step {LAST}" in error
+        assert f"put the file back, or remove {run} to train anew" in error
+        assert path.read_text() == left
+    path.write_text("".join(lines))
+    fit(run)
+    assert_ends_alike(run, recorded[0])
+
+
+def test_a_pickle_in_the_place_of_a_file_is_not_run(run, tmp_path) -> None:
+    """Not even in a checkpoint of the first format, which has no manifest."""
     ran = tmp_path / "ran"
 
     class Payload:
         def __reduce__(self) -> Any:
             return (pathlib.Path.write_text, (ran, "by a pickle"))
 
-    run = tmp_path / "run"
-    shutil.copytree(recorded[0], run)
     folder = run / "checkpoints" / str(LAST)
-    make_first_format(folder)
+    shutil.rmtree(folder / manifest.NAME)
+    state_version(folder, None)
     payload = pickle.dumps(Payload())
-    for name, content in files(folder).items():
+    for name, content in runs.contents(folder).items():
         (folder / name).write_bytes(payload)
-        status_of(capfd, lambda: runs.restored(maker(), run, LAST))
+        with contextlib.suppress(CheckpointError):
+            restore(run)
         (folder / name).write_bytes(content)
     assert not ran.exists()
     pickle.loads(payload)
     assert ran.exists()
 
 
-def make_first_format(folder: pathlib.Path) -> None:
-    shutil.rmtree(folder / manifest.NAME)
-    stated(folder, None)
+# --- other versions and other runs
 
 
-def stated(folder: pathlib.Path, version: Any) -> None:
-    """Changes the version that a checkpoint states."""
+def state_version(folder: pathlib.Path, version: Any) -> None:
+    """Change the version that a checkpoint states, None for no version."""
     path = folder / "progress" / "metadata"
     values = json.loads(path.read_text())
     del values["format_version"]
     if version is not None:
         values["format_version"] = version
     path.write_text(json.dumps(values))
-    index = folder / manifest.NAME / manifest.FILE
+    index = folder / MANIFEST
     if index.exists():
         digests = json.loads(index.read_text())
         digests["progress/metadata"] = hashlib.sha256(path.read_bytes()).hexdigest()
         index.write_text(json.dumps(digests))
 
 
-# --- other versions, and other runs
-
-
-@pytest.mark.parametrize("version", [checkpoints.FORMAT + 1, "2", 0])
-def test_a_version_that_is_not_known_is_refused(version, recorded, tmp_path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(recorded[0], run)
-    stated(run / "checkpoints" / str(LAST), version)
-    before = files(run)
-    message = refusal(run)
-    assert f"it has version {version!r} of the format" in message
-    assert "reads up to 3: go on with the one that wrote it, or give" in message
-    # Which "remove it" would be bad advice for.
-    assert "remove" not in message
-    assert files(run) == before
+def test_an_unknown_version_is_refused(run, capfd) -> None:
+    for version in (checkpoints.FORMAT + 1, "2", 0):
+        state_version(run / "checkpoints" / str(LAST), version)
+        before = runs.contents(run)
+        message = error_of(capfd, lambda: fit(run))
+        assert f"it has version {version!r} of the format" in message
+        assert "reads up to 3: go on with the one that wrote it, or give" in message
+        # "Remove it" would be bad advice.
+        assert "remove" not in message
+        assert runs.contents(run) == before
 
 
 def digests(state: Any) -> dict[str, str]:
@@ -347,97 +350,131 @@ def digests(state: Any) -> dict[str, str]:
     }
 
 
-def test_a_checkpoint_of_the_first_version_is_read_and_gone_on_from(tmp_path) -> None:
-    """One that the library wrote before checkpoints stated a version."""
+def test_training_continues_from_a_checkpoint_of_the_first_format(tmp_path) -> None:
+    """The library wrote it before checkpoints stated a version."""
     run = tmp_path / "run"
     shutil.copytree(FIXTURE / "run", run)
     folder = run / "checkpoints" / "4"
     assert not (folder / manifest.NAME).exists()
-    assert "format_version" not in json.loads(
-        (folder / "progress/metadata").read_text()
-    )
-    found = runs.restored(maker(), run, 4)
-    # Two trees of masks have become one of codes: what is active continues.
-    sparse = found.opt_state
-    masks = sparse.masks
-    for code, mask in zip(
-        jax.tree.leaves(sparse.activity), jax.tree.leaves(masks), strict=True
-    ):
-        np.testing.assert_array_equal(code, 2 * np.asarray(mask, np.int8), strict=True)
-    now = digests(found._replace(opt_state=sparse._replace(activity=masks)))
+    metadata = json.loads((folder / "progress/metadata").read_text())
+    assert "format_version" not in metadata
+    state = runs.restored(setup(), run, 4)
     wanted = json.loads((FIXTURE / "digests.json").read_text())
-    assert {name.replace("/activity/", "/masks/"): x for name, x in now.items()} == {
-        name: x for name, x in wanted.items() if "/continuing/" not in name
-    }
-    begun: list[int] = []
-    loop.fit(maker(), [3], run, stopped=begun.append)
-    assert begun[0] == 4
-    assert runs.steps_saved(run) == [4, 6]
-    assert (run / "checkpoints" / "6" / manifest.NAME / manifest.FILE).exists()
+    # It had two trees of masks, of which one remains.
+    wanted = {name: x for name, x in wanted.items() if "/continuing/" not in name}
+    arrays = digests(state)
+    masks = state.opt_state.masks
+    arrays |= digests({"opt_state": {"masks": masks}})
+    assert wanted.items() <= arrays.items()
+    others = arrays.keys() - wanted.keys()
+    assert all("/activity/" in name for name in others)
+    steps: list[int] = []
+    fit(run, stopped=steps.append)
+    assert steps[0] == 4
+    assert runs.saved_steps(run) == [4, 6]
+    assert (run / "checkpoints" / "6" / MANIFEST).exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "differs"),
-    [
+def test_a_checkpoint_of_another_run_is_refused(run, capfd):
+    before = runs.contents(run)
+    for changes, differs in (
         (
             {"model": "cnn"},
-            "params/hidden/kernel is float32[64, 40] there and float32[64, 50] here",
+            "hidden/kernel is float32[64, 40] there and float32[64, 50]",
         ),
         ({"method": "snfs"}, "is missing there and float32[64, 40] here"),
         # Its state has the form of GraNet's.
         ({"method": "gmp"}, "the method is granet there and gmp here"),
         ({"method": "top-kast"}, "is missing there and bool[64, 40] here"),
-        (
-            {"optimizer": OptimizerConfig(name="adamw", learning_rate=1e-3)},
-            "opt_state/inner_state/",
-        ),
-    ],
-)
-def test_another_run_s_checkpoint_is_refused(changes, differs, recorded, tmp_path):
+        ({"optimizer.name": "adamw"}, "opt_state/inner_state/"),
+    ):
+        other = runs.create_setup(runs.replaced(CONFIG, changes))
+        message = error_of(capfd, lambda x=other: loop.fit(x, [3], run))
+        assert f"the checkpoint of step 6 in {run / 'checkpoints'}" in message
+        assert "it is of another model, method or optimizer: " in message
+        assert differs in message
+        assert "Give the options it was written with, or another folder" in message
+        assert runs.contents(run) == before
+
+
+# --- folders and disks that cannot be written
+
+
+@pytest.fixture
+def begun(tmp_path) -> pathlib.Path:
+    """A run that was stopped after step 3, with a checkpoint."""
     run = tmp_path / "run"
-    shutil.copytree(recorded[0], run)
-    before = files(run)
-    message = refusal(run, **changes)
-    assert message.startswith(f"the checkpoint of step 6 in {run / 'checkpoints'}")
-    assert "it is of another model, method or optimizer: " in message
-    assert differs in message
-    assert "Give the options it was written with, or another folder" in message
-    assert files(run) == before
+    stop = {3: signal.SIGTERM}
+    with pytest.raises(loop.StoppedError):
+        fit(run, stopped=stop.get)
+    assert runs.saved_steps(run) == [2, 3]
+    return run
 
 
-# --- folders that cannot be written
+@pytest.mark.parametrize("file", ["checkpoint", "metrics"])
+def test_a_full_disk(file, begun, recorded, capfd):
+    setup().compiled_step.inspect(setup().compiled_step.create([3]))
+    before = runs.restored(setup(), begun, 3)
+    path = begun / "metrics.jsonl"
+    size = path.stat().st_size
+    # The largest file of a checkpoint has more than 10 kB.
+    limit = 10_000 if file == "checkpoint" else size + 100
+
+    def limited() -> None:
+        with runs.full_disk(limit):
+            fit(begun)
+
+    error = error_of(capfd, limited)
+    for part in ("could not be written", "ake room", "the same command again"):
+        assert part in error
+    if file == "metrics":
+        assert f"{path} could not be written (File too large)" in error
+        # The disk is full in the middle of a line.
+        assert path.stat().st_size == size + 100
+    assert runs.saved_steps(begun) == [2, 3]
+    assert runs.same(runs.restored(setup(), begun, 3), before)
+    fit(begun)
+    assert_ends_alike(begun, recorded[0])
 
 
-def test_a_file_in_the_place_of_the_folder(tmp_path) -> None:
-    """Read-only folders are none to the root user, under whom tests may run."""
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "checkpoints").write_text("words")
-    with pytest.raises(OSError, match="checkpoints"):
-        loop.fit(maker(), [3], run)
-    assert (run / "checkpoints").read_text() == "words"
-
-
-def test_a_folder_that_is_taken_away_in_mid_run(
-    recorded, tmp_path, capfd, monkeypatch
-) -> None:
-    monkeypatch.setattr(Checkpoints, "save", save_and_wait)
-    run, aside = tmp_path / "run", tmp_path / "aside"
+def test_a_file_in_the_place_of_the_folder(begun, recorded, tmp_path, capfd) -> None:
+    """The root user may write in any folder, so that no folder can be read-only."""
+    folder, aside = begun / "checkpoints", tmp_path / "aside"
 
     def stopped(step: int) -> int | None:
-        if step == 3:
-            (run / "checkpoints").rename(aside)
-            (run / "checkpoints").write_text("words")
+        if step == 5:
+            folder.rename(aside)
+            folder.write_text("words")
         return None
 
-    status, error = status_of(
-        capfd, lambda: loop.fit(maker(), [3], run, stopped=stopped)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_wait)
+        error = error_of(capfd, lambda: fit(begun, stopped=stopped))
+    assert "the same command again" in error
+    folder.unlink()
+    aside.rename(folder)
+    assert runs.saved_steps(begun) == [3, 4]
+    fit(begun)
+    assert_ends_alike(begun, recorded[0])
+
+
+def test_training_that_diverges_keeps_the_last_good_checkpoint(tmp_path, capfd):
+    options = {
+        "optimizer.learning_rate": 1e30,
+        "checkpoint.every": 1,
+        "method": "static",
+    }
+    diverging = runs.create_setup(
+        runs.replaced(CONFIG, options | {"masks": MaskConfig()})
     )
-    assert status == 2
-    assert "the same command again" in one_line(error)
-    (run / "checkpoints").unlink()
-    aside.rename(run / "checkpoints")
-    assert runs.steps_saved(run) == [2]
-    loop.fit(maker(), [3], run)
-    assert runs.same(*(runs.restored(maker(), r, LAST) for r in (run, recorded[0])))
-    assert runs.lines(run) == runs.lines(recorded[0])
+    messages = [
+        error_of(capfd, lambda: loop.fit(diverging, [0], tmp_path), status=1)
+        for _ in range(2)  # A second attempt ends in the same way.
+    ]
+    assert messages[0] == messages[1]
+    assert "lower optimizer.learning_rate" in messages[0]
+    last = runs.saved_steps(tmp_path)[-1]
+    assert f"The last good checkpoint is kept (it is of step {last})." in messages[0]
+    state: Any = runs.restored(diverging, tmp_path, last)
+    assert int(state.step) == last
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
