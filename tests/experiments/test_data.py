@@ -110,15 +110,13 @@ def colours(n: int = 40) -> data.Split:
     return data.Split(images, np.arange(n, dtype=np.int32) % 4)
 
 
-@pytest.mark.parametrize("n", [40, 2500])
-def test_statistics_are_those_of_the_training_images(n):
-    dataset = data.from_arrays("colours", colours(n), colours(9), classes=4)
-    images = colours(n).inputs.astype(np.float64) / 255
+def test_statistics_are_those_of_the_training_images():
+    dataset = data.from_arrays("colours", colours(2500), colours(9), classes=4)
+    images = colours(2500).inputs.astype(np.float64) / 255
     assert np.allclose(dataset.mean, images.mean((0, 1, 2)), rtol=0, atol=1e-12)
     std = images.std((0, 1, 2))
-    assert np.allclose(dataset.std[:2], std[:2], rtol=0, atol=1e-12)
     # A constant channel is divided by 1.
-    assert dataset.std[2] == 1.0
+    assert np.allclose(dataset.std, (*std[:2], 1.0), rtol=0, atol=1e-12)
 
 
 # Three rows of eight bytes.
@@ -382,7 +380,6 @@ def check_catalogue(name: str, folder: pathlib.Path, dataset: Any) -> None:
     assert len(archives) == (4 if "mnist" in name else 1)
     catalogue: Any = tfds.builder(name, data_dir=folder)
     blank: Any = tfds.builder(name, data_dir=folder / "nothing")
-    assert type(catalogue).__module__.startswith("tensorflow_datasets.")
     assert catalogue.is_prepared()
     assert not blank.is_prepared()
     ours = tfds.builder_from_directory(catalogue.data_dir)
@@ -583,24 +580,19 @@ ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 
 
 def test_imagenet_says_what_its_preparation_needs(tmp_path, monkeypatch, capsys):
-    args = ["imagenet2012", "--data-dir", str(tmp_path)]
     check_missing("imagenet2012", " and ".join(ARCHIVES), tmp_path / "my data")
     # In the default folder, the command needs none.
     monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="prepare imagenet2012`"):
         data.load("imagenet2012")
-    finding = preparation.importlib.util
-    put_into = f"put ILSVRC2012_img_train.tar into {tmp_path}/downloads/manual"
-    for archives, tensorflow, message in (
-        ({}, None, put_into),
-        (ARCHIVES, None, "run `pip install '.[imagenet]'`"),
-        (
-            ARCHIVES,
-            object(),
-            "ILSVRC2012_img_train.tar has the wrong checksum: sha256 must be b08",
-        ),
+    manual = tmp_path / "downloads/manual"
+    for tensorflow, message in (
+        (None, f"put ILSVRC2012_img_train.tar into {manual}"),
+        (None, "run `pip install '.[imagenet]'`"),
+        (object(), "_train.tar has the wrong checksum: sha256 must be b08"),
     ):
-        put(tmp_path / "downloads/manual", {name: name.encode() for name in archives})
-        monkeypatch.setattr(finding, "find_spec", lambda name, x=tensorflow: x)
-        assert prepare.main(args) == 2
+        find_spec = lambda name, found=tensorflow: found  # noqa: E731
+        monkeypatch.setattr(preparation.importlib.util, "find_spec", find_spec)
+        assert prepare.main(["imagenet2012", "--data-dir", str(tmp_path)]) == 2
         assert message in capsys.readouterr().err
+        put(manual, {name: name.encode() for name in ARCHIVES})

@@ -9,7 +9,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.extend.core
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -132,38 +131,6 @@ def test_seeds_under_vmap_are_the_runs_one_by_one():
             assert np.mean(np.asarray(found) != np.asarray(wanted)) < 1e-3
     first, second = state.opt_state.masks["output"]["kernel"]
     assert not np.array_equal(first, second)
-
-
-def test_seeds_under_vmap_decide_together_whether_to_update():
-    """Were it one decision a seed, every step would compute a mask update.
-
-    An update is a loop of 0 or 1 trips that carries the masks and its condition.
-    """
-    each = setup(1, vmap_seeds=True, seeds=2)
-    step = each.compiled_step
-    traced = jax.make_jaxpr(step.steps, static_argnums=2)
-    found = conditions(traced(step.abstract(), each.train_data, 1))
-    assert () in found
-    assert (2,) not in found
-    # Where the counters have an axis of seeds too, there is one condition a seed.
-    one = jax.eval_shape(step.train_step.create, np.uint32(0))
-    batched = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), one)
-    naive = jax.make_jaxpr(jax.vmap(step.train_step.step, in_axes=(0, None)))
-    assert (2,) in conditions(naive(batched, each.train_data))
-
-
-def conditions(jaxpr: Any) -> set[tuple[int, ...]]:
-    """Shapes of the booleans that outermost loops over masks of two seeds carry."""
-    shapes = set()
-    for eqn in jaxpr.eqns:
-        carried = [v.aval for v in eqn.outvars]
-        masks = {x.shape for x in carried if x.dtype in (np.int8, bool)}
-        if eqn.primitive.name == "while" and (2, 64, 300) in masks:
-            shapes |= {x.shape for x in carried if x.dtype == bool}
-            continue
-        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-            shapes |= conditions(inner)
-    return shapes
 
 
 def test_text_trains_too():

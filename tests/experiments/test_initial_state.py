@@ -2,21 +2,19 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import granet_jax
-from experiments import data, models
+from experiments import data
 from experiments.config.run import Config, MaskConfig, OptimizerConfig, ToSTConfig
 from experiments.training import initial_masks, initial_state, loop
 from experiments.training.step import TrainStep
-from granet_jax import distributions, mask_sources
+from granet_jax import distributions
 from tests.helpers import runs
 
 CONFIG = Config(
@@ -92,33 +90,6 @@ def test_training_starts_from_the_masks_on_any_devices(form, devices):
     assert state.average == () or runs.same(state.average, params)
 
 
-def test_the_masks_of_snip_are_those_of_the_papers_scores():
-    config = with_source("snip")
-    found = initial_masks.masks(train_step(config), drawn(config, 0), {}, 0)
-    model = models.create("lenet-300-100", classes=10)
-
-    def loss(params, batch):
-        logits = model.apply({"params": params}, batch[0], train=False)
-        entropy = optax.softmax_cross_entropy_with_integer_labels
-        return entropy(logits, batch[1]).mean()
-
-    batches = initial_masks.examples(train_step(config), 0)
-    assert [len(labels) for _, labels in batches] == [100]
-    params = drawn(config, 0)
-    products = jax.tree.map(
-        lambda p, g: np.abs(np.asarray(p) * np.asarray(g)),
-        params,
-        jax.grad(loss)(params, batches[0]),
-    )
-    scores = [x for x in jax.tree.leaves(products) if x.ndim == 2]
-    everything = np.sort(np.concatenate([x.ravel() for x in scores]))
-    least = everything[-math.floor(0.05 * TOTAL + 0.5)]
-    for mask, score in zip(jax.tree.leaves(found), scores, strict=True):
-        # Rounding may decide between near equals.
-        clear = np.abs(score - least) > 1e-5 * least
-        assert np.array_equal(np.asarray(mask)[clear], (score >= least)[clear])
-
-
 def test_examples_have_all_classes_alike_and_are_of_the_seed():
     config = dataclasses.replace(CONFIG, masks=MaskConfig(source="snip", images=157))
     step = train_step(config)
@@ -167,28 +138,3 @@ def test_rescaled_weights_are_multiples_of_the_drawn_ones():
     params, masks = weights(dense, 0)
     assert masks is None
     assert not runs.same(params, jax.device_get(drawn(dense, 0)))
-
-
-@pytest.mark.slow
-def test_synflow_of_a_deep_network_does_not_overflow():
-    """In float32 the sum of all paths of ResNet-32 is infinite."""
-    masks = MaskConfig(source="synflow", rounds=1)
-    step = train_step(dataclasses.replace(CONFIG, model="resnet-32", masks=masks))
-    variables = step.variables(jnp.uint32(0))
-    # One round empties convolutions that have a shortcut beside them.
-    with pytest.warns(UserWarning, match="the network is still connected"):
-        found = initial_masks.masks(
-            step, variables["params"], variables["batch_stats"], 0
-        )
-    sizes = granet_jax.sparsity(found)
-    assert sizes.active == math.floor(0.05 * sizes.total + 0.5)
-    assert mask_sources.connected(
-        lambda params, x: (
-            models.create("resnet-32", classes=10)
-            .clone(dtype=None)
-            .apply({**variables, "params": params}, x, train=False)
-        ),
-        variables["params"],
-        found,
-        jnp.ones((1, 8, 8, 1)),
-    )

@@ -108,22 +108,6 @@ def test_rounds_prune_the_smallest_weights_and_the_others_go_back(setup, found):
     check(setup, found)
 
 
-@pytest.mark.slow
-def test_rounds_may_go_back_to_the_initial_weights(setup, tmp_path):
-    config = search(tmp_path / "tickets", 0)
-    check(setup, config)
-    # Training from a ticket is the training of its round.
-    masks = MaskConfig(source="tickets", tickets=config.out)
-    each = runs.create_setup(
-        dataclasses.replace(TRAINING, sparsity=0.3, masks=masks), jax.device_count()
-    )
-    _, state = loop.fit(each, [1], tmp_path / "run")
-    assert runs.same(
-        jax.device_get(each.compiled_step.snapshot(state).params),
-        final(setup, config, 1).params,
-    )
-
-
 def test_training_starts_from_tickets(setup, found):
     """Several seeds at once, and networks with ghosts too."""
     weights, bits = ticket(setup, found, 0.55)

@@ -386,9 +386,8 @@ def test_gpt_is_causal() -> None:
 # --- inputs that fit, and others
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "message"),
-    [
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    for name, shape, message in (
         ("vgg-19", (1, 8, 8, 1), r"vgg-19 takes images of 16 x 16 .* got 8 x 8"),
         ("vgg-16", (1, 15, 32, 3), r"vgg-16 takes images of 16 x 16 .* got 15 x 32"),
         ("lenet-5", (1, 8, 8, 1), r"lenet-5 takes images of 16 x 16 .* got 8 x 8"),
@@ -397,34 +396,27 @@ def test_gpt_is_causal() -> None:
         ("gpt", (1, 28, 28, 1), r"gpt takes text .* \(1, 28, 28, 1\)"),
         ("gpt", (1, 129), r"gpt takes texts of at most 128 bytes, got 129"),
         *((x, (1, 128), r"takes images .* \(1, 128\)") for x in IMAGE_MODELS),
-    ],
-)
-def test_an_input_that_does_not_fit(name, shape, message: str) -> None:
-    x = jax.ShapeDtypeStruct(shape, example(name).dtype)
-    with pytest.raises(ValueError, match=message):
-        initialised(network(name), x)
+    ):
+        x = jax.ShapeDtypeStruct(shape, jnp.uint8 if len(shape) == 2 else jnp.float32)
+        with pytest.raises(ValueError, match=message):
+            initialised(network(name), x)
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "channels"),
-    [
+def test_other_sizes_of_images_fit() -> None:
+    for name, size, channels in (
         ("vgg-19", 28, 1),  # Fashion-MNIST
         ("vgg-16", 16, 1),
-        ("vgg-19", 64, 3),  # Tiny ImageNet
         ("lenet-5", 16, 1),
         ("cnn", 8, 1),  # digits
         ("resnet-20", 8, 1),
         ("wrn-22-2", 8, 1),
         ("mobilenet-v2", 8, 1),
-        ("resnet-50", 8, 1),
-        ("vit-s-16", 64, 3),
-    ],
-)
-def test_other_sizes_of_images_fit(name: str, size: int, channels: int) -> None:
-    x = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
-    init = functools.partial(network(name).init_with_output, train=False)
-    logits, _ = jax.eval_shape(init, jax.random.key(0), x)
-    assert logits.shape == (2, classes(name))
+        ("vit-s-16", 64, 3),  # Tiny ImageNet
+    ):
+        x = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
+        init = functools.partial(network(name).init_with_output, train=False)
+        logits, _ = jax.eval_shape(init, jax.random.key(0), x)
+        assert logits.shape == (2, classes(name))
 
 
 def test_unknown_names_and_dtypes() -> None:

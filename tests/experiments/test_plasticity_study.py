@@ -317,15 +317,10 @@ def test_tables_hold_what_was_measured():
         f"{at_once} +0.00 ± 7.07 | -20.00 ± 14.14 | -6.67 ± 0.00 |",
         f"{at_once} -20.00 ± 0.00 |  | -35.00 ± 21.21 |",
     ]
-    for part, row in (
-        (
-            "regeneration adds",
-            "regrow 0.5 | +5.00 ± 7.07 | +20.00 ± 14.14 | +10.00 ± 9.43 |",
-        ),
-        (
-            "gradual pruning adds",
-            "gradual | +0.00 ± 0.00 | +10.00 ± 14.14 | +3.33 ± 4.71 |",
-        ),
-    ):
+    parts = {
+        "regeneration adds": "+5.00 ± 7.07 | +20.00 ± 14.14 | +10.00 ± 9.43 |",
+        "gradual pruning adds": "+0.00 ± 0.00 | +10.00 ± 14.14 | +3.33 ± 4.71 |",
+    }
+    for part, row in parts.items():
         assert row in found.partition(part)[2].partition("##")[0]
     assert "| pruning | lr 0.1 (epochs 1 to 2) | lr 0.01 (epoch 3) |" in found

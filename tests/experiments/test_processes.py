@@ -125,13 +125,6 @@ def test_a_process_that_cannot_start_stops_the_other(cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_pmap_over_two_processes(cache, tmp_path):
-    ended = end_pair(start_pair(cache, tmp_path / "out", "--parallel", "pmap"))
-    assert [(status, errors) for status, _, errors in ended] == [(0, ""), (0, "")]
-    assert_trained_alike(tmp_path / "out", tmp_path, parallel="pmap")
-
-
-@pytest.mark.slow
 def test_a_pre_emption_stops_both_at_one_step_and_they_continue_exactly(
     cache, tmp_path
 ):

@@ -130,7 +130,7 @@ def test_twins_keep_the_shares_of_the_steps():
             assert abs(numbers[0] - numbers[1]) <= 0.03 * numbers[0], name
 
 
-def test_learning_rates():
+def test_optimizers():
     for name, rates in (
         ("granet-cifar10-vgg19-90", {31_199: 0.1, 31_200: 1e-2, 46_800: 1e-3}),
         # Five epochs of warm-up; drops at epochs 30, 60 and 90.
@@ -145,6 +145,14 @@ def test_learning_rates():
         rate = optimizer.learning_rate(config.optimizer, config.steps)
         found = [float(np.asarray(rate(jnp.int32(step)))) for step in rates]
         np.testing.assert_allclose(found, list(rates.values()), rtol=1e-5)
+    for name, nesterov, decay, smoothing in (
+        ("granet-cifar100-resnet50-90", True, 5e-4, 0.0),
+        ("tost-grasp-cifar100-resnet18-98", False, 2e-4, 0.0),
+        ("rigl-imagenet-resnet50-90", False, 1e-4, 0.1),
+    ):
+        config = ALL[name].config.optimizer
+        assert (config.momentum, config.nesterov) == (0.9, nesterov)
+        assert (config.weight_decay, config.label_smoothing) == (decay, smoothing)
 
 
 def test_schedules_of_pruning_and_exchange():
@@ -174,39 +182,24 @@ def test_schedules_of_pruning_and_exchange():
         np.testing.assert_allclose(found, list(fractions.values()), atol=1e-12)
 
 
-def test_optimizers():
-    for name, momentum, nesterov, decay, smoothing, warmup in (
-        ("granet-cifar100-resnet50-90", 0.9, True, 5e-4, 0.0, 0),
-        ("tost-grasp-cifar100-resnet18-98", 0.9, False, 2e-4, 0.0, 0),
-        ("rigl-imagenet-resnet50-90", 0.9, False, 1e-4, 0.1, 5 * 10_009),
-    ):
-        found = ALL[name].config.optimizer
-        assert (found.momentum, found.nesterov) == (momentum, nesterov)
-        assert (found.weight_decay, found.label_smoothing) == (decay, smoothing)
-        assert found.warmup_steps == warmup
-
-
 def test_the_list(capsys):
     status, out, _ = run(capsys, "--list-recipes")
     assert status == 0
     assert max(map(len, out.splitlines())) <= 100
-    listed = {line.split()[0]: line for line in out.splitlines() if line.split()}
-    for name, recipe in FULL.items():
-        config, cells = recipe.config, listed[name].split()
-        assert cells[1:4] == [config.model, config.data.dataset, config.method]
-        assert cells[4] == f"{config.steps:,}"
-        mark = ["ours" if recipe.ours else "-"]
-        published = [] if recipe.published is None else [f"{recipe.published:.2f}", "*"]
-        assert cells[5:] == (published or mark)
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.split()}
+    assert rows["granet-cifar10-vgg19-95"][1:] == (
+        ["vgg-19", "cifar10", "granet", "62,400", "93.72", "*"]
+    )
+    assert rows["snip-cifar10-vgg16-90"][-1] == "ours"
+    assert rows["static-cifar10-vgg19-90"][-1] == "-"
+    assert set(FULL) < set(rows)
     assert "* Published best test accuracy, recalled, unverified" in out
     for text, part, number in (
         ("cifar10-vgg19-95", "-cifar10-vgg19-95 ", 6),
         ("mini", "-mini ", len(FULL)),
     ):
-        status, out, _ = run(capsys, "--list-recipes", text)
-        assert status == 0
+        _, out, _ = run(capsys, "--list-recipes", text)
         assert out.count(part) == number
-        assert max(map(len, out.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
@@ -233,13 +226,9 @@ def test_bad_input(capsys, arguments, message):
 
 def test_its_data_sets_are_the_real_ones(tmp_path):
     assert set(dry_run.DATASETS) == set(data.NAMES)
-    for name, facts in dry_run.DATASETS.items():
-        if name == "imagenet2012":
-            continue
+    for name in ("fashion_mnist", "cifar100", "tiny_imagenet"):
         features = tfds_builders.BUILDERS[name](data_dir=tmp_path).info.features
-        if "text" in features:
-            assert facts[:2] == ((128,), 256)
-            continue
+        facts = dry_run.DATASETS[name]
         assert facts.shape == features["image"].shape
         assert facts.classes == features["label"].num_classes
     assert dry_run.DATASETS["digits"].train_size == 1201
@@ -250,33 +239,22 @@ def test_its_data_sets_are_the_real_ones(tmp_path):
 def test_counts_of_lenet():
     result = dry_run.analyse(LENET)
     leaves = {leaf.name: leaf for leaf in result.leaves}
-    assert {name: leaf.shape for name, leaf in leaves.items()} == {
-        "hidden_0/bias": (300,),
-        "hidden_0/kernel": (784, 300),
-        "hidden_1/bias": (100,),
-        "hidden_1/kernel": (300, 100),
-        "output/bias": (10,),
-        "output/kernel": (100, 10),
-    }
+    assert leaves["hidden_0/kernel"].shape == (784, 300)
+    assert sum(leaf.size for leaf in result.leaves) == LENET_WEIGHTS + 410
     for name, leaf in leaves.items():
         assert leaf.maskable == name.endswith("kernel")
         assert leaf.macs == (leaf.size if leaf.maskable else 0)
         assert leaf.start == leaf.size
-    assert result.maskable == LENET_WEIGHTS
-    assert result.active == 26_620
-    assert result.memory["parameters"] == 4 * (LENET_WEIGHTS + 410)
+    assert (result.maskable, result.active) == (LENET_WEIGHTS, 26_620)
     assert result.updates == list(range(100, 1001, 100))
     assert result.prunings == [100, 200, 300, 400, 500]
     assert result.steps_per_epoch == 600
-
-
-def test_memory_is_that_of_a_state():
+    # The memory is that of a state without its step and its seed.
     config = dataclasses.replace(LENET, data=DataConfig("digits"))
-    train_step = TrainStep(config, data.load("digits"))
-    state = jax.eval_shape(train_step.create, jnp.uint32(0))
-    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    # A step and a seed come on top.
-    assert sum(dry_run.analyse(config).memory.values()) == held - 8
+    create = TrainStep(config, data.load("digits")).create
+    state = jax.tree.leaves(jax.eval_shape(create, jnp.uint32(0)))
+    held = sum(x.size * x.dtype.itemsize for x in state) - 8
+    assert sum(dry_run.analyse(config).memory.values()) == held
 
 
 # A forward pass of LeNet-300-100 costs as many multiply-accumulates as it has weights,
@@ -299,21 +277,6 @@ def test_costs_by_hand():
     assert cost("gmp") == pytest.approx(sum(sparse) / 10)
     mean = sum((300 * f + 2 * f + 1) / 101 / 3 for f in sparse) / 10
     assert cost("granet") == pytest.approx(mean)
-
-    lenet5 = dataclasses.replace(
-        LENET, method="static", model="lenet-5", masks=MaskConfig()
-    )
-    result = dry_run.analyse(lenet5)
-    # 24 x 24 x 500, 8 x 8 x 25,000, and two linear layers.
-    dense = {"conv_0": 288_000, "conv_1": 1_600_000, "hidden": 400_000, "output": 5_000}
-    assert {leaf.name: leaf.macs for leaf in result.masked} == {
-        f"{name}/kernel": number for name, number in dense.items()
-    }
-    assert dry_run.forward_cost(result, "uniform") == pytest.approx(229_300)
-    exact = sum(leaf.macs * leaf.start / leaf.size for leaf in result.masked)
-    # The counts of active weights are whole numbers, the densities are not.
-    assert dry_run.forward_cost(result, "erk") == pytest.approx(exact, rel=1e-4)
-    assert exact > 1.5 * 229_300
 
 
 def test_it_needs_no_data_and_takes_other_options(capsys, tmp_path, monkeypatch):

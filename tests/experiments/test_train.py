@@ -12,7 +12,7 @@ import pathlib
 import re
 import statistics
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,9 +93,9 @@ def masks_of(each: loop.TrainSetup, state: step.TrainState) -> Any:
 # --- methods
 
 
-@pytest.mark.parametrize(
-    ("method", "masks", "start", "updates"),
-    [
+def test_methods_are_configured_as_documented():
+    cycles = {"cycles": 2, "initial_sparsity": 0.3, "recovery": "projected"}
+    for method, masks, start, updates in (
         ("granet", {}, 0.0, range(15, 1201, 15)),
         ("granet", {"initial_sparsity": 0.2}, 0.2, range(15, 1201, 15)),
         ("granet-st", {"interval": 100}, 0.5, range(100, 1201, 100)),
@@ -104,13 +104,8 @@ def masks_of(each: loop.TrainSetup, state: step.TrainState) -> Any:
         ("set", {}, 0.9, range(15, 901, 15)),
         ("set", {"stop": 0.5}, 0.9, range(15, 601, 15)),
         ("snfs", {}, 0.9, range(15, 1201, 15)),
-        ("static", {"distribution": "uniform"}, 0.9, range(0)),
-        (
-            "cyclical",
-            {"cycles": 2, "initial_sparsity": 0.3, "recovery": "projected"},
-            0.3,
-            [*range(15, 451, 15), 600, *range(615, 1051, 15)],
-        ),
+        ("static", {"distribution": "uniform"}, 0.9, ()),
+        ("cyclical", cycles, 0.3, [*range(15, 451, 15), 600, *range(615, 1051, 15)]),
         ("cyclical", {"cycles": 1}, 0.0, range(15, 901, 15)),
         ("acdc", {}, 0.0, range(150, 1051, 150)),
         ("acdc", {"cycles": 1}, 0.0, [600]),
@@ -119,14 +114,12 @@ def masks_of(each: loop.TrainSetup, state: step.TrainState) -> Any:
         ("straight-through", {}, 0.0, range(15, 601, 15)),
         ("top-kast", {}, 0.9, []),
         ("greg2", {"interval": 7}, 0.0, [600]),
-    ],
-)
-def test_methods_are_configured_as_documented(method, masks, start, updates):
-    record = build_method(Config(method=method, masks=MaskConfig(**masks)))
-    assert record is not None
-    assert record.sparsity(0) == pytest.approx(start, rel=0, abs=1e-12)
-    assert record.sparsity(1200) == 0.9
-    assert list(record.updates.steps()) == list(updates)
+    ):
+        record = build_method(Config(method=method, masks=MaskConfig(**masks)))
+        assert record is not None
+        assert record.sparsity(0) == pytest.approx(start, rel=0, abs=1e-12), method
+        assert record.sparsity(1200) == 0.9
+        assert list(record.updates.steps()) == list(updates), (method, masks)
 
 
 def test_options_of_methods_and_techniques():
@@ -290,14 +283,14 @@ def test_evaluation_counts_every_image_once():
         assert loss == pytest.approx(entropy.sum(), rel=1e-5)
 
 
-@pytest.mark.parametrize("devices", [1, 3, 8])
-def test_test_batches_suit_the_devices(devices):
+def test_test_batches_suit_the_devices():
     labels = np.arange(50, dtype=np.int32) % 10
     split = data.Split(np.arange(50, dtype=np.uint8).reshape(50, 1, 1, 1), labels)
-    batches = loop.padded_batches(split, 20, devices)
-    assert all(len(batch.labels) % devices == 0 for batch in batches)
-    inputs = [np.asarray(batch.inputs)[batch.labels >= 0] for batch in batches]
-    assert np.array_equal(np.concatenate(inputs), split.inputs)
+    for devices in (1, 3, 8):
+        batches = loop.padded_batches(split, 20, devices)
+        assert all(len(batch.labels) % devices == 0 for batch in batches)
+        inputs = [np.asarray(batch.inputs)[batch.labels >= 0] for batch in batches]
+        assert np.array_equal(np.concatenate(inputs), split.inputs)
 
 
 def test_a_network_that_is_not_as_sparse_as_it_should_be_is_noticed():
@@ -396,8 +389,7 @@ def test_bfloat16_is_for_activations_and_parameters_stay_float32():
 # --- a whole run
 
 
-@dataclasses.dataclass
-class Finished:
+class Finished(NamedTuple):
     """The folder, the output and the metrics of a finished command."""
 
     folder: pathlib.Path
@@ -412,12 +404,12 @@ class Finished:
 
     def best(self, method: str) -> list[float]:
         """Every seed's best accuracy at the final sparsity."""
-        active = {"granet": kept(0.9), "dense": TOTAL}[method]
+        active = self.last(method)[0]["active_weights"]
         return [
             max(
-                x["test_accuracy"]
-                for x in self.of(method, seed)
-                if x["active_weights"] == active
+                line["test_accuracy"]
+                for line in self.of(method, seed)
+                if line["active_weights"] == active
             )
             for seed in (0, 1)
         ]
@@ -433,30 +425,27 @@ def finished(tmp_path_factory) -> Finished:
         runs.share_setups(patch)
         patch.setattr(sys, "stdout", file)
         assert train.main([*SHORT, "--seeds", "2", "--out", str(folder)]) == 0
-    names = ("granet-seed0", "granet-seed1", "dense-seed0", "dense-seed1")
-    found = [line for run in names for line in lines(folder / run / "metrics.jsonl")]
+    names = [
+        f"{method}-seed{seed}" for method in ("granet", "dense") for seed in (0, 1)
+    ]
+    found = [line for name in names for line in lines(folder / name / "metrics.jsonl")]
     return Finished(folder, capture.read_text(), found)
 
 
 def test_a_run_leaves_these_files(finished):
-    assert sorted(path.name for path in finished.folder.iterdir()) == [
-        "config.json",
-        "curves.png",
-        "dense-seed0",
-        "dense-seed1",
-        "granet-seed0",
-        "granet-seed1",
-        "summary.json",
-    ]
+    names = " ".join(sorted(path.name for path in finished.folder.iterdir()))
+    assert names == (
+        "config.json curves.png dense-seed0 dense-seed1 granet-seed0 granet-seed1 "
+        "summary.json"
+    )
     for run in ("dense-seed0", "granet-seed1"):
         checkpoints, board, log = sorted((finished.folder / run).iterdir())
         assert checkpoints.name == "checkpoints"
-        assert sorted(path.name for path in checkpoints.iterdir()) == ["160", "80"]
+        assert runs.saved_steps(finished.folder / run) == [80, 160]
         assert board.name.startswith("events.out.tfevents.")
         assert log.name == "metrics.jsonl"
     config = json.loads((finished.folder / "config.json").read_text())
-    assert config["method"] == "granet"
-    assert config["steps"] == STEPS
+    assert (config["method"], config["steps"]) == ("granet", STEPS)
     assert config["masks"]["interval"] == 2
     assert config["out"] == str(finished.folder)
 
