@@ -15,7 +15,7 @@ import pytest
 from experiments import cyclical_linear, data, lottery, plasticity, train
 from experiments.config import plasticity as study
 from experiments.config.run import CheckpointConfig, Config
-from experiments.training import devices, initial_masks
+from experiments.training import devices, initial_masks, run_folders
 from experiments.training.step import TrainStep
 from tests.helpers import runs
 
@@ -89,17 +89,20 @@ CONFIG = [
     (SNIP | {"masks.source": "synflow", "masks.rounds": 0}, "at least 1, got 0"),
     (SNIP | {"masks.source": "tickets"}, "masks.tickets is missing"),
     (SNIP | {"masks.tickets": "x"}, "masks.tickets is an option of"),
-    ({"model": "vit-s-16", "tost.neurons": "swish"}, "in model vit-s-16, only in len"),
+    (
+        {"model": "vit-s-16", "tost.neurons": "swish"},
+        "for model vit-s-16, only for len",
+    ),
     (
         {"model": "lenet-5", "tost.skips": "conv"},
-        "in model lenet-5, only in cnn, cnn-bn",
+        "for model lenet-5, only for cnn, cnn-bn",
     ),
     ({"tost.labels": 0.1, "optimizer.label_smoothing": 0.1}, "both smooth"),
     ({"tost.labels": 1.5}, "alpha must .* 1.5"),
     (GHOSTS | {"tost.ghost_fraction": 1e-4}, "at least one step, got 0.0001 of .*1200"),
     ({"tost.lrsi": True, "tost.ghost_fraction": 0.5}, "without neurons or skips"),
     (GHOSTS | {"tost.ghost_fraction": 0.5, "tost.as_in_code": True}, "with as_in_code"),
-    ({"tost.as_in_code": True}, "tost.as_in_code is of effect on neurons, skips and"),
+    ({"tost.as_in_code": True}, "tost.as_in_code has an effect on neurons, skips a"),
 ]
 LOTTERY = [
     ({"sparsities": ()}, "sparsities must not be empty"),
@@ -117,8 +120,8 @@ STUDY = [
     ({"lanes": 0}, "lanes must be at least 1, got 0"),
     ({"epochs": 0.0}, r"epochs must lie in \(0, inf\), got 0.0"),
     ({"rates": (0.5, 1.0)}, r"rates must lie in \(0, 1\), got 1.0"),
-    ({"rates": ()}, r"rates must have values, none twice, got \(\)"),
-    ({"regrow": (0.5, 0.5)}, "regrow must have values, none twice"),
+    ({"rates": ()}, r"rates must have distinct values, got \(\)"),
+    ({"regrow": (0.5, 0.5)}, "regrow must have distinct values"),
     ({"regrow": (1.5,)}, r"regrow must lie in \[0, 1\], got 1.5"),
     ({"train.method": "granet"}, "train.method must be dense, got granet"),
     ({"train.out": pathlib.Path("x")}, "train.out is not for a study"),
@@ -236,7 +239,7 @@ def refusal(capfd: Any, out: pathlib.Path, *options: str) -> str:
 def test_results_of_another_configuration_are_left_alone(
     options, message, tmp_path, capfd
 ):
-    train.open_folder(dataclasses.replace(SMALL, out=tmp_path))
+    run_folders.open_folder(dataclasses.replace(SMALL, out=tmp_path))
     error = refusal(capfd, tmp_path, *options)
     assert message in error
     assert "Give the same options to go on with it, or another folder." in error
@@ -262,14 +265,14 @@ def test_a_folder_that_the_system_refuses(capfd):
 
 
 def test_a_file_in_the_place_of_a_run(tmp_path, capfd):
-    train.open_folder(dataclasses.replace(SMALL, out=tmp_path))
+    run_folders.open_folder(dataclasses.replace(SMALL, out=tmp_path))
     (tmp_path / "static-seed0").write_text("words")
     assert str(tmp_path / "static-seed0") in refusal(capfd, tmp_path)
 
 
 def test_a_command_that_was_killed_while_it_made_the_folder_may_run_again(tmp_path):
     (tmp_path / "config.json.partial").write_text('{"method": "gra')
-    assert train.open_folder(dataclasses.replace(SMALL, out=tmp_path)) == tmp_path
+    assert run_folders.open_folder(dataclasses.replace(SMALL, out=tmp_path)) == tmp_path
     assert list(runs.contents(tmp_path)) == ["config.json"]
 
 

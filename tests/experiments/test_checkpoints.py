@@ -22,10 +22,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import train
 from experiments.config.run import CheckpointConfig, Config, MaskConfig
 from experiments.training import checkpoints, loop, manifest
 from experiments.training.checkpoints import CheckpointError, Checkpoints
+from experiments.training.exit_status import exit_status
 from tests.helpers import runs
 
 # Saved at steps 2, 4 and 6. The last save removes the first checkpoint.
@@ -200,7 +200,7 @@ def test_training_continues_after_a_kill_at_any_moment(recorded, tmp_path) -> No
 
 
 def error_of(capfd: Any, command: Callable[[], object], status: int = 2) -> str:
-    return runs.failure(capfd, lambda: train.exit_status(command), status)
+    return runs.failure(capfd, lambda: exit_status(command), status)
 
 
 def test_damage_in_any_file_is_found_or_of_no_consequence(recorded, run) -> None:
@@ -256,7 +256,7 @@ def test_training_continues_from_the_checkpoint_before_a_damaged_one(
     folder = run / "checkpoints" / str(LAST)
     more = folder / "state" / "more"
     for damage, message in (
-        (lambda: more.write_bytes(b""), "state/more"),
+        (lambda: more.write_bytes(b""), "these files were changed: state/more"),
         (
             lambda: (more.unlink(), (folder / MANIFEST).unlink()),
             f"{MANIFEST} is missing",
@@ -280,8 +280,8 @@ def test_metrics_that_do_not_belong_to_the_checkpoint(recorded, run, capfd):
     for left in ("", "".join(lines[:-2] + lines[-1:])):
         path.write_text(left)
         error = error_of(capfd, lambda: fit(run))
-        assert f"{path} has not the records up to step {LAST}" in error
-        assert f"put the file back, or remove {run} to train anew" in error
+        assert f"{path} lacks records up to step {LAST}" in error
+        assert f"put the file back, or remove {run} to train again" in error
         assert path.read_text() == left
     path.write_text("".join(lines))
     fit(run)

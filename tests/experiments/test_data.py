@@ -415,8 +415,8 @@ def test_files_of_debian_get_their_original_header_back(tmp_path, monkeypatch, n
     put(tmp_path / "debian", {name: debian(x) for name, x in originals.items()})
     for name, content in originals.items():
         assert downloads.with_original_header(tmp_path / "debian" / name) == content
-    assert preparation.is_at_hand("fashion_mnist")
-    assert not preparation.is_at_hand("mnist")
+    assert preparation.is_available("fashion_mnist")
+    assert not preparation.is_available("mnist")
     # The files are there, so that loading tries them; but they are not the originals.
     with pytest.raises(OSError, match="has the wrong checksum: sha256 must be"):
         data.load("fashion_mnist", tmp_path)

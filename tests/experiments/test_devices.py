@@ -80,7 +80,7 @@ def test_every_form_trains_and_evaluates_alike(form):
         state = each.compiled_step.create([3])
         begun.append(jax.device_get(each.compiled_step.snapshot(state)))
         evaluate = functools.partial(each.compiled_step.evaluate, state)
-        scores.append(jax.device_get([evaluate(batch) for batch in each.test_data]))
+        scores.append(jax.device_get([evaluate(batch) for batch in each.test_batches]))
     # The initial state is the same to the bit.
     for a, b in zip(*map(jax.tree.leaves, begun), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -151,6 +151,6 @@ def test_text_trains_too():
         losses.append(float(loss[0, 0]))
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]
-    (batch,) = each.test_data or ()
+    (batch,) = each.test_batches or ()
     score = each.compiled_step.evaluate(state, batch)
     assert 0 < int(score.correct[0]) <= split.labels.size

@@ -205,7 +205,7 @@ def test_refined_labels_are_in_the_loss_of_training_only():
     for config in (refined, runs.replaced(plain, smoothed), plain):
         each = setup(config)
         state = each.compiled_step.create([0])
-        (batch,) = each.test_data or ()
+        (batch,) = each.test_batches or ()
         scores.append(each.compiled_step.evaluate(state, batch).loss[0])
         _, loss = each.compiled_step.steps(state, each.train_data, 1)
         losses.append(float(loss[0, 0]))

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import lottery, train
+from experiments import lottery
 from experiments.config.run import Config, MaskConfig, ToSTConfig
 from experiments.lottery import LotteryConfig
-from experiments.training import initial_state, loop, ticket_files
+from experiments.training import initial_state, loop, stop_signal, ticket_files
 from granet_jax import distributions
 from tests.helpers import runs
 
@@ -142,7 +142,7 @@ def test_a_search_continues_where_it_was_stopped(setup, found, tmp_path, monkeyp
         del self, step
         return signal.SIGTERM if next(asked) in (4, 13) else None
 
-    monkeypatch.setattr(train.StopSignal, "reached", reached)
+    monkeypatch.setattr(stop_signal.StopSignal, "reached", reached)
     for _ in range(2):
         with pytest.raises(loop.StoppedError) as stopped:
             lottery.run(config)

@@ -16,12 +16,12 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import data, plasticity, train
+from experiments import data, plasticity
 from experiments.config.plasticity import UNPRUNED, Branch, PruningPoint, Study
 from experiments.config.run import Config, DataConfig, OptimizerConfig
 from experiments.reports import plasticity as plasticity_report
 from experiments.reports.plasticity import Results
-from experiments.training import loop, plasticity_branches
+from experiments.training import loop, plasticity_branches, stop_signal
 from tests.helpers import runs
 
 WEIGHTS = 64 * 40 + 40 * 10
@@ -214,7 +214,7 @@ def test_a_study_that_is_stopped_and_killed_ends_like_one_that_is_not(
     with monkeypatch.context() as patch:
         # Some fifty times in the dense runs, and eight in every branch.
         patch.setattr(
-            train.StopSignal,
+            stop_signal.StopSignal,
             "reached",
             lambda self, step: signal.SIGTERM if next(asked) > 70 else None,
         )
@@ -284,7 +284,7 @@ def test_another_study_is_not_continued(tmp_path):
     assert plasticity.open_folder(runs.replaced(first, {"train.seeds": 3})) == first.out
     (tmp_path / "b").mkdir()
     (tmp_path / "b/notes").touch()
-    with pytest.raises(FileExistsError, match="neither empty nor of a run"):
+    with pytest.raises(FileExistsError, match="neither empty nor the folder of a run"):
         plasticity.open_folder(dataclasses.replace(first, out=tmp_path / "b"))
 
 

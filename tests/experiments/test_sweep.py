@@ -18,7 +18,7 @@ from experiments import sweep, train
 from experiments.config.sweep import Sweep, read
 from experiments.reports import sweep as sweep_report
 from experiments.reports.training import MethodRuns
-from experiments.training import loop
+from experiments.training import loop, run_folders
 from experiments.training.metrics import Log, MetricsRecord
 from granet_jax.analysis import plots
 
@@ -140,12 +140,12 @@ ERRORS = [
     (TINY, '"rigl"', '"mine"', r"methods must be .*a table \[method.NAME\].*'mine'"),
     (NAMED, 'method = "static"', "", r"method.snip.method is missing"),
     (NAMED, "[method.snip]", "[method.set]", r"method.set.method is for rows with na"),
-    (NAMED, "snip", "a/b", r"methods has 'a/b': the name of a row is that of a"),
+    (NAMED, "snip", "a/b", r"methods has 'a/b': the name of a row is also t"),
     (TINY, "[train]", "[method.rigel]\n[train]", r"method.rigel is unknown"),
     (TINY, "[train]", "[method.gmp]\n[train]", r"gmp is not one of methods"),
     (NAMED, "optimizer.momentum = 0.5", "steps = 7", r"snip.steps must be the same"),
     (NAMED, 'source = "snip"', "stop = 0.5", r"snip-0.9: masks.stop is not an option"),
-    (TINY, "= 3", "= 3\neval-every = 3", r"train.eval.every is there twice"),
+    (TINY, "= 3", "= 3\neval-every = 3", r"train.eval.every is given twice"),
     (TINY, "seeds = 2", "seeds = ", r"is not a TOML file"),
     (NAMED, "slow =", '"a/b" =', "variants has 'a/b'"),
     (NAMED, "{ tost.labels = 0.1 }", "0.1", r"variants.labels must be a table"),
@@ -175,7 +175,7 @@ def test_the_command_refuses_bad_files_and_folders(fake, tmp_path, capsys):
     assert not out.exists()
     out.mkdir()
     (out / "thesis.tex").write_text("")
-    assert "neither empty nor of a sweep" in refused(TINY)
+    assert "neither empty nor the folder of a sweep" in refused(TINY)
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
     assert fake.done == []
 
@@ -238,7 +238,7 @@ class Fake:
         )
 
     def train(self, config, seeds, folder, bar, stopped):
-        run_folder = folder / train.run_name(config.method, seeds)
+        run_folder = folder / run_folders.run_name(config.method, seeds)
         name = f"{folder.name}/{run_folder.name}"
         if name in self.fails:
             raise self.fails.pop(name)

@@ -33,7 +33,7 @@ from experiments.config.run import (
     build_method,
 )
 from experiments.data import augment
-from experiments.training import loop, metrics, optimizer, step
+from experiments.training import loop, metrics, optimizer, run_folders, step
 from granet_jax import tost
 from granet_jax.penalties import PenaltyInputs
 from tests.helpers import runs
@@ -624,7 +624,7 @@ def test_every_method_trains(method, tmp_path):
 
 def test_default_folders_of_the_same_second_differ(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = {train.open_folder(Config()) for _ in range(4)}
+    folders = {run_folders.open_folder(Config()) for _ in range(4)}
     assert len(folders) == 4
     assert {folder.parent for folder in folders} == {pathlib.Path("runs")}
 

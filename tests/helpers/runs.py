@@ -10,7 +10,7 @@ import pathlib
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -177,7 +177,7 @@ def failure(capfd: Any, command: Callable[[], int], status: int = 2) -> str:
 
 
 @contextlib.contextmanager
-def full_disk(size: int) -> Iterator[None]:
+def full_disk(size: int) -> Generator[None]:
     """Let no file grow beyond `size` bytes, as on a disk without room."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
