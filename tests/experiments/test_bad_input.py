@@ -154,7 +154,7 @@ TABLES: list[tuple[Any, list[tuple[dict[str, Any], str]]]] = [
 )
 def test_bad_options_are_refused(record, options, message):
     with pytest.raises(ValueError, match=message):
-        runs.replaced(record, options)
+        runs.replace_options(record, options)
 
 
 def test_options_that_do_not_fit_the_devices_are_refused():
@@ -164,14 +164,14 @@ def test_options_that_do_not_fit_the_devices_are_refused():
         ({"fsdp": 3}, 8, "fsdp must divide the number of devices, 8, got 3"),
         ({"vmap_seeds": True, "seeds": 2}, 2, "trains on one device, got 2"),
     ):
-        config = runs.replaced(Config(), options)
+        config = runs.replace_options(Config(), options)
         with pytest.raises(ValueError, match=message):
             devices.compile_step(config, data.load("digits"), jax.devices()[:number])
 
 
 def test_more_images_for_the_masks_than_there_are_is_an_error():
     options = {"masks.source": "snip", "masks.images": 10**6}
-    step = TrainStep(runs.replaced(SMALL, options), data.load("digits"))
+    step = TrainStep(runs.replace_options(SMALL, options), data.load("digits"))
     with pytest.raises(ValueError, match=r"masks.images must be at most the 1201 .*"):
         initial_masks.examples(step, 0)
 

@@ -18,8 +18,12 @@ SPARSITY = 1 - 9 / 60
 
 @functools.cache
 def problems() -> study.Problem:
-    drawn = [study.draw(CONFIG, 9, 0.0, seed) for seed in range(CONFIG.seeds)]
-    return study.Problem(*(np.stack(parts) for parts in zip(*drawn, strict=True)))
+    problems_of_seeds = [
+        study.draw(CONFIG, 9, 0.0, seed) for seed in range(CONFIG.seeds)
+    ]
+    return study.Problem(
+        *(np.stack(parts) for parts in zip(*problems_of_seeds, strict=True))
+    )
 
 
 @functools.cache
@@ -67,15 +71,15 @@ def by_loops(seed: int, recovery: str, cycles: int) -> tuple[np.ndarray, np.ndar
     [("hard", 1), ("hard", 4), ("projected", 4), ("straight_through", 2)],
 )
 def test_runs_are_those_of_plain_loops(recovery: str, cycles: int) -> None:
-    found = outcome(recovery, cycles)
+    actual = outcome(recovery, cycles)
     loops = [by_loops(seed, recovery, cycles) for seed in range(CONFIG.seeds)]
     same = [
         np.array_equal(f != 0, e != 0) and np.allclose(f, e, rtol=1e-3, atol=1e-3)
-        for f, (e, _) in zip(found.weights, loops, strict=True)
+        for f, (e, _) in zip(actual.weights, loops, strict=True)
     ]
     # Single and double precision may part where magnitudes all but tie.
     assert sum(same) >= CONFIG.seeds - 1
-    measures = study.measure(problems().truth, found, cycles)
+    measures = study.measure(problems().truth, actual, cycles)
     if cycles > 1:
         shares = [float(wrong.sum()) / 9 for _, wrong in loops]
         np.testing.assert_allclose(measures["wrong"], shares, atol=1.5 / 9)
@@ -94,9 +98,9 @@ def test_measures_by_hand() -> None:
     masks[:, 3] = [True, False, False, True, True, False]
     masks[:, 7] = [True, True, False, True, False, False]
     weights = np.array([[1.0, -1.0, 0.0, 0.0, 0.0, 0.0]], np.float32)
-    found = study.measure(truth, study.Outcome(weights, masks), cycles=2)
-    assert found.pop("relative_error") == pytest.approx([2 / 6**0.5])
-    assert found == {
+    actual = study.measure(truth, study.Outcome(weights, masks), cycles=2)
+    assert actual.pop("relative_error") == pytest.approx([2 / 6**0.5])
+    assert actual == {
         "support": [2 / 3],
         "exact": [False],
         "wrong": [2 / 3],
@@ -104,8 +108,12 @@ def test_measures_by_hand() -> None:
         "revived": [1 / 3],
     }
     perfect = study.Outcome(truth, masks[:, [7] * 8] | (truth != 0)[:, None])
-    found = study.measure(truth, perfect, cycles=1)
-    assert (found["support"], found["exact"], found["recovered"]) == ([1], [True], None)
+    actual = study.measure(truth, perfect, cycles=1)
+    assert (actual["support"], actual["exact"], actual["recovered"]) == (
+        [1],
+        [True],
+        None,
+    )
 
 
 def test_a_problem_is_what_it_says() -> None:

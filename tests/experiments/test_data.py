@@ -4,12 +4,9 @@ The original files are not here. Small files in the same formats stand in for th
 """
 
 import collections
-import dataclasses
 import fcntl
-import functools
 import gzip
 import hashlib
-import http.server
 import io
 import json
 import math
@@ -21,7 +18,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import threading
 import zipfile
 from typing import Any
 
@@ -95,8 +91,8 @@ def test_digits_are_split_by_class_and_complete(data_dir):
         (dataset.train, numbers % 3),
     ):
         np.testing.assert_array_equal(part.inputs, scaled[chosen > 0], strict=True)
-        wanted = labels[chosen > 0].astype(np.int32)
-        np.testing.assert_array_equal(part.labels, wanted, strict=True)
+        expected = labels[chosen > 0].astype(np.int32)
+        np.testing.assert_array_equal(part.labels, expected, strict=True)
     assert (len(dataset.train.labels), len(dataset.test.labels)) == (1201, 596)
     assert dataset.classes == 10
     x = (dataset.train.inputs / 255 - dataset.mean) / dataset.std
@@ -119,22 +115,14 @@ def test_statistics_are_those_of_the_training_images():
     assert np.allclose(dataset.std, (*std[:2], 1.0), rtol=0, atol=1e-12)
 
 
-# Three rows of eight bytes.
-TEXT = data.Split(np.zeros((3, 8), np.uint8), np.ones((3, 8), np.int32))
-
-
 def test_arrays_that_are_no_data_set_are_refused():
     s = colours(9)
     for test, message in (
-        (s._replace(inputs=s.inputs / 255), "must be uint8"),
-        (s._replace(inputs=s.inputs[..., 0]), "must be uint8 of shape"),
+        (s._replace(inputs=s.inputs / 255), "must be uint8 of shape"),
         (data.Split(s.inputs[:0], s.labels[:0]), "with n > 0"),
         (s._replace(labels=s.labels[1:]), "must be int32 of shape"),
-        (s._replace(labels=s.labels.astype(int)), "must be int32"),
         (s._replace(labels=s.labels + 1), "in 0 to 3, got 1 to 4"),
         (s._replace(inputs=s.inputs[:, :4]), "must have one shape"),
-        (TEXT, "must have one shape"),
-        (TEXT._replace(labels=TEXT.labels[:, 0]), r"of shape \(3, 8\)"),
     ):
         with pytest.raises(ValueError, match=message):
             data.from_arrays("colours", colours(), test, classes=4)
@@ -372,11 +360,9 @@ def test_contract_of_a_builder(name, tmp_path, network, monkeypatch):
 
 def check_catalogue(name: str, folder: pathlib.Path, dataset: Any) -> None:
     """Assert that the class of the catalogue opens the data set and knows its form."""
-    known_sums = {
-        url: x.checksum for url, x in tfds.builder_cls(name).url_infos.items()
-    }
+    checksums = {url: x.checksum for url, x in tfds.builder_cls(name).url_infos.items()}
     archives = preparation.tfds_builders.BUILDERS[name].archives()
-    assert {each.url: each.sha256 for each in archives} == known_sums
+    assert {each.url: each.sha256 for each in archives} == checksums
     assert len(archives) == (4 if "mnist" in name else 1)
     catalogue: Any = tfds.builder(name, data_dir=folder)
     blank: Any = tfds.builder(name, data_dir=folder / "nothing")
@@ -432,41 +418,12 @@ def test_files_of_debian_get_their_original_header_back(tmp_path, monkeypatch, n
 # --- missing, damaged and interrupted data
 
 
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-def test_downloads_are_verified_and_fail_with_a_remedy(
-    tmp_path, monkeypatch, network, capsys
-):
+def test_a_download_without_a_network_fails_with_a_remedy(tmp_path, network, capsys):
     assert prepare.main(["cifar10", "--data-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "error: cifar-10-binary.tar.gz could not be downloaded" in error
     assert f"into {tmp_path}/downloads/manual" in error
     assert network
-
-    served = tmp_path / "served"
-    contents, train, _ = stand_in("tiny_shakespeare")
-    checksum = put(served, contents)["input.txt"]
-    handler = functools.partial(QuietHandler, directory=str(served))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/input.txt"
-        builder = preparation.tfds_builders.BUILDERS["tiny_shakespeare"]
-        (known,) = builder.url_infos.values()
-        size = type(known.size)(len(contents["input.txt"]))
-        info = dataclasses.replace(known, size=size, checksum=checksum)
-        monkeypatch.setattr(builder, "url_infos", {url: info})
-        # The first answer is another text of the same length.
-        put(served, {"input.txt": SHAKESPEARE.swapcase().encode()})
-        with pytest.raises(OSError, match="could not be downloaded") as caught:
-            preparation.prepare("tiny_shakespeare", tmp_path / "data")
-        assert "wrong checksum" in str(caught.value)
-        put(served, contents)
-        preparation.prepare("tiny_shakespeare", tmp_path / "data")
-        server.shutdown()
-    check_text(data.load("tiny_shakespeare", tmp_path / "data").train, train)
 
 
 def flip(path: pathlib.Path) -> None:
@@ -546,12 +503,11 @@ def examples(*args):
 tfds_builders.Digits._generate_examples = examples
 preparation.prepare("digits", sys.argv[1])
 """
-    run: Any = functools.partial(
-        subprocess.Popen, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
     with open(tmp_path / ".digits.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        waiting = run([sys.executable, "-c", script, str(tmp_path)], text=True)
+        command = [sys.executable, "-c", script, str(tmp_path)]
+        pipe = subprocess.PIPE
+        waiting: Any = subprocess.Popen(command, cwd=ROOT, stderr=pipe, text=True)
         assert "waiting for another process" in waiting.stderr.readline()
         assert not (tmp_path / "digits").exists()
     waiting.communicate(timeout=60)
@@ -591,7 +547,7 @@ def test_imagenet_says_what_its_preparation_needs(tmp_path, monkeypatch, capsys)
         (None, "run `pip install '.[imagenet]'`"),
         (object(), "_train.tar has the wrong checksum: sha256 must be b08"),
     ):
-        find_spec = lambda name, found=tensorflow: found  # noqa: E731
+        find_spec = lambda name, spec=tensorflow: spec  # noqa: E731
         monkeypatch.setattr(preparation.importlib.util, "find_spec", find_spec)
         assert prepare.main(["imagenet2012", "--data-dir", str(tmp_path)]) == 2
         assert message in capsys.readouterr().err

@@ -35,7 +35,7 @@ def setup(devices: int, **changes: Any) -> loop.TrainSetup:
 
 
 @functools.cache
-def trained(devices: int, **changes: Any) -> tuple[Any, np.ndarray]:
+def train_four_steps(devices: int, **changes: Any) -> tuple[Any, np.ndarray]:
     """The state after 4 steps, as saved, and the losses (lanes, steps)."""
     each = setup(devices, **changes)
     step, losses = each.compiled_step, []
@@ -44,10 +44,10 @@ def trained(devices: int, **changes: Any) -> tuple[Any, np.ndarray]:
         state, loss = step.steps(state, each.train_data, 1)
         losses.append(np.asarray(jax.block_until_ready(loss)))
     # The network uses none of the weights outside the masks.
-    seen = step.inspect(state)
-    assert np.asarray(seen.broken).sum() == 0
-    assert np.asarray(seen.finite).all()
-    assert (np.asarray(seen.active).sum(axis=-1) == 5_020).all()
+    inspection = step.inspect(state)
+    assert np.asarray(inspection.broken).sum() == 0
+    assert np.asarray(inspection.finite).all()
+    assert (np.asarray(inspection.active).sum(axis=-1) == 5_020).all()
     return step.snapshot(state), np.concatenate(losses, axis=1)
 
 
@@ -69,20 +69,20 @@ def assert_trained_alike(state: Any, expected: Any) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_trains_and_evaluates_alike(form):
     """The third of the four steps changes the masks."""
-    state, losses = trained(8, **FORMS[form])
-    expected, expected_losses = trained(1)
+    state, losses = train_four_steps(8, **FORMS[form])
+    expected, expected_losses = train_four_steps(1)
     assert losses.shape == (1, 4)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
     assert int(state.step) == 4
     assert_trained_alike(state, expected)
-    scores, begun = [], []
+    scores, initial_states = [], []
     for each in (setup(8, **FORMS[form]), setup(1)):
         state = each.compiled_step.create([3])
-        begun.append(jax.device_get(each.compiled_step.snapshot(state)))
+        initial_states.append(jax.device_get(each.compiled_step.snapshot(state)))
         evaluate = functools.partial(each.compiled_step.evaluate, state)
         scores.append(jax.device_get([evaluate(batch) for batch in each.test_batches]))
     # The initial state is the same to the bit.
-    for a, b in zip(*map(jax.tree.leaves, begun), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, initial_states), strict=True):
         np.testing.assert_array_equal(a, b)
     for one, other in zip(*scores, strict=True):
         assert one.correct.tolist() == other.correct.tolist()
@@ -90,14 +90,14 @@ def test_every_form_trains_and_evaluates_alike(form):
 
 
 def test_weights_that_live_on_are_trained_alike():
-    state, _ = trained(8, method="top-kast", fsdp=4)
-    expected, _ = trained(1, method="top-kast")
+    state, _ = train_four_steps(8, method="top-kast", fsdp=4)
+    expected, _ = train_four_steps(1, method="top-kast")
     assert_trained_alike(state, expected)
     assert (np.asarray(state.params["hidden_0"]["kernel"]) != 0).all()
 
 
 def test_devices_share_the_batch_and_fsdp_the_parameters_moments_and_masks():
-    state, _ = trained(8, fsdp=4)
+    state, _ = train_four_steps(8, fsdp=4)
     inner = jax.tree.leaves(state.opt_state.inner_state)
     (moment,) = [x for x in inner if x.shape == (64, 300)]
     mask = state.opt_state.masks["hidden_0"]["kernel"]
@@ -113,7 +113,7 @@ def test_devices_share_the_batch_and_fsdp_the_parameters_moments_and_masks():
 
 
 def test_seeds_under_vmap_are_the_runs_one_by_one():
-    state, losses = trained(1, vmap_seeds=True, seeds=2)
+    state, losses = train_four_steps(1, vmap_seeds=True, seeds=2)
     assert losses.shape == (2, 4)
     assert state.step.shape == state.opt_state.count.shape == ()
     alone = setup(1)
@@ -125,10 +125,10 @@ def test_seeds_under_vmap_are_the_runs_one_by_one():
         np.testing.assert_allclose(losses[seed], alone_losses, rtol=1e-4)
         assert np.array_equal(state.order[seed], expected.order)
         for layer in ("hidden_0", "hidden_1", "output"):
-            found = state.opt_state.masks[layer]["kernel"][seed]
-            wanted = expected.opt_state.masks[layer]["kernel"]
-            assert int(found.sum()) == int(wanted.sum())
-            assert np.mean(np.asarray(found) != np.asarray(wanted)) < 1e-3
+            actual = state.opt_state.masks[layer]["kernel"][seed]
+            expected_mask = expected.opt_state.masks[layer]["kernel"]
+            assert int(actual.sum()) == int(expected_mask.sum())
+            assert np.mean(np.asarray(actual) != np.asarray(expected_mask)) < 1e-3
     first, second = state.opt_state.masks["output"]["kernel"]
     assert not np.array_equal(first, second)
 

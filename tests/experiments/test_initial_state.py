@@ -40,7 +40,7 @@ def train_step(config: Config) -> TrainStep:
     return TrainStep(config, data.load("digits"))
 
 
-def drawn(config: Config, seed: int) -> Any:
+def initial_weights(config: Config, seed: int) -> Any:
     """The initial weights without any masks."""
     return train_step(config).variables(jnp.uint32(seed))["params"]
 
@@ -61,7 +61,7 @@ def test_masks_of_a_source_are_on_the_drawn_weights(source):
     assert granet_jax.sparsity(masks).active == distributions.total_count(
         TOTAL, sparsity
     )
-    dense = drawn(config, 3)
+    dense = initial_weights(config, 3)
     assert runs.same(params, jax.device_get(granet_jax.apply_masks(dense, masks)))
     random = granet_jax.init_masks(granet_jax.static(sparsity), dense, seed=3)
     assert not runs.same(masks, jax.device_get(random))
@@ -101,9 +101,11 @@ def test_examples_have_all_classes_alike_and_are_of_the_seed():
     assert not runs.same(first[0], initial_masks.examples(step, 2)[0])
     # They are normalised training images, each once.
     images = np.concatenate([images for images, _ in first]).reshape(157, -1)
-    known = np.asarray(step.inputs(data.load("digits").train.inputs)).reshape(-1, 64)
+    training_images = np.asarray(step.inputs(data.load("digits").train.inputs)).reshape(
+        -1, 64
+    )
     assert len(np.unique(images, axis=0)) == 157
-    assert {x.tobytes() for x in images} <= {x.tobytes() for x in known}
+    assert {x.tobytes() for x in images} <= {x.tobytes() for x in training_images}
 
 
 def test_a_dynamic_method_starts_from_the_source_and_continues_exactly(tmp_path):
@@ -137,4 +139,4 @@ def test_rescaled_weights_are_multiples_of_the_drawn_ones():
     dense = dataclasses.replace(config, method="dense", sparsity=0.0)
     params, masks = weights(dense, 0)
     assert masks is None
-    assert not runs.same(params, jax.device_get(drawn(dense, 0)))
+    assert not runs.same(params, jax.device_get(initial_weights(dense, 0)))

@@ -50,7 +50,7 @@ def search(out: pathlib.Path, rewind_steps: int) -> LotteryConfig:
 
 
 @pytest.fixture(scope="module")
-def found(setup, tmp_path_factory) -> LotteryConfig:
+def search_config(setup, tmp_path_factory) -> LotteryConfig:
     """A search for tickets that go back to the weights of step 3."""
     return search(tmp_path_factory.mktemp("lottery") / "tickets", 3)
 
@@ -58,7 +58,7 @@ def found(setup, tmp_path_factory) -> LotteryConfig:
 def final(setup: loop.TrainSetup, config: LotteryConfig, number: int) -> Any:
     """The state at the end of a round's training."""
     run = config.out / "seed1" / f"round{number}"
-    return jax.device_get(runs.restored(setup, run, config.train.steps))
+    return jax.device_get(runs.restore_state(setup, run, config.train.steps))
 
 
 def ticket(setup: loop.TrainSetup, config: LotteryConfig, sparsity: float) -> Any:
@@ -86,12 +86,12 @@ def check(setup: loop.TrainSetup, config: LotteryConfig) -> None:
         steps = [line["step"] for line in runs.metrics(run)]
         # Rounds train from the step that the weights went back to.
         assert steps == ([3, 6, 8] if config.rewind_steps else [0, 3, 6, 8])
-        ended = final(setup, config, number)
-        assert np.array_equal(kernels(ended.opt_state.masks), before)
+        final_state = final(setup, config, number)
+        assert np.array_equal(kernels(final_state.opt_state.masks), before)
         if sparsity == SPARSITIES[-1]:
             return
         # The smallest weights are pruned.
-        sizes = np.where(before, np.abs(kernels(ended.params)), -1.0)
+        sizes = np.where(before, np.abs(kernels(final_state.params)), -1.0)
         following = SPARSITIES[number]
         keep = distributions.total_count(TOTAL, following)
         before = np.zeros(TOTAL, bool)
@@ -104,14 +104,14 @@ def check(setup: loop.TrainSetup, config: LotteryConfig) -> None:
             assert np.array_equal(weights[name]["bias"], origin[name]["bias"])
 
 
-def test_rounds_prune_the_smallest_weights_and_the_others_go_back(setup, found):
-    check(setup, found)
+def test_rounds_prune_the_smallest_weights_and_the_others_go_back(setup, search_config):
+    check(setup, search_config)
 
 
-def test_training_starts_from_tickets(setup, found):
+def test_training_starts_from_tickets(setup, search_config):
     """Several seeds at once, and networks with ghosts too."""
-    weights, bits = ticket(setup, found, 0.55)
-    masks = MaskConfig(source="tickets", tickets=found.out)
+    weights, bits = ticket(setup, search_config, 0.55)
+    masks = MaskConfig(source="tickets", tickets=search_config.out)
     config = dataclasses.replace(
         TRAINING,
         sparsity=0.55,
@@ -124,23 +124,25 @@ def test_training_starts_from_tickets(setup, found):
     with pytest.raises(FileNotFoundError, match=r"no ticket seed2-0\.55\.npz, only s"):
         initial_state.state(step, [1, 2])
     other = jax.tree.map(lambda x: 2 * x, weights)
-    ticket_files.write(found.out, 2, 0.55, other, bits)
+    ticket_files.write(search_config.out, 2, 0.55, other, bits)
     try:
         state = jax.device_get(step.snapshot(initial_state.state(step, [1, 2])))
     finally:
-        (found.out / "seed2-0.55.npz").unlink()
+        (search_config.out / "seed2-0.55.npz").unlink()
     for lane, expected in enumerate((weights, other)):
         held = (state.params, state.opt_state.masks)
         assert runs.same(jax.tree.map(lambda x, i=lane: x[i], held), (expected, bits))
 
 
-def test_a_search_continues_where_it_was_stopped(setup, found, tmp_path, monkeypatch):
-    config = dataclasses.replace(found, out=tmp_path / "other")
-    asked = itertools.count()
+def test_a_search_continues_where_it_was_stopped(
+    setup, search_config, tmp_path, monkeypatch
+):
+    config = dataclasses.replace(search_config, out=tmp_path / "other")
+    questions = itertools.count()
 
     def reached(self: Any, step: int) -> int | None:
         del self, step
-        return signal.SIGTERM if next(asked) in (4, 13) else None
+        return signal.SIGTERM if next(questions) in (4, 13) else None
 
     monkeypatch.setattr(stop_signal.StopSignal, "reached", reached)
     for _ in range(2):
@@ -150,17 +152,17 @@ def test_a_search_continues_where_it_was_stopped(setup, found, tmp_path, monkeyp
     lottery.run(config)
     for sparsity in SPARSITIES:
         assert runs.same(
-            ticket(setup, config, sparsity), ticket(setup, found, sparsity)
+            ticket(setup, config, sparsity), ticket(setup, search_config, sparsity)
         )
     last = len(SPARSITIES)
-    assert runs.same(final(setup, config, last), final(setup, found, last))
+    assert runs.same(final(setup, config, last), final(setup, search_config, last))
 
 
-def test_tickets_that_do_not_fit_are_refused(setup, found, tmp_path):
+def test_tickets_that_do_not_fit_are_refused(setup, search_config, tmp_path):
     with pytest.raises(ValueError, match="holds a run with sparsities="):
-        lottery.run(dataclasses.replace(found, sparsities=(0.5, 0.9)))
-    state = final(setup, found, 0)
-    weights, bits = ticket(setup, found, 0.3)
+        lottery.run(dataclasses.replace(search_config, sparsities=(0.5, 0.9)))
+    state = final(setup, search_config, 0)
+    weights, bits = ticket(setup, search_config, 0.3)
     wider = jax.tree.map(lambda x: np.concatenate([x, x], -1), weights)
 
     def refused(sparsity: float, message: str) -> None:
@@ -180,16 +182,16 @@ def test_tickets_that_do_not_fit_are_refused(setup, found, tmp_path):
     refused(0.3, r"seed0-0\.3\.npz is not a ticket")
 
 
-def test_the_command_line_reports_every_round(found, capsys):
+def test_the_command_line_reports_every_round(search_config, capsys):
     options = ["--train.model", "lenet-300-100", "--train.steps", "8"]
     options += ["--train.seeds", "1", "--train.seed", "1", "--train.no-progress"]
     options += ["--train.eval-every", "3", "--rewind-steps", "3"]
-    command = [*map(str, SPARSITIES), "--out", str(found.out), *options]
+    command = [*map(str, SPARSITIES), "--out", str(search_config.out), *options]
     # The search is finished, so that nothing trains again.
     assert lottery.main(command) == 0
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
         f"seed 1, {sparsity:g} sparse" for sparsity in (0, *SPARSITIES)
     ]
-    assert (found.out / "seed1-0.55.npz").exists()
+    assert (search_config.out / "seed1-0.55.npz").exists()
     assert lottery.main([*command[:-1], "2"]) == 2
     assert "holds a run with" in capsys.readouterr().err

@@ -125,7 +125,7 @@ def network(name: str, dtype: str = "float32", axis_name: str | None = None):
     )
 
 
-def initialised(model: nn.Module, x: Any) -> Any:
+def variable_shapes(model: nn.Module, x: Any) -> Any:
     """Shapes of the variables."""
     init = functools.partial(model.init, train=False)
     return jax.eval_shape(init, jax.random.key(0), x)
@@ -133,7 +133,7 @@ def initialised(model: nn.Module, x: Any) -> Any:
 
 @functools.cache
 def shapes(name: str):
-    return initialised(network(name), example(name))
+    return variable_shapes(network(name), example(name))
 
 
 def leaves(tree) -> dict[str, Any]:
@@ -145,13 +145,13 @@ def kernels(name: str) -> list[str]:
     return [x for x in leaves(shapes(name)["params"]) if x.endswith("/kernel")]
 
 
-def watched(name: str, seen: list, *, train: bool, dtype: str, axis_name=None):
+def watch_layers(name: str, calls: list, *, train: bool, dtype: str, axis_name=None):
     """A forward pass that notes (path, module, output) of its layers in `seen`."""
 
     def watch(call, args, kwargs, context):
         y = call(*args, **kwargs)
         if context.method_name == "__call__":
-            seen.append(("/".join(context.module.path), context.module, y))
+            calls.append(("/".join(context.module.path), context.module, y))
         return y
 
     def forward(variables, x):
@@ -167,10 +167,10 @@ def watched(name: str, seen: list, *, train: bool, dtype: str, axis_name=None):
 def evaluation(name: str):
     """(jaxpr, layers) of one example, with train=False and an unbound axis name."""
     axis_name = "batch" if "batch_stats" in shapes(name) else None
-    forward = watched(
-        name, seen := [], train=False, dtype="float32", axis_name=axis_name
+    forward = watch_layers(
+        name, calls := [], train=False, dtype="float32", axis_name=axis_name
     )
-    return jax.make_jaxpr(forward)(shapes(name), example(name)).jaxpr, seen
+    return jax.make_jaxpr(forward)(shapes(name), example(name)).jaxpr, calls
 
 
 @pytest.mark.parametrize("name", models.NAMES)
@@ -186,8 +186,8 @@ def test_parameter_count(name: str) -> None:
     # linear layers are not there.
     kind, depth = name.split("-")[:2]
     left_out = "output" if kind == "wrn" else "shortcut"
-    counted = sum(left_out not in x for x in kernels(name))
-    assert counted == int(depth) - 2 * (kind == "vgg")
+    kernel_costs = sum(left_out not in x for x in kernels(name))
+    assert kernel_costs == int(depth) - 2 * (kind == "vgg")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_parameter_count(name: str) -> None:
 )
 def test_contract_of_a_network(name: str) -> None:
     # In training: float32 logits, and all between in bfloat16.
-    forward = watched(name, trained := [], train=True, dtype="bfloat16")
+    forward = watch_layers(name, training_calls := [], train=True, dtype="bfloat16")
     logits, changed = jax.eval_shape(forward, shapes(name), example(name, 3))
     positions = (128,) if name == "gpt" else ()
     assert logits.shape == (3, *positions, classes(name))
@@ -208,12 +208,12 @@ def test_contract_of_a_network(name: str) -> None:
     assert jax.tree.structure(new) == jax.tree.structure(old)
     for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
-    for path, module, y in trained:
+    for path, module, y in training_calls:
         if isinstance(module, nn.Conv | nn.Dense | nn.BatchNorm):
             wanted = "float32" if path == "output" else "bfloat16"
             assert y.dtype == jnp.dtype(wanted), path
 
-    jaxpr, evaluated = evaluation(name)
+    jaxpr, evaluation_calls = evaluation(name)
     assert jaxpr.outvars[0].aval.shape == (1, *logits.shape[1:])
     dtypes = {x.aval.dtype for e in jaxpr.eqns for x in e.outvars}
     assert jnp.dtype("bfloat16") not in dtypes
@@ -221,42 +221,44 @@ def test_contract_of_a_network(name: str) -> None:
     # inputs are "batch_stats", then "params".
     statistics = jax.tree.leaves(old)
     assert jaxpr.outvars[1:] == jaxpr.invars[: len(statistics)]
-    for train, seen in ((True, trained), (False, evaluated)):
-        norms = [x for _, x, _ in seen if isinstance(x, nn.BatchNorm)]
+    for train, calls in ((True, training_calls), (False, evaluation_calls)):
+        norms = [x for _, x, _ in calls if isinstance(x, nn.BatchNorm)]
         assert 2 * len(norms) == len(statistics)
         for norm in norms:
             assert norm.use_running_average is not train
             assert (norm.momentum, norm.epsilon) == (0.9, 1e-5)
             assert norm.axis_name == (None if train else "batch")
     # Kernels are listed in the order in which the network applies them.
-    called = [(p, x) for p, x, _ in evaluated if isinstance(x, nn.Conv | nn.Dense)]
-    assert kernels(name) == [f"{path}/kernel" for path, _ in called]
+    layer_calls = [
+        (p, x) for p, x, _ in evaluation_calls if isinstance(x, nn.Conv | nn.Dense)
+    ]
+    assert kernels(name) == [f"{path}/kernel" for path, _ in layer_calls]
     # The logits depend on everything.
-    needed = {jaxpr.outvars[0]}
+    inputs = {jaxpr.outvars[0]}
     for equation in reversed(jaxpr.eqns):
-        if needed & set(equation.outvars):
-            needed |= {x for x in equation.invars if not hasattr(x, "val")}
-    assert set(jaxpr.invars) <= needed
+        if inputs & set(equation.outvars):
+            inputs |= {x for x in equation.invars if not hasattr(x, "val")}
+    assert set(jaxpr.invars) <= inputs
     # Kernels are pruned. Nothing else has two dimensions but what embeds.
     params = shapes(name)["params"]
-    chosen = leaves(masking.maskable(params, models.maskable))
-    assert [x for x in chosen if chosen[x]] == kernels(name)
+    maskable = leaves(masking.maskable(params, models.maskable))
+    assert [x for x in maskable if maskable[x]] == kernels(name)
     default = leaves(masking.maskable(params))
     embeddings = {
         "vit-s-16": {"position", "token"},
         "gpt": {"position", "embedding/embedding"},
     }
-    extra = {x for x in default if default[x] and not chosen[x]}
+    extra = {x for x in default if default[x] and not maskable[x]}
     assert extra == embeddings.get(name, set())
     # Multiply-accumulates are those of the products in the traced program.
-    flops = multiplied(network(name), example(name))
+    flops = flops_of(network(name), example(name))
     # Queries times keys and weights times values, (positions, positions, width) each.
     attention = {"vit-s-16": 12 * 2 * 197**2 * 384, "gpt": 4 * 2 * 128**2 * 128}
     assert flops.dense == 2 * products(jaxpr)
     assert flops.other == 2 * attention.get(name, 0)
-    assert list(counted(flops)) == kernels(name)
+    assert list(kernel_costs(flops)) == kernels(name)
     if name in MULTIPLIED:
-        assert sum(counted(flops).values()) == MULTIPLIED[name]
+        assert sum(kernel_costs(flops).values()) == MULTIPLIED[name]
 
 
 def products(jaxpr) -> int:
@@ -282,9 +284,9 @@ def products(jaxpr) -> int:
     return total
 
 
-def multiplied(model: nn.Module, x: jax.ShapeDtypeStruct) -> analysis.Flops:
+def flops_of(model: nn.Module, x: jax.ShapeDtypeStruct) -> analysis.Flops:
     """FLOPs of a forward pass of one example."""
-    variables = initialised(model, x)
+    variables = variable_shapes(model, x)
     params = variables.pop("params")
 
     def forward(params, rest, x):
@@ -293,7 +295,7 @@ def multiplied(model: nn.Module, x: jax.ShapeDtypeStruct) -> analysis.Flops:
     return analysis.flops(forward, params, None, variables, x)
 
 
-def counted(flops: analysis.Flops) -> dict[str, int]:
+def kernel_costs(flops: analysis.Flops) -> dict[str, int]:
     """Multiply-accumulates of every kernel."""
     return {name: x.dense // 2 for name, x in flops.leaves.items() if x.dense}
 
@@ -320,7 +322,7 @@ def images(number: int = 8) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(number, 6, 6, 3)).astype(np.float32)
 
 
-def drawn(model: nn.Module, x: np.ndarray):
+def random_variables(model: nn.Module, x: np.ndarray):
     """Variables without compiling anything: all in [-0.3, 0.3], variances near 1."""
     rng = np.random.default_rng(0)
 
@@ -328,10 +330,10 @@ def drawn(model: nn.Module, x: np.ndarray):
         low, high = (0.5, 1.5) if path[-1].key in ("var", "scale") else (-0.3, 0.3)
         return rng.uniform(low, high, x.shape).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, initialised(model, x))
+    return jax.tree_util.tree_map_with_path(draw, variable_shapes(model, x))
 
 
-def convolved(x: np.ndarray, kernel: np.ndarray, strides: int = 1) -> np.ndarray:
+def convolve(x: np.ndarray, kernel: np.ndarray, strides: int = 1) -> np.ndarray:
     k, side = len(kernel), len(kernel) // 2
     x = np.pad(x, ((0, 0), (side, side), (side, side), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(x, (k, k), (1, 2))
@@ -347,11 +349,11 @@ def test_block_is_the_papers_formula() -> None:
         dtype=jnp.dtype("float32"),
         axis_name=None,
     )
-    variables = drawn(block, images())
+    variables = random_variables(block, images())
     params, stats = variables["params"], variables["batch_stats"]
 
     def conv_norm(x: np.ndarray, conv: str, name: str, strides: int) -> np.ndarray:
-        y = convolved(x, params[conv]["kernel"], strides) - stats[name]["mean"]
+        y = convolve(x, params[conv]["kernel"], strides) - stats[name]["mean"]
         y = y / np.sqrt(stats[name]["var"] + 1e-5)
         return y * params[name]["scale"] + params[name]["bias"]
 
@@ -359,15 +361,15 @@ def test_block_is_the_papers_formula() -> None:
     y = np.maximum(conv_norm(x, "conv_1", "norm_1", 2), 0)
     y = conv_norm(y, "conv_2", "norm_2", 1)
     expected = np.maximum(y + conv_norm(x, "shortcut", "shortcut_norm", 2), 0)
-    found = jax.jit(functools.partial(block.apply, train=False))(variables, images())
+    actual = jax.jit(functools.partial(block.apply, train=False))(variables, images())
     assert 0 < (expected > 0).mean() < 1
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gpt_is_causal() -> None:
     text = np.random.default_rng(0).integers(0, 256, (2, 24), dtype=np.uint8)
     model = network("gpt")
-    variables = drawn(model, text)
+    variables = random_variables(model, text)
     apply = jax.jit(functools.partial(model.apply, variables, train=False))
     before = np.asarray(apply(text))
     for t in (0, 11, 23):
@@ -399,7 +401,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     ):
         x = jax.ShapeDtypeStruct(shape, jnp.uint8 if len(shape) == 2 else jnp.float32)
         with pytest.raises(ValueError, match=message):
-            initialised(network(name), x)
+            variable_shapes(network(name), x)
 
 
 def test_other_sizes_of_images_fit() -> None:
@@ -417,10 +419,3 @@ def test_other_sizes_of_images_fit() -> None:
         init = functools.partial(network(name).init_with_output, train=False)
         logits, _ = jax.eval_shape(init, jax.random.key(0), x)
         assert logits.shape == (2, classes(name))
-
-
-def test_unknown_names_and_dtypes() -> None:
-    with pytest.raises(ValueError, match=r"one of lenet-300-100, .*, got 'resnet'"):
-        models.create("resnet", classes=10)
-    with pytest.raises(ValueError, match="float32, bfloat16, got int32"):
-        models.create("cnn", classes=10, dtype=jnp.int32)

@@ -60,7 +60,7 @@ def _small():
 def small(**changes: Any) -> Study:
     """A study of few branches: two on each of two points."""
     few = {"points": 2, "rates": (0.9,), "pruning": ("one-shot",), "regrow": (0.5,)}
-    return runs.replaced(STUDY, few | changes)
+    return runs.replace_options(STUDY, few | changes)
 
 
 @pytest.fixture(scope="module")
@@ -86,30 +86,30 @@ def test_a_whole_study(tmp_path, capsys):
     rates = [p.learning_rate for p in results.points]
     np.testing.assert_allclose(rates, [0.1, 0.01, 0.01], rtol=1e-6)
     assert results.drops == (12 / 18,)
-    found = json.loads((folder / "results.json").read_text())
-    assert len(found["branches"]) == 2 * 2 * 2
-    for branch in found["branches"]:
+    report = json.loads((folder / "results.json").read_text())
+    assert len(report["branches"]) == 2 * 2 * 2
+    for branch in report["branches"]:
         left = math.floor((1 - branch["rate"]) * WEIGHTS + 0.5)
         assert branch["active_weights"] == left
         assert np.shape(branch["accuracy_after"]) == (3, 2)
-        plain = np.asarray(branch["accuracy_after"]) - found["accuracy_before"]
+        plain = np.asarray(branch["accuracy_after"]) - report["accuracy_before"]
         np.testing.assert_allclose(branch["plasticity_mean"], plain.mean(axis=1))
-    written = (folder / "results.md").read_text()
-    assert written.strip() in capsys.readouterr().out
+    page = (folder / "results.md").read_text()
+    assert page.strip() in capsys.readouterr().out
     for heading in ("## Plasticity", "regeneration adds", "gradual pruning adds"):
-        assert heading in written
+        assert heading in page
     picture = matplotlib.image.imread(folder / "plasticity-magnitude-global.png")
     assert picture.shape[0] > 500
     assert picture[..., :3].std() > 0.05
 
     # Where the learning rate stays as it is, training on without pruning is what the
     # dense run did: from step 16, the eight steps to step 24. From step 8 it is not.
-    unpruned = np.asarray(found["accuracy_after_unpruned"])
-    np.testing.assert_array_equal(unpruned[1], found["accuracy_before"][2])
-    assert (unpruned[0] != found["accuracy_before"][1]).any()
+    unpruned = np.asarray(report["accuracy_after_unpruned"])
+    np.testing.assert_array_equal(unpruned[1], report["accuracy_before"][2])
+    assert (unpruned[0] != report["accuracy_before"][1]).any()
 
     dense = loop.create(study.dense, data.load("digits"))
-    state = runs.restored(dense, folder / "dense-seed1", 16)
+    state = runs.restore_state(dense, folder / "dense-seed1", 16)
     after, when_pruned = by_hand(dense, state, rate=0.9, learning_rate=0.01)
     branch = Branch("magnitude", "global", "one-shot", 0.0, 0.9)
     file = folder / "branches" / "step16" / f"seed1-{branch.name}.json"
@@ -117,7 +117,7 @@ def test_a_whole_study(tmp_path, capsys):
     # To one test example: the order of the sums is not the same.
     assert abs(outcome["after"] - after) <= 1.01 / 596
     assert abs(outcome["pruned"] - when_pruned) <= 1.01 / 596
-    assert outcome["before"] == found["accuracy_before"][1][1]
+    assert outcome["before"] == report["accuracy_before"][1][1]
     assert outcome["after"] != outcome["pruned"]
 
 
@@ -138,13 +138,13 @@ def by_hand(
         }
         return tree | changed
 
-    masked = functools.partial(on_kernels, lambda n, kernel: kernel * masks[n])
+    mask_kernels = functools.partial(on_kernels, lambda n, kernel: kernel * masks[n])
 
     def loss(params: Any, statistics: Any, images: Any, labels: Any) -> Any:
         inputs = train_step.inputs(images)
         logits, changed = train_step.logits(params, statistics, inputs, 0)
-        found = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return found.mean(), changed
+        report = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return report.mean(), changed
 
     def accuracy(params: Any, statistics: Any) -> float:
         variables = {"params": params, "batch_stats": statistics}
@@ -152,8 +152,8 @@ def by_hand(
         logits = train_step.model.apply(variables, inputs, train=False)
         return float(np.mean(np.argmax(logits, axis=1) == test.labels))
 
-    params, statistics = masked(state.params), state.statistics
-    trace = masked(state.opt_state[1][0].trace)
+    params, statistics = mask_kernels(state.params), state.statistics
+    trace = mask_kernels(state.opt_state[1][0].trace)
     when_pruned = accuracy(params, statistics)
     gradient = jax.jit(jax.grad(loss, has_aux=True))
     for step in range(16, 24):
@@ -169,7 +169,7 @@ def by_hand(
         decay = functools.partial(
             on_kernels, lambda n, g, old=old: g + 5e-4 * old[n]["kernel"]
         )
-        grads = masked(decay(grads))
+        grads = mask_kernels(decay(grads))
         trace = jax.tree.map(lambda t, g: 0.9 * t + g, trace, grads)
         # Nesterov.
         params = jax.tree.map(
@@ -182,9 +182,9 @@ def test_gradual_pruning_is_done_in_the_first_half():
     masks = [np.empty((64, 40), bool), np.empty((40, 10), bool)]
     study = dataclasses.replace(STUDY, updates=4)
     gradual = Branch("magnitude", "layer", "gradual", 0.0, 0.8)
-    found = plasticity_branches.keep_numbers(gradual, masks, study, 50)
-    assert [*found] == [0, 6, 12, 18]
-    for j, row in enumerate(found.values(), 1):
+    report = plasticity_branches.keep_numbers(gradual, masks, study, 50)
+    assert [*report] == [0, 6, 12, 18]
+    for j, row in enumerate(report.values(), 1):
         sparsity = 0.8 * (1 - (1 - j / 4) ** 3)
         assert row.sum() == math.floor((1 - sparsity) * WEIGHTS + 0.5)
         np.testing.assert_allclose(row, [(1 - sparsity) * n for n in (2560, 400)], 0, 1)
@@ -210,30 +210,30 @@ def test_a_study_that_is_stopped_and_killed_ends_like_one_that_is_not(
     straight, tmp_path, monkeypatch
 ):
     again = small(out=tmp_path / "stopped")
-    asked = itertools.count()
+    questions = itertools.count()
     with monkeypatch.context() as patch:
         # Some fifty times in the dense runs, and eight in every branch.
         patch.setattr(
             stop_signal.StopSignal,
             "reached",
-            lambda self, step: signal.SIGTERM if next(asked) > 70 else None,
+            lambda self, step: signal.SIGTERM if next(questions) > 70 else None,
         )
-        with pytest.raises(loop.StoppedError) as caught:
+        with pytest.raises(loop.StoppedError) as stop:
             plasticity.run(again)
-    assert caught.value.signal == signal.SIGTERM
-    assert "--out" in caught.value.__notes__[0]
-    finished = [*(tmp_path / "stopped/branches").rglob("*.json")]
-    assert 0 < len(finished) < 4
+    assert stop.value.signal == signal.SIGTERM
+    assert "--out" in stop.value.__notes__[0]
+    outcomes = [*(tmp_path / "stopped/branches").rglob("*.json")]
+    assert 0 < len(outcomes) < 4
 
     class Killed(BaseException):
         pass
 
     write = plasticity_branches.write_json
-    written: list[pathlib.Path] = []
+    paths: list[pathlib.Path] = []
 
     def killing(path: pathlib.Path, values: Any) -> None:
-        written.append(path)
-        if len(written) == 3:
+        paths.append(path)
+        if len(paths) == 3:
             path.with_name(path.name + ".partial").write_text('{"before": 0.')
             raise Killed
         write(path, values)
@@ -242,7 +242,7 @@ def test_a_study_that_is_stopped_and_killed_ends_like_one_that_is_not(
         patch.setattr(plasticity_branches, "write_json", killing)
         with pytest.raises(Killed):
             plasticity.run(again)
-    assert not set(finished) & set(written)
+    assert not set(outcomes) & set(paths)
     plasticity.run(again)
     assert text(tmp_path / "stopped") == text(straight)
 
@@ -252,23 +252,23 @@ def test_branches_may_be_added_and_nothing_is_trained_twice(
 ):
     folder = tmp_path / "added"
     shutil.copytree(straight, folder)
-    trained: list[str] = []
+    branch_names: list[str] = []
     train_branches = plasticity.train_branches
 
     def noting(study: Any, each: Any, pruner: Any, jobs: Any, *rest: Any) -> None:
-        trained.extend(f"{job.seed} {job.branch.name}" for job in jobs)
+        branch_names.extend(f"{job.seed} {job.branch.name}" for job in jobs)
         train_branches(study, each, pruner, jobs, *rest)
 
     monkeypatch.setattr(plasticity, "train_branches", noting)
     plasticity.run(small(out=folder))
-    assert trained == []
+    assert branch_names == []
     assert text(folder) == text(straight)
     plasticity.run(small(out=folder, scopes=("global", "layer")))
     added = Branch("magnitude", "layer", "one-shot", 0.5, 0.9).name
-    assert trained == [f"{seed} {added}" for _ in (12, 24) for seed in (0, 1)]
+    assert branch_names == [f"{seed} {added}" for _ in (12, 24) for seed in (0, 1)]
     assert (folder / "criteria.png").exists()
-    found = json.loads(text(folder)[0])
-    assert [b["scope"] for b in found["branches"]] == ["global", "layer"]
+    report = json.loads(text(folder)[0])
+    assert [b["scope"] for b in report["branches"]] == ["global", "layer"]
 
 
 def test_another_study_is_not_continued(tmp_path):
@@ -279,9 +279,12 @@ def test_another_study_is_not_continued(tmp_path):
         ({"train.optimizer.learning_rate": 0.2}, "with optimizer.learning_rate=0.1"),
     ):
         with pytest.raises(ValueError, match=message):
-            plasticity.open_folder(runs.replaced(first, changes))
+            plasticity.open_folder(runs.replace_options(first, changes))
     # Seeds may be added.
-    assert plasticity.open_folder(runs.replaced(first, {"train.seeds": 3})) == first.out
+    assert (
+        plasticity.open_folder(runs.replace_options(first, {"train.seeds": 3}))
+        == first.out
+    )
     (tmp_path / "b").mkdir()
     (tmp_path / "b/notes").touch()
     with pytest.raises(FileExistsError, match="neither empty nor the folder of a run"):
@@ -309,9 +312,9 @@ def test_tables_hold_what_was_measured():
             way._replace(pruning="gradual"): each([[0.7, 0.6], [0.5, 0.4], [0.4, 0.4]]),
         },
     )
-    found = plasticity_report._markdown(results)
+    report = plasticity_report._markdown(results)
     at_once = "| 90% magnitude global one-shot |"
-    assert [row for row in found.splitlines() if row.startswith(at_once)] == [
+    assert [row for row in report.splitlines() if row.startswith(at_once)] == [
         # Over both points at 0.1, seeds 10 and 0; at 0.01, -30 and -10.
         f"{at_once} +5.00 ± 7.07 | -20.00 ± 14.14 | -3.33 ± 0.00 |",
         f"{at_once} +0.00 ± 7.07 | -20.00 ± 14.14 | -6.67 ± 0.00 |",
@@ -322,5 +325,5 @@ def test_tables_hold_what_was_measured():
         "gradual pruning adds": "+0.00 ± 0.00 | +10.00 ± 14.14 | +3.33 ± 4.71 |",
     }
     for part, row in parts.items():
-        assert row in found.partition(part)[2].partition("##")[0]
-    assert "| pruning | lr 0.1 (epochs 1 to 2) | lr 0.01 (epoch 3) |" in found
+        assert row in report.partition(part)[2].partition("##")[0]
+    assert "| pruning | lr 0.1 (epochs 1 to 2) | lr 0.01 (epoch 3) |" in report

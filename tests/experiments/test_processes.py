@@ -65,7 +65,7 @@ def end_pair(
 ) -> list[tuple[int, str, str]]:
     """(exit status, stdout, stderr) of each; nothing is left running."""
     limit = time.monotonic() + seconds
-    found = []
+    results = []
     try:
         for process in processes:
             left = max(0.1, limit - time.monotonic())
@@ -75,12 +75,12 @@ def end_pair(
                 "".join(x for x in text.splitlines(True) if not x.startswith("[Gloo]"))
                 for text in texts
             )
-            found.append((process.returncode, out, err))
+            results.append((process.returncode, out, err))
     finally:
         for process in processes:
             process.kill()
             process.communicate()
-    return found
+    return results
 
 
 def assert_trained_alike(out: pathlib.Path, tmp_path: pathlib.Path, **form: Any) -> Any:
@@ -88,25 +88,25 @@ def assert_trained_alike(out: pathlib.Path, tmp_path: pathlib.Path, **form: Any)
     setup = runs.create_setup(Config(**(CONFIG.__dict__ | form)), devices=2)
     _, state = loop.fit(setup, [0], tmp_path / RUN)
     expected = setup.compiled_step.snapshot(state)
-    found = runs.restored(setup, out / RUN, setup.config.steps)
-    assert int(found.step) == setup.config.steps
-    assert runs.same(found, expected)
+    saved = runs.restore_state(setup, out / RUN, setup.config.steps)
+    assert int(saved.step) == setup.config.steps
+    assert runs.same(saved, expected)
     assert runs.metrics(out / RUN) == runs.metrics(tmp_path / RUN)
     return jax.device_get(expected)
 
 
 def test_parameters_sharded_over_two_processes_are_read_by_one(cache, tmp_path):
     out = tmp_path / "out"
-    ended = end_pair(start_pair(cache, out, "--fsdp", "2"))
-    assert [(status, errors) for status, _, errors in ended] == [(0, ""), (0, "")]
+    results = end_pair(start_pair(cache, out, "--fsdp", "2"))
+    assert [(status, errors) for status, _, errors in results] == [(0, ""), (0, "")]
     # Only the first process prints and writes metrics.
-    assert "Results in" in ended[0][1]
-    assert ended[1][1] == ""
+    assert "Results in" in results[0][1]
+    assert results[1][1] == ""
     state = assert_trained_alike(out, tmp_path, fsdp=2)
     # Each process wrote its half.
     parts = [path.name for path in (out / RUN).rglob("ocdbt.process_*")]
     assert set(parts) == {"ocdbt.process_0", "ocdbt.process_1"}
-    alone = runs.restored(runs.create_setup(CONFIG), out / RUN, 40)
+    alone = runs.restore_state(runs.create_setup(CONFIG), out / RUN, 40)
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(alone)} == {1}
     assert runs.same(jax.device_get(alone), state)
 
@@ -149,10 +149,10 @@ def test_a_pre_emption_stops_both_at_one_step_and_they_continue_exactly(
         assert {process.poll() for process in processes} == {None}
         time.sleep(0.001)
     processes[0].send_signal(signal.SIGTERM)
-    ended = end_pair(processes)
+    results = end_pair(processes)
     last = runs.saved_steps(out / RUN)[-1]
     assert 600 <= last < 2400
-    for status, printed, errors in ended:
+    for status, printed, errors in results:
         assert (status, printed) == (143, "")
         # The service that took the signal says so, in process 0.
         assert errors.endswith(
@@ -161,8 +161,8 @@ def test_a_pre_emption_stops_both_at_one_step_and_they_continue_exactly(
         )
         assert "Traceback" not in errors
     assert not (out / "summary.json").exists()
-    ended = end_pair(start_pair(cache, out, *options))
-    assert [(status, errors) for status, _, errors in ended] == [(0, ""), (0, "")]
+    results = end_pair(start_pair(cache, out, *options))
+    assert [(status, errors) for status, _, errors in results] == [(0, ""), (0, "")]
     # Each start writes one file of events.
     assert len(list((out / RUN).glob("events.*"))) == 2
     assert (out / "summary.json").exists()

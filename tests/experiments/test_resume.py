@@ -79,21 +79,21 @@ def fit_until(setup: loop.TrainSetup, run: pathlib.Path, stop: int) -> None:
 def test_a_run_that_is_stopped_ends_like_one_that_is_not(
     variant, tmp_path, monkeypatch
 ):
-    saved: dict[int, Progress] = {}
+    progress_at: dict[int, Progress] = {}
     save = Checkpoints.save
 
-    def noting(self: Any, step: int, state: Any, progress: Progress) -> None:
-        saved[step] = progress
+    def save_and_note(self: Any, step: int, state: Any, progress: Progress) -> None:
+        progress_at[step] = progress
         save(self, step, state, progress)
 
     setup = runs.create_setup(dataclasses.replace(CONFIG, **VARIANTS[variant]))
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", noting)
+        patch.setattr(Checkpoints, "save", save_and_note)
         records, state = loop.fit(setup, [3], tmp_path / "straight")
     assert [record.step for record in records[0]] == [0, 7, 14, 21, 24]
     # A checkpoint has the losses since the last evaluation, and none of later steps,
     # though it is written while they come in.
-    assert {step: len(x.losses[0]) for step, x in saved.items()} == {
+    assert {step: len(x.losses[0]) for step, x in progress_at.items()} == {
         step: 0 if step == 24 else step % 7 for step in (5, 10, 15, 20, 24)
     }
     run = tmp_path / "stopped"
@@ -107,14 +107,16 @@ def test_a_run_that_is_stopped_ends_like_one_that_is_not(
         r._replace(seconds=0) for r in records[0]
     ]
     assert runs.metrics(run) == runs.metrics(tmp_path / "straight")
-    final = [runs.restored(setup, tmp_path / n, 24) for n in ("straight", "stopped")]
+    final = [
+        runs.restore_state(setup, tmp_path / n, 24) for n in ("straight", "stopped")
+    ]
     assert runs.same(*final)
     assert runs.same(final[0], setup.compiled_step.snapshot(state))
     # Training changed everything that was compared.
-    begun = jax.device_get(setup.compiled_step.create([3]))
+    initial = jax.device_get(setup.compiled_step.create([3]))
     for name in ("step", "order", "params", "statistics", "opt_state", "average"):
         if name != "average" or variant == "snfs":
-            assert not runs.same(getattr(begun, name), getattr(state, name))
+            assert not runs.same(getattr(initial, name), getattr(state, name))
 
 
 # --- on other devices
@@ -149,10 +151,10 @@ def form(name: str) -> loop.TrainSetup:
 def test_a_checkpoint_of_8_devices_continues_on_fewer(source, targets, tmp_path):
     setup = form(source)
     fit_until(setup, tmp_path / "run", 5)
-    expected = jax.device_get(runs.restored(setup, tmp_path / "run", 5))
+    expected = jax.device_get(runs.restore_state(setup, tmp_path / "run", 5))
     assert int(expected.step) == 5
     for name in FORMS:
-        state = runs.restored(form(name), tmp_path / "run", 5)
+        state = runs.restore_state(form(name), tmp_path / "run", 5)
         assert runs.same(jax.device_get(state), expected)
         assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {
             FORMS[name][1]
@@ -162,7 +164,7 @@ def test_a_checkpoint_of_8_devices_continues_on_fewer(source, targets, tmp_path)
         shutil.copytree(tmp_path / "run", tmp_path / name)
         step = form(name).compiled_step
         # The form in which the state is trained holds the same numbers.
-        state = runs.restored(form(name), tmp_path / "run", 5)
+        state = runs.restore_state(form(name), tmp_path / "run", 5)
         again = step.snapshot(step.restore(state))
         assert runs.same(jax.device_get(again), expected)
         records, state = loop.fit(form(name), [3], tmp_path / name)
@@ -170,10 +172,10 @@ def test_a_checkpoint_of_8_devices_continues_on_fewer(source, targets, tmp_path)
         ends[name] = jax.device_get(step.snapshot(state))
     # Sums over devices round differently.
     for name in targets:
-        for found, wanted in zip(
+        for actual, reference in zip(
             *(jax.tree.leaves(ends[x].params) for x in (name, source)), strict=True
         ):
-            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(actual, reference, rtol=1e-4, atol=1e-5)
         assert runs.same(ends[name].opt_state.masks, ends[source].opt_state.masks)
 
 
@@ -220,9 +222,9 @@ def test_a_process_that_is_killed_and_stopped_ends_like_one_that_is_not(
         assert process.returncode == -signal.SIGKILL
 
     kill(lambda: (run / "metrics.jsonl").exists(), rng.uniform(0, 1))
-    seen = unfinished(run)
-    kill(lambda: bool(unfinished(run) - seen), 0)
-    assert unfinished(run) - seen
+    before_kill = unfinished(run)
+    kill(lambda: bool(unfinished(run) - before_kill), 0)
+    assert unfinished(run) - before_kill
 
     before = runs.saved_steps(run)
     process = runs.start(command, cache=tmp_path / "cache")
@@ -246,7 +248,9 @@ def test_a_process_that_is_killed_and_stopped_ends_like_one_that_is_not(
     )
     name = run.name
     assert runs.metrics(run) == runs.metrics(straight / name)
-    final = [runs.restored(setup, folder / name, STEPS) for folder in (out, straight)]
+    final = [
+        runs.restore_state(setup, folder / name, STEPS) for folder in (out, straight)
+    ]
     assert int(final[0].step) == STEPS
     assert runs.same(*final)
     for folder in (out, straight):

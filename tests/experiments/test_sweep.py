@@ -37,15 +37,8 @@ eval_every = 3
 masks.interval = 2
 data.dataset = "digits"
 """
-NAMED = """
-methods = ["dense", "set", "snip"]
-sparsities = [0.9, 0.95]
-seeds = 2
-[train]
-model = "lenet-300-100"
-steps = 6
-eval_every = 3
-data.dataset = "digits"
+NAMED = TINY.replace('"rigl"', '"set", "snip"').replace("= false", '= "auto"')
+NAMED += """
 [method.snip]
 method = "static"
 masks.source = "snip"
@@ -56,29 +49,25 @@ slow = { optimizer.learning-rate = 0.01, optimizer.momentum = 0.8 }
 """
 
 
-def written(tmp_path: pathlib.Path, text: str) -> Sweep:
+def parse(tmp_path: pathlib.Path, text: str) -> Sweep:
     path = tmp_path / "file.toml"
     path.write_text(text)
     return read(path)
 
 
-def kept(sparsity: float) -> int:
+def active_count(sparsity: float) -> int:
     return round((1 - sparsity) * TOTAL)
 
 
 def record(step: int, accuracy: float, active: int) -> MetricsRecord:
+    sparsity = 1 - active / TOTAL
     return MetricsRecord(
         step=step,
         train_loss=None if step == 0 else 0.5,
         test_correct=round(accuracy * 1000),
         test_accuracy=accuracy,
         test_loss=1.0,
-        sparsity=granet_jax.Sparsity(
-            overall=1 - active / TOTAL,
-            leaves={"kernel": 1 - active / TOTAL},
-            active=active,
-            total=TOTAL,
-        ),
+        sparsity=granet_jax.Sparsity(sparsity, {"kernel": sparsity}, active, TOTAL),
         learning_rate=0.1,
         seconds=1.0,
     )
@@ -99,11 +88,11 @@ optimizer.learning_rate = 1
 masks.interval = 2
 optimizer.weight_decay = 0.0
 """
-    found = written(tmp_path, text)
-    cells = found.cells
+    plan = parse(tmp_path, text)
+    cells = plan.cells
     assert " ".join(cells) == "dense granet-st-0.9 granet-st-0.98 set-0.9 set-0.98"
-    assert (found.sparsities, found.seeds) == ((0.9, 0.98), 4)
-    assert found.vmap_seeds is None
+    assert (plan.sparsities, plan.seeds) == ((0.9, 0.98), 4)
+    assert plan.vmap_seeds is None
     for config in cells.values():
         assert (config.model, config.steps, config.seeds) == ("lenet-300-100", 6, 4)
         assert config.data.batch_size == 128
@@ -158,7 +147,7 @@ def test_bad_files_are_refused(text, old, new, message, tmp_path):
     assert old in text
     text = text.replace(old, new) if new == "a/b" else text.replace(old, new, 1)
     with pytest.raises(ValueError, match=message):
-        written(tmp_path, text)
+        parse(tmp_path, text)
 
 
 def test_the_command_refuses_bad_files_and_folders(fake, tmp_path, capsys):
@@ -182,25 +171,25 @@ def test_the_command_refuses_bad_files_and_folders(fake, tmp_path, capsys):
 
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.toml")), ids=lambda p: p.stem)
 def test_the_sweeps_of_the_repository_give_all_methods_one_budget(path):
-    found = read(path)
-    first = found.first
+    plan = read(path)
+    first = plan.first
     own = ("method", "sparsity", "masks", "tost", "optimizer")
-    for config in found.cells.values():
+    for config in plan.cells.values():
         assert config.optimizer.learning_rate == first.optimizer.learning_rate
         same = {name: getattr(first, name) for name in own}
         assert dataclasses.replace(config, **same) == first
-    dynamic = [c for c in found.cells.values() if c.method not in ("dense", "static")]
+    dynamic = [c for c in plan.cells.values() if c.method not in ("dense", "static")]
     assert len({config.mask_interval for config in dynamic}) <= 1
 
 
 def test_rows_may_have_names_options_and_variants(tmp_path):
-    found = written(tmp_path, NAMED)
+    plan = parse(tmp_path, NAMED)
     suffixes = ("", "+labels", "+slow")
     rows = tuple(row + x for row in ("dense", "set", "snip") for x in suffixes)
-    assert found.methods == rows
-    assert found.plain == ("dense", "set", "snip")
-    assert len(found.cells) == 3 + 3 * 2 + 3 * 2
-    for name, config in found.cells.items():
+    assert plan.methods == rows
+    assert plan.plain == ("dense", "set", "snip")
+    assert len(plan.cells) == 3 + 3 * 2 + 3 * 2
+    for name, config in plan.cells.items():
         row = name.partition("-")[0].partition("+")[0]
         assert config.method == ("static" if row == "snip" else row)
         assert config.masks.source == ("snip" if row == "snip" else None)
@@ -210,12 +199,12 @@ def test_rows_may_have_names_options_and_variants(tmp_path):
         assert config.optimizer.momentum == (0.8 if "slow" in name else momentum)
     # The page shows rows with names, and variants.
     page = (SWEEPS.parent / "README.md").read_text()
-    found = []
+    methods = []
     for block in re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL):
         head, _, rest = block.partition("\n")
         text = f"{head}\nsparsities = [0.9]\nseeds = 1\n{rest}"
-        found.append(written(tmp_path, text).methods)
-    assert found == [
+        methods.append(parse(tmp_path, text).methods)
+    assert methods == [
         ("dense", "rigl", "snip", "snip-labels"),
         ("dense", "dense+labels", "dense+lrsi", "rigl", "rigl+labels", "rigl+lrsi"),
     ]
@@ -246,7 +235,7 @@ class Fake:
         run_folder.mkdir()
         log = Log(run_folder, config.method, seeds, writes=True)
         log.resume(-1)
-        active = kept(config.sparsity)
+        active = active_count(config.sparsity)
         for step, share in ((0, 0.1), (3, 0.8), (config.steps, 0.75)):
             log.add([record(step, share + seed / 100, active) for seed in seeds])
         log.close()
@@ -261,12 +250,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 CELLS = ("dense", "rigl-0.9", "rigl-0.95")
 
 
-def named(seeds: str, *cells: str) -> list[str]:
+def run_names(seeds: str, *cells: str) -> list[str]:
     """Names of the runs of these cells."""
     return [f"{cell}/{cell.partition('-')[0]}-{seeds}" for cell in cells]
 
 
-ALL = [run for cell in CELLS for seed in "01" for run in named(f"seed{seed}", cell)]
+ALL = [run for cell in CELLS for seed in "01" for run in run_names(f"seed{seed}", cell)]
 
 
 @pytest.fixture
@@ -278,7 +267,7 @@ def tiny(tmp_path, fake) -> Any:
         for old, new in (changes or {}).items():
             assert old in text
             text = text.replace(old, new, 1)
-        return sweep.run(written(tmp_path, text), tmp_path / "out", progress=False)
+        return sweep.run(parse(tmp_path, text), tmp_path / "out", progress=False)
 
     return run
 
@@ -286,7 +275,7 @@ def tiny(tmp_path, fake) -> Any:
 def test_a_sweep_continues_where_it_was_stopped(
     fake, tiny, tmp_path, monkeypatch, capsys
 ):
-    config, out = written(tmp_path, TINY), tmp_path / "out"
+    config, out = parse(tmp_path, TINY), tmp_path / "out"
     fake.fails = {ALL[3]: loop.StoppedError(3, signal.SIGTERM)}
     command = [str(tmp_path / "file.toml"), "--out", str(out), "--no-progress"]
     assert sweep.main(command) == 128 + signal.SIGTERM
@@ -318,7 +307,7 @@ def test_seeds_methods_and_sparsities_may_be_added(fake, tiny, tmp_path):
     changes = {"seeds = 2": "seeds = 3", "[0.9,": "[0.8, 0.9,"}
     tiny(changes | {'"rigl"': '"rigl", "set"'})
     cells = [f"{m}-{s}" for m in ("rigl", "set") for s in (0.8, 0.9, 0.95)]
-    expected = [run for i in range(3) for run in named(f"seed{i}", "dense", *cells)]
+    expected = [run for i in range(3) for run in run_names(f"seed{i}", "dense", *cells)]
     assert sorted(fake.done) == sorted(expected)
     assert "over 3 seeds" in (tmp_path / "out" / "results.md").read_text()
 
@@ -326,9 +315,9 @@ def test_seeds_methods_and_sparsities_may_be_added(fake, tiny, tmp_path):
 def test_seeds_at_once_keep_their_folders_when_more_are_added(fake, tiny):
     at_once = {"= false": "= true"}
     tiny(at_once)
-    assert fake.done == named("seeds0-1", *CELLS)
+    assert fake.done == run_names("seeds0-1", *CELLS)
     runs = tiny(at_once | {"seeds = 2": "seeds = 4"})
-    assert fake.done[3:] == named("seeds2-3", *CELLS)
+    assert fake.done[3:] == run_names("seeds2-3", *CELLS)
     assert runs["rigl-0.9"].seeds == (0, 1, 2, 3)
     assert [r.test_accuracy for r in runs["dense"].last] == [0.75, 0.76, 0.77, 0.78]
     # Of fewer seeds, only the wanted ones are read.
@@ -354,7 +343,7 @@ def test_another_configuration_in_the_same_folder_is_an_error(fake, tiny):
 
 
 def test_the_other_runs_are_trained_when_one_diverges(fake, tmp_path, capsys):
-    written(tmp_path, TINY)
+    parse(tmp_path, TINY)
     fake.fails = {ALL[2]: loop.DivergedError("the loss of step 2 is nan")}
     command = [str(tmp_path / "file.toml"), "--out", str(tmp_path / "out")]
     assert sweep.main([*command, "--no-progress"]) == 1
@@ -377,7 +366,7 @@ def test_auto_chooses_the_faster_way_once(fake, tiny, tmp_path, monkeypatch, cap
     settings = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert settings["vmap_seeds"] is True
     tiny(auto)
-    assert fake.done == named("seeds0-1", *CELLS)
+    assert fake.done == run_names("seeds0-1", *CELLS)
     timings.append((0.001, 0.002))
     sweep.run(read(tmp_path / "file.toml"), tmp_path / "other", progress=False)
     assert fake.done[3:] == ALL
@@ -402,12 +391,12 @@ def test_results_are_those_of_the_runs(vmap_seeds, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep.jax, "devices", lambda: device)
     text = TINY.replace("= false", f"= {vmap_seeds}").replace("[0.9, 0.95]", "[0.9]")
     out = tmp_path / "out"
-    sweep.run(written(tmp_path, text), out, progress=False)
+    sweep.run(parse(tmp_path, text), out, progress=False)
     text = (out / "results.md").read_text()
     results = json.loads((out / "results.json").read_text())
     assert [cell["name"] for cell in results["cells"]] == ["dense", "rigl-0.9"]
     assert results["environment"]["jax"] == loop.jax.__version__
-    for cell, active in zip(results["cells"], (TOTAL, kept(0.9)), strict=True):
+    for cell, active in zip(results["cells"], (TOTAL, active_count(0.9)), strict=True):
         lines: dict[int, list[dict[str, Any]]] = {}
         for path in (out / cell["name"]).glob("*/metrics.jsonl"):
             for line in map(json.loads, path.read_text().splitlines()):
@@ -429,14 +418,14 @@ def test_results_are_those_of_the_runs(vmap_seeds, tmp_path, monkeypatch):
         assert cell["best_test_accuracy"] == best
         assert cell["active_weights"] == [active, active]
         assert cell["config"]["steps"] == 6
-    assert f"{kept(0.9):,} at 90%, of {TOTAL:,}" in text
+    assert f"{active_count(0.9):,} at 90%, of {TOTAL:,}" in text
     assert "6 steps of 64 examples" in text
 
 
 def test_named_rows_and_variants_are_described(fake, tmp_path):
     out = tmp_path / "out"
-    found = written(tmp_path, NAMED.replace("seeds = 2", "seeds = 1"))
-    sweep.run(found, out, progress=False)
+    plan = parse(tmp_path, NAMED.replace("seeds = 2", "seeds = 1"))
+    sweep.run(plan, out, progress=False)
     text = (out / "results.md").read_text()
     assert (
         " snip has static, masks.source snip, momentum 0.5. +labels adds tost.labels "
@@ -453,11 +442,11 @@ def test_named_rows_and_variants_are_described(fake, tmp_path):
 
 
 def test_gains_are_between_runs_of_one_seed(tmp_path):
-    found = written(tmp_path, NAMED)
+    plan = parse(tmp_path, NAMED)
 
     def runs(name, *accuracies, seeds=(0, 1)):
-        records = tuple((record(6, a, kept(0.9)),) for a in accuracies)
-        return MethodRuns(found.cells[name].method, seeds, records)
+        records = tuple((record(6, a, active_count(0.9)),) for a in accuracies)
+        return MethodRuns(plan.cells[name].method, seeds, records)
 
     done = {
         "dense": runs("dense", 0.9, 0.8),
@@ -466,7 +455,7 @@ def test_gains_are_between_runs_of_one_seed(tmp_path):
         "set+slow-0.9": runs("set+slow-0.9", 0.75, seeds=(1,)),
         "snip+slow-0.95": runs("snip+slow-0.95", 0.5, 0.5),
     }
-    sweep_report.write(found, done, {}, {}, tmp_path)
+    sweep_report.write(plan, done, {}, {}, tmp_path)
     text = (tmp_path / "results.md").read_text().partition("What a variant gains")[2]
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert table == [
@@ -483,21 +472,23 @@ def test_gains_are_between_runs_of_one_seed(tmp_path):
 # --- the plot
 
 
-def falling(found: Sweep) -> dict[str, MethodRuns]:
+def falling_runs(plan: Sweep) -> dict[str, MethodRuns]:
     """A run of every cell, each less accurate than the one before."""
     return {
         name: MethodRuns(
-            config.method, (0,), ((record(6, 0.9 - 0.03 * i, kept(config.sparsity)),),)
+            config.method,
+            (0,),
+            ((record(6, 0.9 - 0.03 * i, active_count(config.sparsity)),),),
         )
-        for i, (name, config) in enumerate(found.cells.items())
+        for i, (name, config) in enumerate(plan.cells.items())
     }
 
 
 def test_the_plot_shows_every_method_in_a_colour_of_its_own(tmp_path):
     names = ", ".join(f'"{method}"' for method in ["dense", *plots.LOOKS])
     text = TINY.replace('"dense", "rigl"', names).replace("masks.interval = 2\n", "")
-    found = written(tmp_path, text.replace("steps = 6", "steps = 48"))
-    sweep_report.plot(found, falling(found), tmp_path / "plot.png")
+    plan = parse(tmp_path, text.replace("steps = 6", "steps = 48"))
+    sweep_report.plot(plan, falling_runs(plan), tmp_path / "plot.png")
     image = matplotlib.image.imread(tmp_path / "plot.png")[..., :3]
     for method, (colour, _) in plots.LOOKS.items():
         distance = np.abs(image - matplotlib.colors.to_rgb(colour)).max(axis=-1)

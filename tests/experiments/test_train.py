@@ -69,7 +69,7 @@ def setup(**changes: Any) -> loop.TrainSetup:
     return runs.create_setup(dataclasses.replace(SHORT_CONFIG, **changes))
 
 
-def kept(sparsity: float) -> int:
+def active_count(sparsity: float) -> int:
     """Number of active weights at an overall sparsity."""
     return math.floor((1 - sparsity) * TOTAL + 0.5)
 
@@ -207,8 +207,8 @@ def test_learning_rates():
     ):
         rate = optimizer.learning_rate(OptimizerConfig(**config), 100)
         for at, value in expected.items():
-            found = float(np.asarray(rate(at)))
-            assert found == pytest.approx(value, rel=1e-6, abs=1e-9), (config, at)
+            actual = float(np.asarray(rate(at)))
+            assert actual == pytest.approx(value, rel=1e-6, abs=1e-9), (config, at)
 
 
 def test_an_epoch_goes_once_through_the_data_in_an_order_of_its_own():
@@ -302,7 +302,7 @@ def test_a_network_that_is_not_as_sparse_as_it_should_be_is_noticed():
     wrong = dataclasses.replace(
         each.compiled_step, train_step=dataclasses.replace(train_step, config=config)
     )
-    with pytest.raises(RuntimeError, match=f"{kept(0.9)} weights are active"):
+    with pytest.raises(RuntimeError, match=f"{active_count(0.9)} weights are active"):
         loop._check_state(each._replace(compiled_step=wrong), state, STEPS, None)
     filled = jax.tree.map(jnp.ones_like, state.params)
     with pytest.raises(RuntimeError, match="hidden_0/kernel has weights"):
@@ -345,9 +345,9 @@ def test_one_step_is_the_textbook_step(accumulate):
             after = before - 0.1 * (gradient + 0.9 * gradient)
             # In the first step the decay of the average is 1 / 10.
             average = 0.1 * before + 0.9 * after
-            for array, wanted in ((state.params, after), (state.average, average)):
+            for array, target in ((state.params, after), (state.average, average)):
                 np.testing.assert_allclose(
-                    array[name][kind], wanted, rtol=1e-5, atol=1e-6
+                    array[name][kind], target, rtol=1e-5, atol=1e-6
                 )
 
 
@@ -389,7 +389,7 @@ def test_bfloat16_is_for_activations_and_parameters_stay_float32():
 # --- a whole run
 
 
-class Finished(NamedTuple):
+class Results(NamedTuple):
     """The folder, the output and the metrics of a finished command."""
 
     folder: pathlib.Path
@@ -416,7 +416,7 @@ class Finished(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Finished:
+def results(tmp_path_factory) -> Results:
     """GraNet and dense training, two seeds each."""
     folder = tmp_path_factory.mktemp("runs") / "new" / "run"
     capture = tmp_path_factory.mktemp("out") / "stdout"
@@ -428,36 +428,36 @@ def finished(tmp_path_factory) -> Finished:
     names = [
         f"{method}-seed{seed}" for method in ("granet", "dense") for seed in (0, 1)
     ]
-    found = [line for name in names for line in lines(folder / name / "metrics.jsonl")]
-    return Finished(folder, capture.read_text(), found)
+    all_lines = [x for name in names for x in lines(folder / name / "metrics.jsonl")]
+    return Results(folder, capture.read_text(), all_lines)
 
 
-def test_a_run_leaves_these_files(finished):
-    names = " ".join(sorted(path.name for path in finished.folder.iterdir()))
+def test_a_run_leaves_these_files(results):
+    names = " ".join(sorted(path.name for path in results.folder.iterdir()))
     assert names == (
         "config.json curves.png dense-seed0 dense-seed1 granet-seed0 granet-seed1 "
         "summary.json"
     )
     for run in ("dense-seed0", "granet-seed1"):
-        checkpoints, board, log = sorted((finished.folder / run).iterdir())
+        checkpoints, board, log = sorted((results.folder / run).iterdir())
         assert checkpoints.name == "checkpoints"
-        assert runs.saved_steps(finished.folder / run) == [80, 160]
+        assert runs.saved_steps(results.folder / run) == [80, 160]
         assert board.name.startswith("events.out.tfevents.")
         assert log.name == "metrics.jsonl"
-    config = json.loads((finished.folder / "config.json").read_text())
+    config = json.loads((results.folder / "config.json").read_text())
     assert (config["method"], config["steps"]) == ("granet", STEPS)
     assert config["masks"]["interval"] == 2
-    assert config["out"] == str(finished.folder)
+    assert config["out"] == str(results.folder)
 
 
-def test_metrics_have_a_line_for_every_evaluation(finished):
-    assert [(x["method"], x["seed"], x["step"]) for x in finished.lines] == [
+def test_metrics_have_a_line_for_every_evaluation(results):
+    assert [(x["method"], x["seed"], x["step"]) for x in results.lines] == [
         (method, seed, at)
         for method in ("granet", "dense")
         for seed in (0, 1)
         for at in (0, 40, 80, 120, 160)
     ]
-    for line in finished.lines:
+    for line in results.lines:
         assert line["test_accuracy"] == line["test_correct"] / 596
         assert (line["train_loss"] is None) == (line["step"] == 0)
         assert line["total_weights"] == TOTAL
@@ -467,7 +467,7 @@ def test_metrics_have_a_line_for_every_evaluation(finished):
         if line["method"] == "granet":
             # A cubic schedule with an update every second step, which ends at step 80.
             at = min(line["step"] / 80, 1.0)
-            assert line["active_weights"] == kept(0.9 - 0.9 * (1 - at) ** 3)
+            assert line["active_weights"] == active_count(0.9 - 0.9 * (1 - at) ** 3)
         else:
             assert line["active_weights"] == TOTAL
             assert line["layer_sparsity"] == dict.fromkeys(LAYERS, 0.0)
@@ -479,16 +479,16 @@ def test_metrics_have_a_line_for_every_evaluation(finished):
 
 
 @pytest.mark.parametrize("method", ["granet", "dense"])
-def test_metrics_agree_with_the_masks_and_weights(finished, method, tmp_path):
+def test_metrics_agree_with_the_masks_and_weights(results, method, tmp_path):
     """Also: the baseline is what `--method dense` trains."""
     each = setup(method=method)
     records, state = fit(each, 1, tmp_path / "run")
-    written = finished.of(method, 1)
+    metrics_lines = results.of(method, 1)
     assert [(r.step, r.train_loss, r.test_correct) for r in records] == [
-        (x["step"], x["train_loss"], x["test_correct"]) for x in written
+        (x["step"], x["train_loss"], x["test_correct"]) for x in metrics_lines
     ]
     masks = masks_of(each, state)
-    assert list(written[-1]["layer_sparsity"]) == list(LAYERS)
+    assert list(metrics_lines[-1]["layer_sparsity"]) == list(LAYERS)
     active = 0
     for name, size in LAYERS.items():
         layer = name.removesuffix("/kernel")
@@ -496,14 +496,14 @@ def test_metrics_agree_with_the_masks_and_weights(finished, method, tmp_path):
         weights = np.asarray(state.params[layer]["kernel"])
         assert mask.size == size
         assert not np.any(weights[~mask])
-        assert written[-1]["layer_sparsity"][name] == 1 - int(mask.sum()) / size
+        assert metrics_lines[-1]["layer_sparsity"][name] == 1 - int(mask.sum()) / size
         active += int(mask.sum())
-    assert active == written[-1]["active_weights"]
-    assert active == (kept(0.9) if method == "granet" else TOTAL)
+    assert active == metrics_lines[-1]["active_weights"]
+    assert active == (active_count(0.9) if method == "granet" else TOTAL)
 
 
-def test_tensorboard_has_the_same_numbers(finished):
-    (board,) = (finished.folder / "granet-seed1").glob("events.*")
+def test_tensorboard_has_the_same_numbers(results):
+    (board,) = (results.folder / "granet-seed1").glob("events.*")
     content = board.read_bytes()
     scalars, at = {}, 0
     while at < len(content):  # records of: length, its CRC, data, its CRC
@@ -512,7 +512,7 @@ def test_tensorboard_has_the_same_numbers(finished):
         at += 12 + length + 4
         for value in event.summary.value:
             scalars[value.tag, event.step] = value.simple_value
-    for line in finished.of("granet", 1):
+    for line in results.of("granet", 1):
         expected = {
             "test/accuracy": line["test_accuracy"],
             "test/loss": line["test_loss"],
@@ -526,39 +526,39 @@ def test_tensorboard_has_the_same_numbers(finished):
             assert scalars[tag, line["step"]] == np.float32(value), tag
 
 
-def test_the_same_command_again_trains_nothing_and_says_the_same(finished):
+def test_the_same_command_again_trains_nothing_and_says_the_same(results):
     def files() -> dict[str, bytes]:
-        found = runs.contents(finished.folder)
-        return {name: found[name] for name in found if "events." not in name}
+        contents = runs.contents(results.folder)
+        return {name: contents[name] for name in contents if "events." not in name}
 
     before = files()
-    assert train.main([*SHORT, "--seeds", "2", "--out", str(finished.folder)]) == 0
+    assert train.main([*SHORT, "--seeds", "2", "--out", str(results.folder)]) == 0
     assert files() == before
 
 
-def test_the_summary_and_the_table_have_the_last_line_of_every_run(finished):
-    summary = json.loads((finished.folder / "summary.json").read_text())
+def test_the_summary_and_the_table_have_the_last_line_of_every_run(results):
+    summary = json.loads((results.folder / "summary.json").read_text())
     assert [row["method"] for row in summary["runs"]] == ["granet", "dense"]
     for row in summary["runs"]:
-        last = finished.last(row["method"])
+        last = results.last(row["method"])
         assert row["seeds"] == [x["seed"] for x in last]
         for key in ("test_accuracy", "sparsity", "active_weights", "seconds"):
             assert row[key] == [x[key] for x in last]
         assert row["total_weights"] == TOTAL
-        assert row["best_test_accuracy"] == finished.best(row["method"])
+        assert row["best_test_accuracy"] == results.best(row["method"])
     assert summary["environment"]["jax"] == jax.__version__
     assert summary["environment"]["backend"] == "cpu"
 
     rows = {}
-    for line in finished.output.splitlines():
+    for line in results.output.splitlines():
         assert len(line) <= 80 or line.startswith("Results in ")
         cells = [cell.strip() for cell in line.split("│")[1:-1]]
         if cells:
             rows[cells[0]] = cells[1:]
     assert list(rows) == ["granet", "dense"]
     for method, cells in rows.items():
-        accuracy = [100 * x["test_accuracy"] for x in finished.last(method)]
-        highest = [100 * x for x in finished.best(method)]
+        accuracy = [100 * x["test_accuracy"] for x in results.last(method)]
+        highest = [100 * x for x in results.best(method)]
         assert cells == [
             f"{statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f}",
             f"{statistics.mean(highest):.2f} ± {statistics.stdev(highest):.2f}",
@@ -566,13 +566,13 @@ def test_the_summary_and_the_table_have_the_last_line_of_every_run(finished):
             {"granet": "5,020 of 50,200", "dense": "50,200 of 50,200"}[method],
         ]
     for heading in ("last / %", "best / %", "sparsity / %", "active of all weights"):
-        assert heading in finished.output
-    assert "mean ± std over 2 seeds" in finished.output
-    assert f"Results in {finished.folder}" in finished.output
+        assert heading in results.output
+    assert "mean ± std over 2 seeds" in results.output
+    assert f"Results in {results.folder}" in results.output
 
 
-def test_the_plot_is_an_image_that_shows_both_methods(finished):
-    image = matplotlib.image.imread(finished.folder / "curves.png")[..., :3]
+def test_the_plot_is_an_image_that_shows_both_methods(results):
+    image = matplotlib.image.imread(results.folder / "curves.png")[..., :3]
     image = np.round(image * 255).astype(int)
     assert image.shape == (900, 1650, 3)
     for half in (image[:, :950], image[:, 1050:]):
@@ -581,12 +581,12 @@ def test_the_plot_is_an_image_that_shows_both_methods(finished):
     assert 0.5 < np.all(image == 255, axis=-1).mean() < 0.95
 
 
-def test_the_page_says_how_to_read_a_checkpoint(finished, capsys):
+def test_the_page_says_how_to_read_a_checkpoint(results, capsys):
     page = pathlib.Path(train.__file__).with_name("README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert "runs/c10/granet-seed0" in code
     names: dict[str, Any] = {}
-    exec(code.replace("runs/c10", str(finished.folder)), names)
+    exec(code.replace("runs/c10", str(results.folder)), names)
     assert names["step"] == STEPS
     for layer, mask in names["masks"].items():
         assert mask["bias"] is None
@@ -616,8 +616,8 @@ def test_every_method_trains(method, tmp_path):
     assert (first["method"], last["method"]) == (method, method)
     dense = ("gmp", "cyclical", "acdc", "straight-through", "greg2")
     start = {"granet-st": 0.5, "sculpt": 0.8} | dict.fromkeys(dense, 0.0)
-    assert first["active_weights"] == kept(start.get(method, 0.9))
-    assert last["active_weights"] == kept(0.9)
+    assert first["active_weights"] == active_count(start.get(method, 0.9))
+    assert last["active_weights"] == active_count(0.9)
     assert (first["step"], last["step"]) == (0, STEPS)
     assert last["test_accuracy"] > 0.6
 

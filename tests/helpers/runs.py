@@ -54,7 +54,7 @@ def use_small_networks(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(models, "create", _create_small)
 
 
-def replaced(record: Any, options: Mapping[str, Any]) -> Any:
+def replace_options(record: Any, options: Mapping[str, Any]) -> Any:
     """Replace fields of a record and of its nested records, by dotted names."""
     changes: dict[str, Any] = {}
     for name, value in options.items():
@@ -65,7 +65,7 @@ def replaced(record: Any, options: Mapping[str, Any]) -> Any:
             changes[part] = value
     for part, value in changes.items():
         if dataclasses.is_dataclass(getattr(record, part)) and isinstance(value, dict):
-            changes[part] = replaced(getattr(record, part), value)
+            changes[part] = replace_options(getattr(record, part), value)
     return dataclasses.replace(record, **changes)
 
 
@@ -128,7 +128,7 @@ def saved_steps(run: pathlib.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def restored(setup: loop.TrainSetup, run: pathlib.Path, step: int) -> PyTree:
+def restore_state(setup: loop.TrainSetup, run: pathlib.Path, step: int) -> PyTree:
     """Read a checkpoint of a run onto the devices of `setup`."""
     checkpoints = Checkpoints(run / "checkpoints", keep=100)
     try:
