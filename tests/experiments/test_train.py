@@ -12,6 +12,7 @@ import pathlib
 import re
 import statistics
 import sys
+import typing
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from experiments import data, models, train
+from experiments.config.methods import MethodName
 from experiments.config.run import (
     CheckpointConfig,
     Config,
@@ -38,8 +40,7 @@ from granet_jax import tost
 from granet_jax.penalties import PenaltyInputs
 from tests.helpers import runs
 
-METHODS = ["granet", "granet-st", "gmp", "rigl", "set", "snfs", "static", "dense"]
-METHODS += ["cyclical", "acdc", "sculpt", "straight-through", "top-kast", "greg2"]
+METHODS: tuple[str, ...] = typing.get_args(MethodName)
 # The kernels of LeNet-300-100 on 8 x 8 pixels.
 LAYERS = {
     "hidden_0/kernel": 64 * 300,
