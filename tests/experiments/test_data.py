@@ -396,7 +396,7 @@ def check_catalogue(name: str, folder: pathlib.Path, dataset: Any) -> None:
 def test_files_of_debian_get_their_original_header_back(tmp_path, monkeypatch, network):
     originals, train, _ = mnist()
     monkeypatch.setattr(downloads, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
-    with pytest.raises(FileNotFoundError, match="package dataset-fashion-mnist has"):
+    with pytest.raises(FileNotFoundError, match="package dataset-fashion-mnist also"):
         data.load("fashion_mnist", tmp_path)
     put(tmp_path / "debian", {name: debian(x) for name, x in originals.items()})
     for name, content in originals.items():
