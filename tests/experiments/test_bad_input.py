@@ -1,34 +1,32 @@
-"""Input that is of no use, and what goes wrong on the way: a clear error, nothing lost.
+"""Bad configurations, folders and data: a clear error, and nothing is lost.
 
-Each is one line on standard error that names the cause and the remedy, an exit status
-other than 0, and no traceback; what was there before is there after.
+Each error is one line that names the option, its value and the remedy. The command
+ends with an exit status other than 0 and without a traceback.
 """
 
 import dataclasses
-import functools
-import gc
-import json
+import math
 import pathlib
-import shutil
-import signal
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 
-from experiments import train
-from experiments.config.run import CheckpointConfig, Config, DataConfig, OptimizerConfig
-from experiments.training import loop
+from experiments import cyclical_linear, data, lottery, plasticity, train
+from experiments.config import plasticity as study
+from experiments.config.run import CheckpointConfig, Config
+from experiments.training import devices, initial_masks, run_folders
+from experiments.training.step import TrainStep
 from tests.helpers import runs
 
-CONFIG = Config(
+SMALL = Config(
     model="lenet-300-100",
     method="static",
     steps=12,
     seeds=1,
     eval_every=4,
+    baseline=False,
+    progress=False,
     checkpoint=CheckpointConfig(every=5),
 )
 ARGUMENTS = [
@@ -36,114 +34,196 @@ ARGUMENTS = [
     *("--seeds", "1", "--eval-every", "4", "--checkpoint.every", "5"),
     *("--no-baseline", "--no-progress"),
 ]
-RUN = "static-seed0"
+DENSE = dataclasses.replace(SMALL, method="dense")
+TICKETS = lottery.LotteryConfig(
+    (0.3, 0.5), pathlib.Path("tickets"), train=dataclasses.replace(SMALL, sparsity=0.0)
+)
 
-
-@functools.cache
-def maker() -> loop.TrainSetup:
-    return runs.make(CONFIG)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> pathlib.Path:
-    """Results of a run, to be left as they are."""
-    out = tmp_path_factory.mktemp("finished") / "out"
-    train.open_folder(dataclasses.replace(CONFIG, out=out))
-    loop.fit(maker(), [0], out / RUN)
-    assert runs.steps_saved(out / RUN) == [10, 12]
-    return out
-
-
-@pytest.fixture
-def begun(tmp_path) -> pathlib.Path:
-    """Results of a run that was stopped after step 5, with a checkpoint."""
-    out = tmp_path / "out"
-    train.open_folder(dataclasses.replace(CONFIG, out=out))
-    with pytest.raises(loop.StoppedError):
-        loop.fit(
-            maker(),
-            [0],
-            out / RUN,
-            stopped=lambda step: signal.SIGTERM if step == 5 else None,
-        )
-    assert runs.steps_saved(out / RUN) == [5]
-    return out
-
-
-def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    """All files, by their paths."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def one_line(text: str) -> str:
-    """The text, which is to be one line that says "error"."""
-    assert text.startswith("error: ")
-    assert text.count("\n") == 1
-    assert text.endswith("\n")
-    assert "Traceback" not in text
-    return text
-
-
-def refused(capfd, *arguments: str) -> str:
-    """What the command line says when it refuses them."""
-    capfd.readouterr()
-    assert train.main([*ARGUMENTS, *arguments]) == 2
-    printed, errors = capfd.readouterr()
-    assert printed == ""
-    return one_line(errors)
-
-
-def status_of(capfd, command: Callable[[], object]) -> tuple[int, str]:
-    """Exit status and error of a command, which runs in this process."""
-    capfd.readouterr()
-    status = train.exit_status(command)
-    # What orbax has left unfinished is complained of here, or nowhere.
-    gc.collect()
-    return status, capfd.readouterr().err
-
-
-def assert_goes_on(out: pathlib.Path, finished: pathlib.Path) -> None:
-    """Asserts that training there now ends as if nothing had happened."""
-    loop.fit(maker(), [0], out / RUN)
-    final = [runs.restored(maker(), folder / RUN, 12) for folder in (out, finished)]
-    assert runs.same(*final)
-    assert runs.lines(out / RUN) == runs.lines(finished / RUN)
-    assert not list((out / RUN / "checkpoints").glob("*tmp*"))
-
-
-# --- names
+SNIP = {"method": "static", "masks.source": "snip"}
+GHOSTS = {"tost.neurons": "swish"}
+# (options, part of the message), by the record that has the options.
+CONFIG = [
+    ({"sparsity": 1.5}, r"sparsity must lie in \[0, 1\), got 1.5"),
+    ({"sparsity": math.nan}, "sparsity must lie"),
+    ({"steps": -5}, r"steps must lie in \[1, 2\*\*31\), got -5"),
+    ({"steps": 1}, "steps must leave time for a mask update"),
+    ({"steps": 1, "method": "set"}, "steps must leave time for a mask update"),
+    ({"seeds": 0}, "seeds must be at least 1"),
+    ({"seed": -1}, "seed must lie"),
+    ({"seed": 2**31 - 2}, r"seed \+ seeds - 1 must lie"),
+    ({"scan_block": 0}, "scan_block must be at least 1"),
+    ({"eval_every": 0}, "eval_every must be at least 1"),
+    ({"fsdp": 0}, "fsdp must be at least 1"),
+    ({"parallel": "pmap", "fsdp": 2}, "fsdp must be 1 with pmap, got 2"),
+    ({"model": "lenet5"}, "got 'lenet5'. Did you mean 'lenet-5'?"),
+    ({"out": pathlib.Path("gs://bucket/run")}, "mount the bucket"),
+    ({"data.batch_size": 0}, "data.batch_size must be at least 1"),
+    ({"data.shift": -1}, "data.shift must be at least 0"),
+    ({"data.dataset": "cifar"}, "got 'cifar'. Did you mean 'cifar10'"),
+    ({"checkpoint.keep": 0}, "checkpoint.keep must be at least"),
+    ({"optimizer.learning_rate": 0}, "optimizer.learning_rate"),
+    ({"optimizer.momentum": 1}, "optimizer.momentum must lie"),
+    ({"optimizer.weight_decay": -1}, "optimizer.weight_decay"),
+    ({"optimizer.drops": (0.5, 1.0)}, "optimizer.drops must lie"),
+    ({"optimizer.warmup_steps": 1200}, r"must lie in \[0, steps\)"),
+    ({"optimizer.accumulate": 3}, "must divide data.batch_size, 64"),
+    ({"optimizer.ema": 1.0}, r"optimizer.ema must lie in \(0, 1\)"),
+    ({"optimizer.label_smoothing": 1}, "label_smoothing must lie"),
+    ({"masks.interval": 0}, "masks.interval must be at least 1"),
+    ({"masks.interval": 601}, "in the first 600 of 1200 steps"),
+    ({"masks.pruning_end": 0}, "masks.pruning_end must lie"),
+    ({"masks.fraction": 2}, r"fraction must be in \[0, 1\], got 2"),
+    ({"masks.initial_sparsity": 0.95}, "initial_sparsity must be at"),
+    ({"masks.cycles": 0}, "masks.cycles must be at least 1"),
+    ({"masks.stop": 0.5}, "stop is not an option of method 'granet'"),
+    ({"method": "static", "masks.fraction": 0.3}, "fraction is not .*, only of granet"),
+    ({"method": "acdc", "masks.recovery": "hard"}, "recovery is not .* of cyclical"),
+    ({"method": "dense", "masks.source": "snip"}, "not an option of method 'dense'"),
+    ({"method": "acdc", "steps": 7}, r"at least 2 \* masks.cycles, 8, got 7"),
+    ({"method": "cyclical", "steps": 1201}, "multiple of the 4 .* got 1201: 1 fewer"),
+    ({"method": "greg2", "masks.interval": 250}, "for three increases .*, got 250"),
+    ({"method": "top-kast", "tost.lrsi": True}, "top-kast starts from dense ones"),
+    ({"masks.source": "snip"}, "granet starts dense: give masks.initial_sparsity"),
+    (SNIP | {"masks.rounds": 3}, "iterative-snip, force, synflow, and .* is snip"),
+    (SNIP | {"masks.images": 3, "masks.source": None}, "snip, .*, and .* is None"),
+    (SNIP | {"masks.source": "synflow", "masks.rounds": 0}, "at least 1, got 0"),
+    (SNIP | {"masks.source": "tickets"}, "masks.tickets is missing"),
+    (SNIP | {"masks.tickets": "x"}, "masks.tickets is an option of"),
+    (
+        {"model": "vit-s-16", "tost.neurons": "swish"},
+        "for model vit-s-16, only for len",
+    ),
+    (
+        {"model": "lenet-5", "tost.skips": "conv"},
+        "for model lenet-5, only for cnn, cnn-bn",
+    ),
+    ({"tost.labels": 0.1, "optimizer.label_smoothing": 0.1}, "both smooth"),
+    ({"tost.labels": 1.5}, "alpha must .* 1.5"),
+    (GHOSTS | {"tost.ghost_fraction": 1e-4}, "at least one step, got 0.0001 of .*1200"),
+    ({"tost.lrsi": True, "tost.ghost_fraction": 0.5}, "without neurons or skips"),
+    (GHOSTS | {"tost.ghost_fraction": 0.5, "tost.as_in_code": True}, "with as_in_code"),
+    ({"tost.as_in_code": True}, "tost.as_in_code has an effect on neurons, skips a"),
+]
+LOTTERY = [
+    ({"sparsities": ()}, "sparsities must not be empty"),
+    ({"sparsities": (0.9, 0.5)}, "and rise, got 0.9, 0.5"),
+    ({"sparsities": (0.0, 0.5)}, r"must lie in \(0, 1\)"),
+    ({"sparsities": (0.5, 1.0)}, r"must lie in \(0, 1\)"),
+    ({"rewind_steps": 12}, "rewind_steps must lie in .*, got 12 of 12"),
+    ({"train.method": "acdc"}, "train.method is not for lottery tickets"),
+    ({"train.sparsity": 0.5}, "train.sparsity is not for lottery tickets"),
+    ({"train.tost.labels": 0.1}, "train.tost is not for lottery tickets"),
+]
+STUDY = [
+    ({"points": 0}, "points must be at least 1, got 0"),
+    ({"points": 1201}, "points must be at most train.steps, 1200, got 1201"),
+    ({"lanes": 0}, "lanes must be at least 1, got 0"),
+    ({"epochs": 0.0}, r"epochs must lie in \(0, inf\), got 0.0"),
+    ({"rates": (0.5, 1.0)}, r"rates must lie in \(0, 1\), got 1.0"),
+    ({"rates": ()}, r"rates must have distinct values, got \(\)"),
+    ({"regrow": (0.5, 0.5)}, "regrow must have distinct values"),
+    ({"regrow": (1.5,)}, r"regrow must lie in \[0, 1\], got 1.5"),
+    ({"train.method": "granet"}, "train.method must be dense, got granet"),
+    ({"train.out": pathlib.Path("x")}, "train.out is not for a study"),
+    ({"train.eval_every": 3}, "train.eval_every is not for a study"),
+    ({"train.parallel": "pmap"}, "train.parallel must be jit, got pmap"),
+]
+LINEAR = [
+    ({"steps": 4001}, "steps must be a multiple of 8"),
+    ({"steps": 8}, "at least 64"),
+    ({"nonzeros": ()}, "nonzeros must hold"),
+    ({"nonzeros": (200,)}, "nonzeros must be between"),
+    ({"correlations": (1.0,)}, "correlations must be in"),
+    ({"seeds": 0}, "seeds and equations must be at least 1"),
+]
+TABLES: list[tuple[Any, list[tuple[dict[str, Any], str]]]] = [
+    (Config(), CONFIG),
+    (TICKETS, LOTTERY),
+    (study.Study(), STUDY),
+    (cyclical_linear.Config(), LINEAR),
+]
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "messages"),
+    ("record", "options", "message"),
     [
-        ("model", "vgg19", ["model must be one of", "Did you mean 'vgg-19'?"]),
-        ("model", "lenet300", ["got 'lenet300'", "Did you mean 'lenet-300-100'?"]),
-        ("data.dataset", "cifar-10", ["digits, fashion_mnist", "mean 'cifar10'?"]),
-        ("data.dataset", "?", ["data.dataset must be one of digits, ", "got '?'."]),
-        ("method", "grannet", ["invalid choice 'grannet'", "granet-st"]),
+        pytest.param(record, options, message, id=",".join(map(str, options)))
+        for record, table in TABLES
+        for options, message in table
     ],
 )
-def test_an_unknown_name_comes_with_those_there_are(
-    name, value, messages, tmp_path, capfd
-):
+def test_bad_options_are_refused(record, options, message):
+    with pytest.raises(ValueError, match=message):
+        runs.replace_options(record, options)
+
+
+def test_options_that_do_not_fit_the_devices_are_refused():
+    for options, number, message in (
+        ({"data.batch_size": 60}, 8, "multiple of the 8 devices, got 60"),
+        ({"optimizer.accumulate": 16}, 8, "accumulate .* of the 8 devices, got 4"),
+        ({"fsdp": 3}, 8, "fsdp must divide the number of devices, 8, got 3"),
+        ({"vmap_seeds": True, "seeds": 2}, 2, "trains on one device, got 2"),
+    ):
+        config = runs.replace_options(Config(), options)
+        with pytest.raises(ValueError, match=message):
+            devices.compile_step(config, data.load("digits"), jax.devices()[:number])
+
+
+def test_more_images_for_the_masks_than_there_are_is_an_error():
+    options = {"masks.source": "snip", "masks.images": 10**6}
+    step = TrainStep(runs.replace_options(SMALL, options), data.load("digits"))
+    with pytest.raises(ValueError, match=r"masks.images must be at most the 1201 .*"):
+        initial_masks.examples(step, 0)
+
+
+# --- the command line
+
+
+@pytest.mark.parametrize(
+    ("main", "options", "message"),
+    [
+        (train.main, "--sparsity 1.5", "must lie in [0, 1), got 1.5"),
+        (train.main, "--sparsity much", "much"),
+        (train.main, "--data.batch-size 2000", "1201 training examples of digits"),
+        (train.main, "--lottery", "--lottery"),
+        (train.main, "--method grannet", "invalid choice 'grannet'"),
+        (train.main, "--model vgg19", "model must be one of lenet-300-100, lenet-5"),
+        (
+            train.main,
+            "--data.dataset cifar-10",
+            "got 'cifar-10'. Did you mean 'cifar10'",
+        ),
+        (plasticity.main, "--epochs 0.2", "at most 2, half of the 4 steps"),
+        (plasticity.main, "--points 1201", "points must be at most train.steps"),
+        (lottery.main, "0.9 0.5", "and rise, got 0.9, 0.5"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(main, options, message, tmp_path, capfd):
     out = tmp_path / "out"
-    with pytest.raises(SystemExit) as caught:
-        train.main([*ARGUMENTS, f"--{name}", value, "--out", str(out)])
-    assert caught.value.code == 2
-    # tyro's box breaks lines, in names too.
-    error = "".join(capfd.readouterr().err.replace("│", " ").split())
-    for message in messages:
-        assert "".join(message.split()) in error
+    try:
+        status = main([*options.split(), "--out", str(out)])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    printed, error = capfd.readouterr()
+    assert printed == ""
+    # Words may be broken over the lines of a box.
+    error = "".join(error.replace("│", " ").split())
+    assert "".join(message.split()) in error
     assert "Traceback" not in error
     assert not out.exists()
 
 
-# --- the folder for the results
+# --- folders and data
+
+
+def refusal(capfd: Any, out: pathlib.Path, *options: str) -> str:
+    """The error of a training command that leaves `out` as it was."""
+    before = runs.contents(out) if out.is_dir() else None
+    arguments = [*ARGUMENTS, *options, "--out", str(out)]
+    error = runs.failure(capfd, lambda: train.main(arguments))
+    assert (runs.contents(out) if out.is_dir() else None) == before
+    return error
 
 
 @pytest.mark.parametrize(
@@ -157,235 +237,54 @@ def test_an_unknown_name_comes_with_those_there_are(
     ],
 )
 def test_results_of_another_configuration_are_left_alone(
-    options, message, finished, capfd
+    options, message, tmp_path, capfd
 ):
-    before = contents(finished)
-    error = refused(capfd, *options, "--out", str(finished))
+    run_folders.open_folder(dataclasses.replace(SMALL, out=tmp_path))
+    error = refusal(capfd, tmp_path, *options)
     assert message in error
     assert "Give the same options to go on with it, or another folder." in error
-    assert contents(finished) == before
-
-
-def test_a_folder_with_other_files_is_left_alone(tmp_path, capfd):
-    (tmp_path / "thesis.tex").write_text("words")
-    error = refused(capfd, "--out", str(tmp_path))
-    assert "choose another folder" in error
-    assert contents(tmp_path) == {"thesis.tex": b"words"}
-
-
-def test_a_config_that_is_no_json_is_left_alone(tmp_path, capfd):
-    (tmp_path / "config.json").write_text("{")
-    error = refused(capfd, "--out", str(tmp_path))
-    assert "config.json cannot be read" in error
-    assert contents(tmp_path) == {"config.json": b"{"}
-
-
-def test_a_run_that_was_killed_before_it_began_is_no_hindrance(tmp_path):
-    (tmp_path / "config.json.partial").write_text('{"method": "gra')
-    config = dataclasses.replace(CONFIG, out=tmp_path)
-    assert train.open_folder(config) == tmp_path
-    assert list(contents(tmp_path)) == ["config.json"]
-
-
-@pytest.mark.parametrize("out", ["a_file/out", "a_file", "/proc/granet"])
-def test_a_folder_that_cannot_be_made(out, tmp_path, capfd):
-    (tmp_path / "a_file").write_text("words")
-    error = refused(capfd, "--out", str(tmp_path / out))
-    assert str(tmp_path / out) in error
-    assert (tmp_path / "a_file").read_text() == "words"
-
-
-def test_a_run_without_a_place_in_the_folder(tmp_path, capfd):
-    train.open_folder(dataclasses.replace(CONFIG, out=tmp_path))
-    (tmp_path / RUN).write_text("words")
-    assert str(tmp_path / RUN) in refused(capfd, "--out", str(tmp_path))
-    assert (tmp_path / RUN).read_text() == "words"
-
-
-# --- data
-
-
-def test_data_that_is_not_there(tmp_path, capfd):
-    options = ("--data.dataset", "cifar10", "--data.data-dir", str(tmp_path / "data"))
-    error = refused(capfd, *options, "--out", str(tmp_path / "out"))
-    assert "python -m experiments.prepare cifar10" in error
-    assert not (tmp_path / "out").exists()
-
-
-def test_data_that_cannot_be_read(tmp_path, capfd):
-    data = tmp_path / "data"
-    dataclasses.replace(CONFIG, data=DataConfig(data_dir=str(data)))
-    runs.data.load("digits", data)
-    capfd.readouterr()
-    (records,) = (data / "digits").rglob("*train*.array_record*")
-    records.write_bytes(records.read_bytes()[: records.stat().st_size // 2])
-    options = ("--data.data-dir", str(data), "--out", str(tmp_path / "out"))
-    error = refused(capfd, *options)
-    assert str(records.parent) in error
-    assert "cannot be read" in error
-    assert not (tmp_path / "out").exists()
-
-
-# --- checkpoints
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"model": "cnn"}, {"method": "dense"}, {"method": "set"}, {"method": "snfs"}],
+    ("file", "out", "message"),
+    [
+        ("thesis.tex", "", "choose another folder"),
+        ("config.json", "", "config.json cannot be read"),
+        ("a_file", "a_file", "a_file"),
+        ("a_file", "a_file/out", "a_file/out"),
+    ],
 )
-def test_a_checkpoint_of_another_network_or_method_is_not_read(
-    changes, begun, finished, capfd
-):
-    """Were it put where the configuration does not tell."""
-    other = runs.make(dataclasses.replace(CONFIG, **changes))
-    before = contents(begun)
-    status, error = status_of(capfd, lambda: loop.fit(other, [0], begun / RUN))
-    assert status == 2
-    assert "the checkpoint of step 5" in one_line(error)
-    assert contents(begun) == before
+def test_other_files_are_left_alone(file, out, message, tmp_path, capfd):
+    (tmp_path / file).write_text("words")
+    assert message in refusal(capfd, tmp_path / out)
+    assert runs.contents(tmp_path) == {file: b"words"}
 
 
-@pytest.mark.parametrize("how", ["cut", "empty", "gone"])
-def test_a_damaged_checkpoint_is_an_error_or_of_no_consequence(
-    how, finished, tmp_path, capfd
-):
-    expected = runs.restored(maker(), finished / RUN, 12)
-    run = tmp_path / "run"
-    shutil.copytree(finished / RUN, run)
-    folder = run / "checkpoints" / "12"
-    errors = []
-    for name, content in contents(folder).items():
-        if how == "gone":
-            (folder / name).unlink()
-        else:
-            size = 0 if how == "empty" else len(content) // 2
-            (folder / name).write_bytes(content[:size])
-        states = []
-        status, error = status_of(
-            capfd, lambda s=states: s.append(runs.restored(maker(), run, 12))
-        )
-        if status == 0:
-            assert error == ""
-            assert runs.same(states[0], expected), name
-        else:
-            errors.append(name)
-            remedy = f"remove {folder} to go on from the one before"
-            assert f"{remedy}. (" in one_line(error)
-        (folder / name).write_bytes(content)
-    # All that is restored, and what vouches for it: the others are of no consequence.
-    assert "manifest/sha256.json" in errors
-    vouched = json.loads((folder / "manifest" / "sha256.json").read_text())
-    assert set(vouched) <= set(errors)
-    for item in ("progress/metadata", "state/manifest.ocdbt", "state/_METADATA"):
-        assert item in vouched
+def test_a_folder_that_the_system_refuses(capfd):
+    assert "/proc/granet" in refusal(capfd, pathlib.Path("/proc/granet"))
 
 
-def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
-    finished, tmp_path, capfd
-):
-    out = tmp_path / "out"
-    shutil.copytree(finished, out)
-    last = out / RUN / "checkpoints" / "12"
-    for path in last.glob("state/ocdbt.process_0/d/*"):
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    before = contents(out)
-    status, error = status_of(capfd, lambda: loop.fit(maker(), [0], out / RUN))
-    assert status == 2
-    assert f"remove {last} to go on from the one before." in one_line(error)
-    assert contents(out) == before
-    shutil.rmtree(last)
-    assert_goes_on(out, finished)
+def test_a_file_in_the_place_of_a_run(tmp_path, capfd):
+    run_folders.open_folder(dataclasses.replace(SMALL, out=tmp_path))
+    (tmp_path / "static-seed0").write_text("words")
+    assert str(tmp_path / "static-seed0") in refusal(capfd, tmp_path)
 
 
-@pytest.mark.parametrize("change", ["gone", "shorter"])
-def test_metrics_that_do_not_go_with_the_checkpoint(change, finished, tmp_path, capfd):
-    out = tmp_path / "out"
-    shutil.copytree(finished, out)
-    path = out / RUN / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    if change == "gone":
-        path.unlink()
-    else:
-        path.write_text("".join(lines[:-2] + lines[-1:]))
-    before = contents(out)
-    status, error = status_of(capfd, lambda: loop.fit(maker(), [0], out / RUN))
-    assert status == 2
-    assert f"{path} lacks records up to step 12" in one_line(error)
-    remedy = f"put the file back, or remove {out / RUN} to train again from the start"
-    assert remedy in one_line(error)
-    assert contents(out) == before
-    path.write_text("".join(lines))
-    assert_goes_on(out, finished)
+def test_a_command_that_was_killed_while_it_made_the_folder_may_run_again(tmp_path):
+    (tmp_path / "config.json.partial").write_text('{"method": "gra')
+    assert run_folders.open_folder(dataclasses.replace(SMALL, out=tmp_path)) == tmp_path
+    assert list(runs.contents(tmp_path)) == ["config.json"]
 
 
-def test_an_old_checkpoint_that_was_half_deleted_is_no_hindrance(
-    finished, tmp_path, capfd
-):
-    """As by a kill while orbax deletes it."""
-    out = tmp_path / "out"
-    shutil.copytree(finished, out)
-    shutil.rmtree(out / RUN / "checkpoints" / "12")
-    half = out / RUN / "checkpoints" / "5"
-    shutil.copytree(out / RUN / "checkpoints" / "10", half)
-    shutil.rmtree(half / "state")
-    (half / "_CHECKPOINT_METADATA").unlink()
-    assert_goes_on(out, finished)
-    assert runs.steps_saved(out / RUN) == [10, 12]
-    assert capfd.readouterr().err == ""
-
-
-# --- a full disk, as a limit on the size of files
-
-
-def test_no_room_for_a_checkpoint(begun, finished):
-    before = runs.restored(maker(), begun / RUN, 5)
-    # The largest file of a checkpoint has about 60 kB.
-    process = runs.start([*ARGUMENTS, "--out", str(begun)], largest=20_000)
-    status, error = runs.end(process)
-    assert status == 2
-    for part in ("could not be written", "Make room", "the same command again"):
-        assert part in one_line(error)
-    assert runs.steps_saved(begun / RUN) == [5]
-    assert runs.same(runs.restored(maker(), begun / RUN, 5), before)
-    assert_goes_on(begun, finished)
-
-
-def test_no_room_for_metrics(begun, finished):
-    metrics = begun / RUN / "metrics.jsonl"
-    before = metrics.read_bytes()
-    process = runs.start([*ARGUMENTS, "--out", str(begun)], largest=len(before) + 100)
-    status, error = runs.end(process)
-    assert status == 2
-    assert f"{metrics} could not be written (File too large)" in one_line(error)
-    # The disk is full in the middle of a line.
-    assert metrics.read_bytes().startswith(before)
-    assert metrics.stat().st_size == len(before) + 100
-    assert runs.steps_saved(begun / RUN) == [5]
-    assert_goes_on(begun, finished)
-
-
-# --- training
-
-
-def test_training_that_diverges_keeps_the_last_good_checkpoint(tmp_path, capfd):
-    diverging = runs.make(
-        dataclasses.replace(
-            CONFIG,
-            optimizer=OptimizerConfig(learning_rate=1e6),
-            checkpoint=CheckpointConfig(every=1),
-        )
-    )
-    messages = []
-    for _ in range(2):  # and the same again, when it goes on
-        status, error = status_of(
-            capfd, lambda: loop.fit(diverging, [0], tmp_path / RUN)
-        )
-        assert status == 1
-        messages.append(one_line(error))
-        assert "lower optimizer.learning_rate" in error
-    assert messages[0] == messages[1]
-    last = runs.steps_saved(tmp_path / RUN)[-1]
-    assert f"The last good checkpoint is kept (it is of step {last})." in messages[0]
-    state: Any = runs.restored(diverging, tmp_path / RUN, last)
-    assert int(state.step) == last
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+def test_data_that_are_missing_or_damaged(tmp_path, capfd):
+    folder, out = tmp_path / "data", tmp_path / "out"
+    options = ("--data.data-dir", str(folder))
+    error = refusal(capfd, out, "--data.dataset", "cifar10", *options)
+    assert "python -m experiments.prepare cifar10" in error
+    data.load("digits", folder)
+    (records,) = (folder / "digits").rglob("*train*.array_record*")
+    records.write_bytes(records.read_bytes()[: records.stat().st_size // 2])
+    error = refusal(capfd, out, *options)
+    assert str(records.parent) in error
+    assert "cannot be read" in error
+    assert not out.exists()

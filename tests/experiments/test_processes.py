@@ -1,7 +1,7 @@
 """Two processes on one machine train as one process with two devices does.
 
 They talk over loopback, by Gloo. A process that hangs ignores SIGTERM, which JAX takes
-for the notice of a pre-emption: all waiting has a limit, after which it is killed.
+for the notice of a pre-emption. So all waiting has a limit, after which it is killed.
 """
 
 import pathlib
@@ -18,11 +18,10 @@ from experiments.config.run import CheckpointConfig, Config, MaskConfig
 from experiments.training import loop
 from tests.helpers import runs
 
-STEPS = 40
 CONFIG = Config(
     model="lenet-300-100",
     method="granet",
-    steps=STEPS,
+    steps=40,
     eval_every=15,
     seeds=1,
     masks=MaskConfig(interval=4),
@@ -30,7 +29,7 @@ CONFIG = Config(
 )
 ARGUMENTS = [
     *("--model", "lenet-300-100", "--method", "granet", "--seeds", "1"),
-    *("--steps", str(STEPS), "--eval-every", "15", "--masks.interval", "4"),
+    *("--steps", "40", "--eval-every", "15", "--masks.interval", "4"),
     *("--checkpoint.every", "10", "--no-baseline", "--no-progress"),
 ]
 RUN = "granet-seed0"
@@ -41,26 +40,22 @@ def cache(tmp_path_factory) -> pathlib.Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def start_pair(
     cache: pathlib.Path, out: pathlib.Path, *more: str
 ) -> list[subprocess.Popen[str]]:
     """Two processes of one device each, as one run."""
-    port = free_port()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    options = [*ARGUMENTS, *more, "--out", str(out)]
+    options += [
+        "--distributed.coordinator",
+        coordinator,
+        "--distributed.processes",
+        "2",
+    ]
     return [
-        runs.start(
-            [
-                *(*ARGUMENTS, *more, "--out", str(out)),
-                *("--distributed.coordinator", f"127.0.0.1:{port}"),
-                *("--distributed.processes", "2", "--distributed.process", str(i)),
-            ],
-            cache=cache,
-        )
+        runs.start([*options, "--distributed.process", str(i)], cache=cache)
         for i in range(2)
     ]
 
@@ -70,44 +65,72 @@ def end_pair(
 ) -> list[tuple[int, str, str]]:
     """(exit status, stdout, stderr) of each; nothing is left running."""
     limit = time.monotonic() + seconds
-    found = []
+    results = []
     try:
         for process in processes:
             left = max(0.1, limit - time.monotonic())
-            found.append((process, *process.communicate(timeout=left)))
+            texts = process.communicate(timeout=left)
+            # Gloo says on standard output that it is connected.
+            out, err = (
+                "".join(x for x in text.splitlines(True) if not x.startswith("[Gloo]"))
+                for text in texts
+            )
+            results.append((process.returncode, out, err))
     finally:
         for process in processes:
             process.kill()
             process.communicate()
-    # Gloo says on standard output that it is connected.
-    return [
-        (
-            process.returncode,
-            "".join(x for x in out.splitlines(True) if not x.startswith("[Gloo]")),
-            "".join(x for x in err.splitlines(True) if not x.startswith("[Gloo]")),
-        )
-        for process, out, err in found
-    ]
+    return results
 
 
 def assert_trained_alike(out: pathlib.Path, tmp_path: pathlib.Path, **form: Any) -> Any:
-    """Asserts that a run of two processes is that of two devices; the final state."""
-    maker = runs.make(Config(**(CONFIG.__dict__ | form)), devices=2)
-    _, state = loop.fit(maker, [0], tmp_path / RUN)
-    expected = maker.compiled_step.snapshot(state)
-    steps = maker.config.steps
-    found = runs.restored(maker, out / RUN, steps)
-    assert int(found.step) == steps
-    assert runs.same(found.opt_state.masks, expected.opt_state.masks)
-    assert runs.same(found, expected)
-    assert runs.lines(out / RUN) == runs.lines(tmp_path / RUN)
+    """Assert that a run of two processes is that of two devices; the final state."""
+    setup = runs.create_setup(Config(**(CONFIG.__dict__ | form)), devices=2)
+    _, state = loop.fit(setup, [0], tmp_path / RUN)
+    expected = setup.compiled_step.snapshot(state)
+    saved = runs.restore_state(setup, out / RUN, setup.config.steps)
+    assert int(saved.step) == setup.config.steps
+    assert runs.same(saved, expected)
+    assert runs.metrics(out / RUN) == runs.metrics(tmp_path / RUN)
     return jax.device_get(expected)
 
 
-def test_a_pre_emption_stops_both_at_one_step_and_they_go_on_exactly(cache, tmp_path):
+def test_parameters_sharded_over_two_processes_are_read_by_one(cache, tmp_path):
     out = tmp_path / "out"
-    # Calls of several steps: not every step is one to stop at. So many that the signal
-    # has long got around before the last one.
+    results = end_pair(start_pair(cache, out, "--fsdp", "2"))
+    assert [(status, errors) for status, _, errors in results] == [(0, ""), (0, "")]
+    # Only the first process prints and writes metrics.
+    assert "Results in" in results[0][1]
+    assert results[1][1] == ""
+    state = assert_trained_alike(out, tmp_path, fsdp=2)
+    # Each process wrote its half.
+    parts = [path.name for path in (out / RUN).rglob("ocdbt.process_*")]
+    assert set(parts) == {"ocdbt.process_0", "ocdbt.process_1"}
+    alone = runs.restore_state(runs.create_setup(CONFIG), out / RUN, 40)
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(alone)} == {1}
+    assert runs.same(jax.device_get(alone), state)
+
+
+def test_a_process_that_cannot_start_stops_the_other(cache, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("words")
+    (status, _, error), (other_status, _, other_error) = end_pair(
+        start_pair(cache, out), seconds=120
+    )
+    assert (status, other_status) == (2, 2)
+    assert error.startswith(f"error: out: {out} exists already")
+    assert other_error == "error: process 0 cannot start: see its message.\n"
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.slow
+def test_a_pre_emption_stops_both_at_one_step_and_they_continue_exactly(
+    cache, tmp_path
+):
+    out = tmp_path / "out"
+    # A call has several steps, so that training cannot stop at every step. The run is
+    # so long that both processes know of the signal before its end.
     longer: dict[str, Any] = {
         "steps": 2400,
         "eval_every": 900,
@@ -126,12 +149,11 @@ def test_a_pre_emption_stops_both_at_one_step_and_they_go_on_exactly(cache, tmp_
         assert {process.poll() for process in processes} == {None}
         time.sleep(0.001)
     processes[0].send_signal(signal.SIGTERM)
-    ended = end_pair(processes)
-    last = runs.steps_saved(out / RUN)[-1]
+    results = end_pair(processes)
+    last = runs.saved_steps(out / RUN)[-1]
     assert 600 <= last < 2400
-    for status, printed, errors in ended:
-        assert status == 143
-        assert printed == ""
+    for status, printed, errors in results:
+        assert (status, printed) == (143, "")
         # The service that took the signal says so, in process 0.
         assert errors.endswith(
             f"stopped after step {last}, with a checkpoint.\n"
@@ -139,45 +161,9 @@ def test_a_pre_emption_stops_both_at_one_step_and_they_go_on_exactly(cache, tmp_
         )
         assert "Traceback" not in errors
     assert not (out / "summary.json").exists()
-    ended = end_pair(start_pair(cache, out, *options))
-    assert [(status, errors) for status, _, errors in ended] == [(0, ""), (0, "")]
-    # Only the first prints and writes: a line of metrics once, one file of events a
-    # start.
-    assert "Results in" in ended[0][1]
-    assert ended[1][1] == ""
+    results = end_pair(start_pair(cache, out, *options))
+    assert [(status, errors) for status, _, errors in results] == [(0, ""), (0, "")]
+    # Each start writes one file of events.
     assert len(list((out / RUN).glob("events.*"))) == 2
     assert (out / "summary.json").exists()
     assert_trained_alike(out, tmp_path, **longer)
-
-
-def test_one_that_cannot_start_stops_the_other(cache, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "thesis.tex").write_text("words")
-    (status, _, error), (other_status, _, other_error) = end_pair(
-        start_pair(cache, out), seconds=60
-    )
-    assert (status, other_status) == (2, 2)
-    assert error.startswith(f"error: out: {out} exists already")
-    assert other_error == "error: process 0 cannot start: see its message.\n"
-    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
-
-
-def test_pmap_over_two_processes(cache, tmp_path):
-    out = tmp_path / "out"
-    ended = end_pair(start_pair(cache, out, "--parallel", "pmap"))
-    assert [(status, errors) for status, _, errors in ended] == [(0, ""), (0, "")]
-    assert_trained_alike(out, tmp_path, parallel="pmap")
-
-
-def test_parameters_sharded_over_two_processes_are_read_by_one(cache, tmp_path):
-    out = tmp_path / "out"
-    ended = end_pair(start_pair(cache, out, "--fsdp", "2"))
-    assert [(status, errors) for status, _, errors in ended] == [(0, ""), (0, "")]
-    state = assert_trained_alike(out, tmp_path, fsdp=2)
-    # Each process wrote its half.
-    parts = [path.name for path in (out / RUN).rglob("ocdbt.process_*")]
-    assert set(parts) == {"ocdbt.process_0", "ocdbt.process_1"}
-    alone = runs.restored(runs.make(CONFIG), out / RUN, STEPS)
-    assert {len(x.sharding.device_set) for x in jax.tree.leaves(alone)} == {1}
-    assert runs.same(jax.device_get(alone), state)

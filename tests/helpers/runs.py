@@ -1,30 +1,30 @@
-"""Training runs and what they leave behind, for the tests of stopping and going on."""
+"""Short training runs and the files they leave, for the tests of experiments/."""
 
+import contextlib
+import dataclasses
+import functools
+import gc
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+import pytest
 
-from experiments import data
-from experiments.config.run import Config
+from experiments import data, models
+from experiments.config.run import CheckpointConfig, Config
 from experiments.training import loop
 from experiments.training.checkpoints import Checkpoints
 
 PyTree = Any
 ROOT = pathlib.Path(__file__).parents[2]
-_LIMITED = """
-import resource, runpy, sys
-size = int(sys.argv.pop(1))
-resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
-"""
 
 
 class Small(nn.Module):
@@ -32,12 +32,83 @@ class Small(nn.Module):
 
     classes: int
     axis_name: str | None
+    width: int = 40
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = nn.Dense(40, use_bias=False, name="hidden")(x.reshape(x.shape[0], -1))
+        x = x.reshape(x.shape[0], -1)
+        x = nn.Dense(self.width, use_bias=False, name="hidden")(x)
         x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name)(x)
         return nn.Dense(self.classes, name="output")(nn.relu(x))
+
+
+def _create_small(
+    name: str, *, classes: int, dtype: Any, axis_name: str | None
+) -> Small:
+    del dtype
+    return Small(classes, axis_name, width=50 if name == "cnn" else 40)
+
+
+def use_small_networks(patch: pytest.MonkeyPatch) -> None:
+    """Put a small network in the place of every network; "cnn" is a wider one."""
+    patch.setattr(models, "create", _create_small)
+
+
+def replace_options(record: Any, options: Mapping[str, Any]) -> Any:
+    """Replace fields of a record and of its nested records, by dotted names."""
+    changes: dict[str, Any] = {}
+    for name, value in options.items():
+        part, _, field = name.partition(".")
+        if field:
+            changes.setdefault(part, {})[field] = value
+        else:
+            changes[part] = value
+    for part, value in changes.items():
+        if dataclasses.is_dataclass(getattr(record, part)) and isinstance(value, dict):
+            changes[part] = replace_options(getattr(record, part), value)
+    return dataclasses.replace(record, **changes)
+
+
+@functools.cache
+def _compiled(config: Config, devices: int, network: Any) -> loop.TrainSetup:
+    del network
+    return _CREATE(config, data.load(config.data.dataset), jax.devices()[:devices])
+
+
+_CREATE = loop.create
+
+
+def create_setup(config: Config, devices: int = 1) -> loop.TrainSetup:
+    """Create a training setup on the first devices of this process.
+
+    Compilation takes nearly all of the time of short runs. So setups share what is
+    compiled wherever their configurations differ in nothing that a step depends on.
+    """
+    shared = dataclasses.replace(
+        config,
+        out=None,
+        progress=True,
+        baseline=True,
+        seeds=config.seeds if config.vmap_seeds else 1,
+        eval_every=None,
+        checkpoint=CheckpointConfig(),
+    )
+    # The network has a place in the key because tests put small ones in its place.
+    setup = _compiled(shared, devices, models.create)
+
+    def own(step: Any) -> Any:
+        return step and dataclasses.replace(
+            step, train_step=dataclasses.replace(step.train_step, config=config)
+        )
+
+    return setup._replace(
+        compiled_step=own(setup.compiled_step), ghost_step=own(setup.ghost_step)
+    )
+
+
+def share_setups(patch: pytest.MonkeyPatch, devices: int = 1) -> None:
+    """Let the commands of experiments/ train with shared setups, on these devices."""
+    patch.setattr(loop, "create", lambda config, dataset: create_setup(config, devices))
 
 
 def same(a: PyTree, b: PyTree) -> bool:
@@ -50,65 +121,92 @@ def same(a: PyTree, b: PyTree) -> bool:
     )
 
 
-def make(config: Config, devices: int = 1) -> loop.TrainSetup:
-    """A trainer on the first devices of this process."""
-    return loop.create(config, data.load(config.data.dataset), jax.devices()[:devices])
-
-
-def steps_saved(run: pathlib.Path) -> list[int]:
-    """Steps of the checkpoints of a run that have their name."""
-    names = [path.name for path in (run / "checkpoints").iterdir()]
+def saved_steps(run: pathlib.Path) -> list[int]:
+    """Steps of the complete checkpoints of a run."""
+    folder = run / "checkpoints"
+    names = os.listdir(folder) if folder.exists() else []
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def restored(maker: loop.TrainSetup, run: pathlib.Path, step: int) -> PyTree:
-    """A checkpoint of a run, as the trainer of that many devices reads it."""
+def restore_state(setup: loop.TrainSetup, run: pathlib.Path, step: int) -> PyTree:
+    """Read a checkpoint of a run onto the devices of `setup`."""
     checkpoints = Checkpoints(run / "checkpoints", keep=100)
     try:
-        return checkpoints.restore(step, maker.compiled_step.abstract())[0]
+        return checkpoints.restore(step, setup.compiled_step.abstract())[0]
     finally:
         checkpoints.close()
 
 
-def lines(run: pathlib.Path) -> list[dict[str, Any]]:
+def metrics(run: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics, without their times."""
     text = (run / "metrics.jsonl").read_text()
-    found = [json.loads(line) for line in text.splitlines()]
-    for line in found:
+    lines = [json.loads(line) for line in text.splitlines()]
+    for line in lines:
         assert line.pop("seconds") > 0
-    return found
+    return lines
 
 
-def start(
-    arguments: Sequence[str],
-    *,
-    cache: pathlib.Path | None = None,
-    devices: int = 1,
-    largest: int | None = None,
-) -> subprocess.Popen[str]:
-    """Starts `python -m experiments.train` in a process of its own.
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    """All files in a folder, by their paths in it."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def failure(capfd: Any, command: Callable[[], int], status: int = 2) -> str:
+    """Run a command that fails, and return its error, which must be one line.
 
     Args:
-      arguments: of the command line.
-      cache: folder for compiled programs, which later processes then need not compile.
-      devices: number of CPU devices it has.
-      largest: number of bytes that a file it writes may have: a disk that is full.
+      capfd: Fixture of pytest.
+      command: Function that returns an exit status.
+      status: Expected exit status.
     """
+    capfd.readouterr()
+    assert command() == status
+    # Orbax reports what it could not finish when it is collected.
+    gc.collect()
+    printed, error = capfd.readouterr()
+    assert printed == ""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert error.endswith("\n")
+    assert "Traceback" not in error
+    return error
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Generator[None]:
+    """Let no file grow beyond `size` bytes, as on a disk without room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def start(arguments: Sequence[str], *, cache: pathlib.Path) -> subprocess.Popen[str]:
+    """Start `python -m experiments.train` in a process of its own, on one device.
+
+    The process compiles as this one does, so that both compute the same bits.
+
+    Args:
+      arguments: Arguments of the command line.
+      cache: Folder for compiled programs, which later processes need not compile.
+    """
+    quick = jax.config.read("jax_disable_most_optimizations")
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_ENABLE_COMPILATION_CACHE": "false" if cache is None else "true",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(quick),
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    if cache is not None:
-        environment |= {
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-    command = [sys.executable, "-m", "experiments.train", *arguments]
-    if largest is not None:
-        command[1:3] = ["-c", _LIMITED, str(largest)]
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", "experiments.train", *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -117,8 +215,8 @@ def start(
     )
 
 
-def end(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
-    """Waits for a process, which is killed after so long: (exit status, stderr)."""
+def end(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str]:
+    """Wait for a process, and kill it after `seconds`: (exit status, stderr)."""
     try:
         _, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
