@@ -9,14 +9,14 @@
 # a checkpoint half way.
 #
 # [badge]: https://colab.research.google.com/assets/colab-badge.svg
-# [colab]: https://colab.research.google.com/github/OWNER/granet_jax/blob/main/notebooks/any_model.ipynb
+# [colab]: https://colab.research.google.com/github/granet-jax/granet_jax/blob/main/notebooks/any_model.ipynb
 
 # %%
 import os
 import sys
 
 if "google.colab" in sys.modules:  # A new machine: fetch and install the repository.
-    os.system("git clone -q https://github.com/OWNER/granet_jax")
+    os.system("git clone -q https://github.com/granet-jax/granet_jax")
     os.system("pip install -q './granet_jax[notebooks]'")
     os.chdir("granet_jax/notebooks")
 sys.path.insert(0, "..")  # To `experiments`, which is not installed.

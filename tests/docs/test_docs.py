@@ -7,7 +7,6 @@ import inspect
 import io
 import re
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import jax

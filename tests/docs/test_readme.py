@@ -52,7 +52,7 @@ def test_own_method_is_short_and_drops_by_its_own_score():
     update = jax.jit(tx.update)
     for _ in range(method.updates.last):
         _, opt_state = update(grads, opt_state, params)
-    # |w g| is 0.4, 5, 2, 3: at half of the weights the second and fourth are kept, where
+    # |w g| is 0.4, 5, 2, 3, so the second and fourth are kept, where
     # magnitude would keep the first and fourth.
     masks = granet_jax.get_masks(opt_state)
     np.testing.assert_array_equal(masks["w"], [[False, True, False, True]])

@@ -28,7 +28,7 @@ def python_blocks(page: Path) -> list[str]:
 
 def run(block: str, scope: dict[str, Any], name: str) -> dict[str, Any]:
     """Run a block in the namespace `scope`, and return the namespace."""
-    # Readers have jax's default settings, which are less strict than those of the tests.
+    # Readers have jax's defaults, which are less strict than the tests' settings.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         exec(compile(block, name, "exec"), scope)
     return scope
