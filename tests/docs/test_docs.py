@@ -9,9 +9,6 @@ import re
 from collections import Counter
 from typing import Any
 
-import jax
-import numpy as np
-import optax
 import pytest
 
 import granet_jax
@@ -49,110 +46,12 @@ def test_pages_with_code_are_found():
     assert {"docs/index.md", "docs/methods.md", "docs/migrating.md"} <= {*WITH_CODE}
 
 
-def active(tree: Any) -> int:
-    return sum(int(mask.sum()) for mask in jax.tree.leaves(tree))
-
-
-def assert_zero_outside(params: Any, masks: Any) -> None:
-    for p, m in zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True):
-        assert not np.any(np.asarray(p)[~np.asarray(m)])
-
-
-def test_quickstart_learns_and_reaches_its_sparsity_exactly():
+def test_quickstart_learns_and_shows_its_table():
     scope = run_page("docs/quickstart.md")
-    masks = granet_jax.get_masks(scope["opt_state"])
-    kernels = 64 * 128 + 128 * 128 + 128 * 10
-    assert active(masks) == (kernels + 5) // 10  # 90% sparsity, rounded to nearest
-    assert_zero_outside(scope["params"]["w"], masks["w"])
     # Ten classes: chance is 0.1, and a linear classifier reaches about 0.9.
     assert scope["accuracy"] > 0.93
-
-
-def test_sparse_view_of_quickstart_has_the_largest_weights():
-    scope = run_page("docs/quickstart.md")
-    (mask,) = jax.tree.leaves(granet_jax.get_masks(scope["dense_state"]))
-    weights, mask = np.asarray(scope["dense"]["w"]), np.asarray(mask)
-    assert mask.sum() == 32
-    np.testing.assert_array_equal(scope["exported"]["w"], np.where(mask, weights, 0))
-    assert np.abs(weights)[mask].min() >= np.abs(weights)[~mask].max()
-
-
-def test_quickstart_prints_the_table_that_it_shows():
-    table = str(run_page("docs/quickstart.md")["table"])
-    text = (ROOT / "docs/quickstart.md").read_text()
-    assert "".join(f"    {line}\n" for line in table.splitlines()) in text
-
-
-def test_initial_masks_have_the_sparsity_asked_for():
-    scope = run_page("docs/initial_masks.md")
-    state = scope["tx"].init(scope["params"])
-    report = granet_jax.sparsity(granet_jax.get_masks(state))
-    total = 64 * 128 + 128 * 10
-    assert (report.active, report.total) == ((total + 10) // 20, total)
-
-
-def test_tost_rescales_and_ends_at_relu():
-    scope = run_page("docs/tost.md")
-    assert all(float(scale) != 1 for scale in scope["rescaled"].scales["w"])
-    x = np.linspace(-3, 3, 13, dtype=np.float32)
-    np.testing.assert_array_equal(scope["soft"](x, 150), np.maximum(x, 0))
-    assert np.any(scope["soft"](x, 149) != np.maximum(x, 0))
-
-
-def test_cyclical_pruning_starts_dense():
-    params = {"w": np.ones((20, 10), np.float32)}
-    state = run_page("docs/methods.md")["cyclical_tx"].init(params)
-    assert active(granet_jax.get_masks(state)) == 200
-
-
-def test_structures_have_their_form():
-    scope = run_page("docs/structures.md")
-    params = {"w": np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)}
-    tx = granet_jax.transform(scope["srigl"], optax.sgd(0.1))
-    (mask,) = jax.tree.leaves(granet_jax.get_masks(tx.init(params)))
-    # A tenth of sixteen inputs, rounded.
-    assert np.asarray(mask).sum(0).tolist() == [2] * 8
-    (mask,) = jax.tree.leaves(granet_jax.init_masks(scope["blocks"], params))
-    assert np.asarray(mask).all()
-    for name in ("two_of_four", "sr_ste"):
-        assert scope[name].structure.name == granet_jax.structures.n_of_m(2, 4).name
-
-
-def test_a_pruned_network_recovers():
-    scope = run_page("docs/plasticity.md")
-    size = sum(mask.size for mask in jax.tree.leaves(scope["full"]))
-    masks, keep = scope["pruned"].masks, int(scope["keep"])
-    assert keep == (size + 5) // 10  # 90% sparsity, rounded to nearest
-    assert active(masks) == active(scope["tx"].init(scope["start"]).masks) == keep
-    for name in ("start", "sparse"):
-        assert_zero_outside(scope[name], masks)
-    recovery = scope["recovery"]
-    assert recovery.pruned < recovery.before
-    assert recovery.regained > 0
-    assert recovery.plasticity == recovery.after - recovery.before
-
-
-def test_a_step_compiles_from_shapes():
-    # A key and two masks a weight.
-    assert 0 < run_page("docs/sharding.md")["temporary"] < 9 * 4096**2
-
-
-def test_a_checkpoint_restores_every_bit():
-    scope = run_page("docs/checkpoints.md")
-    expected = jax.tree.leaves_with_path((scope["params"], scope["opt_state"]))
-    restored = jax.tree.leaves_with_path(scope["again"])
-    assert [path for path, _ in expected] == [path for path, _ in restored]
-    for (_, a), (_, b) in zip(expected, restored, strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-
-
-def test_sparse_formats_have_the_active_weights():
-    scope = run_page("docs/exporting.md")
-    kernel = np.asarray(scope["kernel"])
-    np.testing.assert_array_equal(scope["csr"].toarray(), kernel)
-    np.testing.assert_array_equal(scope["bcoo"].todense(), kernel)
-    assert scope["fast"]["hidden"]["kernel"].values.size == np.count_nonzero(kernel)
+    table = "".join(f"    {line}\n" for line in str(scope["table"]).splitlines())
+    assert table in (ROOT / "docs/quickstart.md").read_text()
 
 
 @pytest.fixture(scope="module")
