@@ -22,8 +22,9 @@ from matplotlib.figure import Figure
 import granet_jax
 from granet_jax import distributions
 from granet_jax.analysis import plots
-from granet_jax.methods import Method
+from granet_jax import Method
 from granet_jax.penalties import PenaltyInputs
+from granet_jax.phases import Exchange
 
 STEPS = 10_000
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
@@ -92,7 +93,7 @@ def constant() -> Figure:
         at = list(method.updates.steps())
         below.plot(
             at,
-            [method.fraction(t) for t in at],
+            [_fraction(method, t) for t in at],
             marker=marker,
             markersize=size,
             markerfacecolor="none" if marker == "o" else colour,
@@ -254,6 +255,12 @@ def _sparsities(axes: Axes, methods: Mapping[str, Method]) -> None:
             label=name,
         )
     axes.set(ylabel="sparsity s", ylim=(-0.03, 1))
+
+
+def _fraction(method: Method, step: int) -> float:
+    """Return the share of a layer's active weights that `method` exchanges."""
+    (exchange,) = [phase for phase in method.phases if isinstance(phase, Exchange)]
+    return exchange.fraction(step)
 
 
 def _coefficient(method: Method, step: int) -> float:

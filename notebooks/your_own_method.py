@@ -88,7 +88,8 @@ def initial(seed):
 # A score gets `ScoreInputs`, which describes one leaf at an update: its weights, dense
 # gradient and mask. It returns one number per weight, and the largest are kept. This
 # score is how much the loss would change, to first order, if the weight became zero.
-# Gradual magnitude pruning is one phase, `Prune()`; `by` replaces its score.
+# Gradual magnitude pruning is one phase, `Prune()`; `by` replaces its score. With
+# `needs_gradient`, a missing gradient is an error at once.
 
 
 # %%
@@ -97,7 +98,9 @@ def saliency(inputs: granet_jax.ScoreInputs):
 
 
 gmp = granet_jax.gmp(SPARSITY, end_step=STEPS // 2, interval=INTERVAL)
-by_saliency = dataclasses.replace(gmp, name="by saliency", phases=(Prune(by=saliency),))
+by_saliency = dataclasses.replace(
+    gmp, name="by saliency", phases=(Prune(by=saliency),), needs_gradient=True
+)
 
 # %% [markdown]
 # ## A schedule
