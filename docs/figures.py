@@ -20,9 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import granet_jax
-from granet_jax import distributions
+from granet_jax import Method, distributions
 from granet_jax.analysis import plots
-from granet_jax import Method
 from granet_jax.penalties import PenaltyInputs
 from granet_jax.phases import Exchange
 
