@@ -24,7 +24,8 @@ README, CONTRIBUTING, RESULTS = (
     "CONTRIBUTING.md",
     "experiments/results/README.md",
 )
-ALL = [*PAGES, README, CONTRIBUTING, "experiments/README.md", RESULTS]
+OTHERS = [README, CONTRIBUTING, "experiments/README.md", "experiments/clusters.md"]
+ALL = [*PAGES, *OTHERS, RESULTS]
 WITH_CODE = [page for page in [*PAGES, CONTRIBUTING] if python_blocks(ROOT / page)]
 FOREIGN = ("pip", "venv", "pytest", "sphinx")  # programs of others
 PUBLIC = [
