@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
@@ -54,6 +55,7 @@ def _loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
 def main() -> None:
     """Train the network and draw its masks."""
     dataset = data.load("fashion_mnist")
+    assert isinstance(dataset, data.Dataset)
     x = jnp.asarray(dataset.train.inputs, jnp.float32).reshape(-1, SIZES[0]) / 255
     y = jnp.asarray(dataset.train.labels)
 
@@ -92,11 +94,15 @@ def _draw(mean_image: np.ndarray, panels: dict[int, Any], steps: int) -> None:
     norm = PowerNorm(0.5, vmin=0, vmax=1)
     for panel, (step, (mask, report)) in zip(axes[1:], panels.items(), strict=True):
         share = np.asarray(mask).mean(1).reshape(28, 28)
-        image = panel.imshow(share, cmap="viridis", norm=norm)
+        panel.imshow(share, cmap="viridis", norm=norm)
         epoch, active = step / steps * EPOCHS, 1 - report.overall
         panel.set_title(f"epoch {epoch:.2g}\n{active:.0%} active", fontsize=11)
     bar = figure.colorbar(
-        image, ax=axes, label="units that\nread the pixel", aspect=9, pad=0.01
+        ScalarMappable(norm, "viridis"),
+        ax=axes,
+        label="units that\nread the pixel",
+        aspect=9,
+        pad=0.01,
     )
     bar.set_ticks([0, 0.05, 0.25, 0.5, 1], labels=["0", "5%", "25%", "50%", "100%"])
     for panel in axes:
