@@ -26,7 +26,7 @@ exclude_patterns = ["_build", "_generated"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
-# Docstrings write code in single backquotes.
+# Docstrings put code in single backquotes.
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -35,15 +35,15 @@ autodoc_typehints_format = "short"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
-# As prose: else what precedes a colon would be taken for a type.
+# Without this, napoleon takes the text before a colon for a type.
 napoleon_custom_sections = ["Returns"]
 
-# MathML: browsers draw it themselves, without a script from the network.
+# Browsers draw MathML themselves, without a script from the network.
 html_math_renderer = "mathml"
 
 
 def setup(app: Sphinx) -> None:
-    """Figures are drawn anew by every build, so that they cannot go stale."""
+    """Draw the figures at every build, so that they cannot become stale."""
     app.connect("builder-inited", lambda _: figures.draw_all(HERE / "_generated"))
     app.connect("autodoc-skip-member", _skip_member)
     app.add_html_math_renderer("mathml", (_visit_inline, None), (_visit_block, None))
@@ -52,7 +52,7 @@ def setup(app: Sphinx) -> None:
 def _skip_member(
     app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any
 ) -> bool | None:
-    """Fields of named tuples stand under their class's attributes already."""
+    """Skip fields of named tuples, which their class already lists as attributes."""
     is_field = (getattr(obj, "__doc__", None) or "").startswith("Alias for field")
     return True if is_field else None
 

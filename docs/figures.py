@@ -1,10 +1,9 @@
-"""Figures of the documentation, drawn from the methods themselves.
+"""Draw the figures of the documentation from the methods themselves.
 
     python docs/figures.py FOLDER
 
-The same records that `transform` takes are asked for their sparsity, their exchange and
-their penalty at every step, so a figure shows what the library does. The files are the
-same, byte for byte, from run to run.
+The figures evaluate the sparsity, exchange and penalty of the same records that
+`transform` takes, so they show what the library does. Every run writes the same bytes.
 """
 
 import sys
@@ -21,13 +20,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import granet_jax
-from granet_jax import distributions
+from granet_jax import Method, distributions
 from granet_jax.analysis import plots
-from granet_jax.methods import Method
 from granet_jax.penalties import PenaltyInputs
+from granet_jax.phases import Exchange
 
 STEPS = 10_000
-# Okabe and Ito's colours, told apart by colour-blind readers too, and by their lines.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 DASHED = (0, (5, 1))
 LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PINK, ":"), ("black", DASHED))
@@ -46,7 +45,7 @@ STYLE: dict[Any, Any] = {
 
 
 def gradual() -> Figure:
-    """Methods whose sparsity rises once."""
+    """Draw the methods whose sparsity rises once."""
     figure, (axes,) = _panels(1)
     _sparsities(
         axes,
@@ -66,7 +65,7 @@ def gradual() -> Figure:
 
 
 def constant() -> Figure:
-    """Methods of constant sparsity, and the share of weights that updates exchange."""
+    """Draw the methods of constant sparsity, and the share of weights they exchange."""
     figure, (above, below) = _panels(2)
     static = granet_jax.static(0.9)
     rigl = granet_jax.rigl(0.9, STEPS, interval=500)
@@ -86,14 +85,14 @@ def constant() -> Figure:
         "rigl(0.9, 10_000)": (rigl, ORANGE, "s", 4),
         "set_(0.9, 10_000)": (set_, PINK, "D", 4),
         "snfs(0.9, 10_000)": (snfs, GREEN, "^", 5),
-        # Nearly those of snfs: drawn open, around them.
+        # Large open markers, because snfs has nearly the same values.
         "granet(0.9, 10_000)": (granet, BLUE, "o", 9),
     }
     for name, (method, colour, marker, size) in exchanging.items():
         at = list(method.updates.steps())
         below.plot(
             at,
-            [method.fraction(t) for t in at],
+            [_fraction(method, t) for t in at],
             marker=marker,
             markersize=size,
             markerfacecolor="none" if marker == "o" else colour,
@@ -102,14 +101,14 @@ def constant() -> Figure:
             label=name,
             clip_on=False,
         )
-    below.set(ylabel="prune fraction r", ylim=(0, 0.75))
+    below.set(ylabel="exchanged fraction r", ylim=(0, 0.75))
     above.legend(loc="lower left")
     below.legend(loc="upper right", ncols=2)
     return figure
 
 
 def cycles() -> Figure:
-    """Methods whose sparsity falls, or whose training starts over."""
+    """Draw the methods whose sparsity falls, or whose moments are reset."""
     panels = {
         "cyclical(0.9, 10_000, cycles=4)": granet_jax.cyclical(0.9, STEPS),
         "acdc(0.9, range(1_000, 9_001, 1_000))": granet_jax.acdc(
@@ -122,16 +121,16 @@ def cycles() -> Figure:
         _sparsities(axes, {name: method})
         resets = method.resets.steps()
         values = [method.sparsity(t) for t in resets]
-        axes.plot(resets, values, "o", color=ORANGE, label="moments start anew")
+        axes.plot(resets, values, "o", color=ORANGE, label="moments are reset")
         axes.set_title(name, loc="left", fontsize=10)
-    # One for all panels, above the first.
+    # One legend for all panels, above the first.
     handles, _ = rows[-1].get_legend_handles_labels()
     rows[0].legend(handles=handles[-1:], loc="lower right", bbox_to_anchor=(1, 1))
     return figure
 
 
 def growing() -> Figure:
-    """Growing regularisation: the penalty first, then the pruning."""
+    """Draw growing regularisation: first the penalty, then the pruning."""
     options: dict[str, Any] = {"growth": 2e-3, "settle_steps": 2_000}
     methods = {
         "greg1": granet_jax.greg1(0.9, **options),
@@ -144,12 +143,12 @@ def growing() -> Figure:
         sizes = [_coefficient(method, int(t)) for t in at]
         below.plot(at, sizes, color=colour, linestyle=line, label=name)
     above.legend()
-    below.set(ylabel="L2 coefficient of\nthe weights that go")
+    below.set(ylabel="L2 coefficient of\nthe pruned weights")
     return figure
 
 
 def layers() -> Figure:
-    """Density of every layer of a small network, at 90% sparsity over all."""
+    """Draw the density of every layer of a small network at 90% overall sparsity."""
     shapes = {
         "3 x 3\n3→64": (3, 3, 3, 64),
         "3 x 3\n64→64": (3, 3, 64, 64),
@@ -162,7 +161,7 @@ def layers() -> Figure:
     place = np.arange(len(shapes))
     for i, name in enumerate(("uniform", "er", "erk")):
         densities = distributions.densities(list(shapes.values()), 0.9, name)
-        # Hatched, so that they can be told apart in grey.
+        # Hatches distinguish the bars in grey.
         axes.bar(
             place + (i - 1) * 0.27,
             densities,
@@ -180,7 +179,7 @@ def layers() -> Figure:
 
 
 def exploration() -> Figure:
-    """Which weights methods of constant sparsity have seen, in a small regression."""
+    """Draw how many weights the methods of constant sparsity have explored."""
     methods = {
         "SET": granet_jax.set_(0.9, 200, interval=10),
         "RigL": granet_jax.rigl(0.9, 200, interval=10),
@@ -201,7 +200,7 @@ FIGURES: Mapping[str, Callable[[], Figure]] = {
 
 
 def draw_all(folder: Path) -> None:
-    """Writes every figure to `folder` as NAME.svg."""
+    """Write every figure to `folder` as NAME.svg."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
         with matplotlib.rc_context(STYLE):
@@ -210,7 +209,7 @@ def draw_all(folder: Path) -> None:
 
 
 def _masks_of_training(method: Method) -> dict[int, Any]:
-    """Masks after every tenth of 200 steps, of a matrix that is fitted to another."""
+    """Fit one matrix to another, and return its masks after every tenth step."""
     keys = jax.random.split(jax.random.key(0), 3)
     goal, start, x = (jax.random.normal(key, (64, 64)) for key in keys)
     tx = granet_jax.transform(method, optax.sgd(0.05, momentum=0.9))
@@ -231,8 +230,8 @@ def _masks_of_training(method: Method) -> dict[int, Any]:
 
 
 def _panels(rows: int) -> tuple[Figure, list[Axes]]:
-    """A figure of `rows` panels one above the other, which share their steps."""
-    # Without pyplot: no window, no state between figures.
+    """Return a figure with `rows` panels above each other that share the x axis."""
+    # Without pyplot there is no window, and no state shared by figures.
     figure = Figure(figsize=(7.2, 3.2 if rows == 1 else 1.9 * rows + 0.6))
     figure.set_layout_engine("constrained")
     panels = figure.subplots(rows, sharex=True, squeeze=False)[:, 0]
@@ -242,7 +241,7 @@ def _panels(rows: int) -> tuple[Figure, list[Axes]]:
 
 
 def _sparsities(axes: Axes, methods: Mapping[str, Method]) -> None:
-    """Sparsity after every step: constant between the updates of the masks."""
+    """Plot the sparsity after every step; it is constant between mask updates."""
     for (name, method), (colour, line) in zip(methods.items(), LINES, strict=False):
         at = [0, *method.updates.steps()]
         values = [method.sparsity(t) for t in at]
@@ -257,8 +256,14 @@ def _sparsities(axes: Axes, methods: Mapping[str, Method]) -> None:
     axes.set(ylabel="sparsity s", ylim=(-0.03, 1))
 
 
+def _fraction(method: Method, step: int) -> float:
+    """Return the share of a layer's active weights that `method` exchanges."""
+    (exchange,) = [phase for phase in method.phases if isinstance(phase, Exchange)]
+    return exchange.fraction(step)
+
+
 def _coefficient(method: Method, step: int) -> float:
-    """L2 coefficient of a weight that is to go, in the step after `step` steps."""
+    """Return the L2 coefficient of a weight that will be pruned."""
     assert method.penalty is not None
     inputs = PenaltyInputs(
         param=jnp.ones(()),

@@ -3,23 +3,23 @@
 #
 # [![Open in Colab][badge]][colab]
 #
-# `granet_jax` sees a tree of arrays and an optax optimizer, and so it does not matter
-# who made the tree. The same optimizer trains a network of flax.nnx, one of equinox and
-# a small transformer of flax linen; then the transformer again on several devices, with
-# a checkpoint half way.
+# `granet_jax` sees a tree of arrays and an optax optimizer, so any library can make the
+# tree. Here the same optimizer trains a network in flax.nnx, one in equinox and a small
+# transformer in flax linen; then the transformer again on several devices, with a
+# checkpoint half way.
 #
 # [badge]: https://colab.research.google.com/assets/colab-badge.svg
-# [colab]: https://colab.research.google.com/github/OWNER/granet_jax/blob/main/notebooks/any_model.ipynb
+# [colab]: https://colab.research.google.com/github/granet-jax/granet_jax/blob/main/notebooks/any_model.ipynb
 
 # %%
 import os
 import sys
 
-if "google.colab" in sys.modules:  # A new machine: fetch and install the repository.
-    os.system("git clone -q https://github.com/OWNER/granet_jax")
+if "google.colab" in sys.modules:  # Fetch and install the repository.
+    os.system("git clone -q https://github.com/granet-jax/granet_jax")
     os.system("pip install -q './granet_jax[notebooks]'")
     os.chdir("granet_jax/notebooks")
-sys.path.insert(0, "..")  # To `experiments`, which is not installed.
+sys.path.insert(0, "..")  # `experiments` is not installed.
 
 import tempfile
 
@@ -39,8 +39,8 @@ from experiments import data
 from granet_jax import analysis
 from granet_jax.analysis import plots
 
-# Four devices out of one CPU, for the last part. This must come before anything is
-# computed: afterwards jax cannot change it any more.
+# The last part uses four virtual CPU devices. jax accepts this setting only before the
+# first computation.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 
@@ -51,8 +51,8 @@ STEPS = int(os.environ.get("NOTEBOOK_STEPS", "300"))
 # %% [markdown]
 # ## Data, loss and optimizer
 #
-# Handwritten digits of 8 x 8 pixels. The batches are drawn beforehand, for all networks
-# the same.
+# Handwritten digits of 8 x 8 pixels. All networks see the same batches, drawn in
+# advance.
 
 # %%
 digits = data.load("digits")
@@ -72,10 +72,11 @@ def cross_entropy(logits, y):
 
 
 def report(logits, masks):
-    found = granet_jax.sparsity(masks)
-    assert found.active == round(0.1 * found.total)
+    sparsity = granet_jax.sparsity(masks)
+    assert sparsity.active == round(0.1 * sparsity.total)
     accuracy = float((logits.argmax(1) == y_test).mean())
-    print(f"test accuracy {accuracy:.1%}, {found.active:,} of {found.total:,} weights")
+    weights = f"{sparsity.active:,} of {sparsity.total:,} weights"
+    print(f"test accuracy {accuracy:.1%}, {weights}")
 
 
 method = granet_jax.granet(sparsity=0.9, total_steps=STEPS, interval=STEPS // 30)
@@ -84,8 +85,8 @@ tx = granet_jax.transform(method, inner=optax.adam(3e-3))
 # %% [markdown]
 # ## flax.nnx
 #
-# `nnx.Optimizer` takes it as any other. Every floating parameter with two or more
-# dimensions carries a mask.
+# `nnx.Optimizer` takes `tx` like any other optimizer. Every floating parameter with two
+# or more dimensions carries a mask.
 
 
 # %%
@@ -113,19 +114,19 @@ for rows in batches:
 report(model(x_test), granet_jax.get_masks(optimizer.opt_state))
 
 # %% [markdown]
-# GraNet starts from a dense network. A method with a sparse start, such as RigL, has
-# masks from step 0 on; apply them before training with
+# GraNet starts dense. A method that starts sparse, such as RigL, has masks from step 0
+# on. Apply them before training with
 #
 #     params = nnx.as_pure(nnx.state(model, nnx.Param))
 #     masks = nnx.as_pure(granet_jax.get_masks(optimizer.opt_state))
 #     nnx.update(model, granet_jax.apply_masks(params, masks))
 #
-# If you forget, the first step does.
+# If you forget, the first step does it.
 #
 # ## equinox
 #
-# A module is a tree with functions and numbers among its leaves; the optimizer is given
-# its arrays.
+# Some leaves of an equinox module are functions and numbers. The optimizer gets its
+# arrays.
 
 # %%
 model = eqx.nn.MLP(64, 10, width_size=128, depth=1, key=jax.random.key(0))
@@ -147,8 +148,8 @@ report(jax.vmap(model)(x_test), granet_jax.get_masks(opt_state))
 # %% [markdown]
 # ## A transformer
 #
-# Each row of an image is a token. The position embedding is a matrix as well, and would
-# carry a mask; `where` leaves it out.
+# Each row of an image is a token. The position embedding is a matrix too and would
+# carry a mask, so `where` excludes it.
 
 
 # %%
@@ -198,18 +199,17 @@ one_device = masks
 # %% [markdown]
 # ## Several devices
 #
-# A mesh of two by two devices: a batch is split along `data`, every matrix along
-# `model`. The optimizer's state takes the layout of the parameters, masks included, and
-# the step is the one above, not a line changed. The updates of the masks count on each
-# device and exchange a few integers; no tensor is gathered.
+# The mesh has two by two devices: batches are split along `data`, and every matrix
+# along `model`. The optimizer's state, masks included, takes the layout of the
+# parameters, and the step is the same as above. A mask update counts on each device and
+# exchanges a few integers. It gathers no tensor.
 #
-# `out_shardings` has the results lie as what they replace. Without it XLA is free to
-# lay them out in another way (here it splits the biases), and the second step, which
-# is given them, compiles everything again: with any optimizer.
+# `out_shardings` keeps the layout of the results equal to that of the inputs. Without
+# it, XLA may choose another layout (here it splits the biases), and then the second
+# step compiles again. This is so with any optimizer.
 #
-# Wait for each step, with `block_until_ready`, when one CPU plays several devices.
-# Otherwise steps that talk to each other can queue up and wait for one another for
-# ever.
+# When one CPU simulates several devices, wait for each step with `block_until_ready`.
+# Otherwise steps that communicate can queue up and wait for each other forever.
 
 # %%
 mesh = jax.make_mesh(
@@ -218,7 +218,7 @@ mesh = jax.make_mesh(
 
 
 def layout(leaf):
-    """Split along the last axis if it is a matrix; if not, a copy on every device."""
+    """Split a matrix along its last axis, and replicate everything else."""
     spec = P(*[None] * (leaf.ndim - 1), "model") if leaf.ndim > 1 else P()
     return NamedSharding(mesh, spec)
 
@@ -243,10 +243,9 @@ for shard in mask.addressable_shards:
 # %% [markdown]
 # ## Checkpoint
 #
-# State and masks are plain arrays in a tree, so orbax saves them as they are, and
-# restores them to the layout that it is shown: here that of the mesh. Nothing else
-# needs to be kept: random masks and random growth depend on the seed and the step
-# alone.
+# State and masks are arrays in a tree, so orbax saves them directly, and restores them
+# to the layout that we name, here that of the mesh. Nothing else needs saving, because
+# random masks and random growth depend only on the seed and the step.
 
 # %%
 with (
@@ -281,13 +280,13 @@ print(f"the step was compiled {mesh_step._cache_size()} time(s)")
 assert mesh_step._cache_size() == 1
 
 # %% [markdown]
-# The same number of weights, to the weight. Which ones need not be quite the same as on
-# one device: a batch that is split is summed in another order, which changes the last
-# bits of gradients, and over a long training that adds up.
+# The number of weights is exactly the same. Their positions may differ from those on
+# one device: a split batch is summed in another order, which changes the last bits of
+# the gradients, and over a long training the differences add up.
 
 # %%
-alike = analysis.overlap(one_device, masks).total
-print(f"intersection over union {alike.iou:.3f}, by chance {alike.chance:.3f}")
+overlap = analysis.overlap(one_device, masks).total
+print(f"intersection over union {overlap.iou:.3f}, by chance {overlap.chance:.3f}")
 plots.densities(
     {
         "one device": granet_jax.sparsity(one_device),

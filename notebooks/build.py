@@ -1,10 +1,10 @@
-"""Runs the notebooks from fresh kernels and writes them with their outputs.
+"""Run the notebooks in new kernels and write them with their outputs.
 
     python -m notebooks.build                 # all of them
-    python -m notebooks.build quickstart      # those named
-    python -m notebooks.build --check         # to see that they run: writes nothing
+    python -m notebooks.build quickstart      # only this one
+    python -m notebooks.build --check         # run them, write nothing
 
-The source of a notebook is its script, NAME.py; NAME.ipynb is written anew.
+The source of a notebook is its script, NAME.py; the program overwrites NAME.ipynb.
 """
 
 import argparse
@@ -24,7 +24,9 @@ NAMES = (
     "your_own_method",
     "any_model",
 )
-"""In the order in which to read them."""
+"""The notebooks, in the order in which to read them."""
+REPOSITORY = "granet-jax/granet_jax"
+"""Where the notebooks' Colab badges and first cells look for the repository."""
 
 _METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -34,10 +36,10 @@ _WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def source(name: str) -> NotebookNode:
-    """The notebook that a script is, without outputs.
+    """Return the notebook of a script, without outputs.
 
-    Metadata and cell ids say nothing of where and when, so that a notebook that is
-    built again differs only where its cells do.
+    Metadata and cell ids do not depend on place and time, so that a rebuilt notebook
+    differs only where its cells do.
     """
     notebook = jupytext.read(FOLDER / f"{name}.py", fmt="py:percent")
     notebook.metadata = nbformat.from_dict(_METADATA)
@@ -48,17 +50,17 @@ def source(name: str) -> NotebookNode:
 
 
 def run(notebook: NotebookNode, *, timeout: int = 600) -> NotebookNode:
-    """Runs all cells in a new kernel, from the first to the last.
+    """Run all cells in a new kernel, in order.
 
     Args:
-      notebook: from `source`; its outputs are filled in.
-      timeout: seconds that a cell may take.
+      notebook: Notebook from `source`. Its outputs are filled in.
+      timeout: Seconds that one cell may take.
 
     Returns:
-      The same notebook. Widgets are not kept: without a kernel they show nothing.
+      The same notebook, without widgets, which show nothing without a kernel.
 
     Raises:
-      nbclient.exceptions.CellExecutionError: a cell raised an exception.
+      nbclient.exceptions.CellExecutionError: If a cell raises an exception.
     """
     nbclient.NotebookClient(
         notebook,
@@ -79,8 +81,8 @@ def run(notebook: NotebookNode, *, timeout: int = 600) -> NotebookNode:
 
 
 def main() -> None:
-    """Builds, or checks, the notebooks named on the command line."""
-    parser = argparse.ArgumentParser(description="Runs notebooks, keeps the outputs.")
+    """Build or check the notebooks named on the command line."""
+    parser = argparse.ArgumentParser(description="Build or check notebooks.")
     parser.add_argument("names", nargs="*", default=NAMES, help=", ".join(NAMES))
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()

@@ -3,22 +3,22 @@
 #
 # [![Open in Colab][badge]][colab]
 #
-# Masks are trees of boolean arrays, in the structure of the parameters. So whatever
-# works on arrays works on them. Here: how they move in training, what they keep of the
-# images, and how alike those of other methods and other seeds are.
+# Masks are trees of boolean arrays with the structure of the parameters, so everything
+# that works on arrays works on them. This notebook shows how masks move in training,
+# which pixels they keep, and how similar the masks of different methods and seeds are.
 #
 # [badge]: https://colab.research.google.com/assets/colab-badge.svg
-# [colab]: https://colab.research.google.com/github/OWNER/granet_jax/blob/main/notebooks/exploring_masks.ipynb
+# [colab]: https://colab.research.google.com/github/granet-jax/granet_jax/blob/main/notebooks/exploring_masks.ipynb
 
 # %%
 import os
 import sys
 
-if "google.colab" in sys.modules:  # A new machine: fetch and install the repository.
-    os.system("git clone -q https://github.com/OWNER/granet_jax")
+if "google.colab" in sys.modules:  # Fetch and install the repository.
+    os.system("git clone -q https://github.com/granet-jax/granet_jax")
     os.system("pip install -q './granet_jax[notebooks]'")
     os.chdir("granet_jax/notebooks")
-sys.path.insert(0, "..")  # To `experiments`, which is not installed.
+sys.path.insert(0, "..")  # `experiments` is not installed.
 
 import flax.linen as nn
 import ipywidgets
@@ -37,7 +37,7 @@ from granet_jax.analysis import plots
 # %matplotlib inline
 matplotlib.rcParams["figure.dpi"] = 80
 STEPS = int(os.environ.get("NOTEBOOK_STEPS", "400"))
-INTERVAL = STEPS // 20  # Steps from one update of the masks to the next.
+INTERVAL = STEPS // 20  # Steps between mask updates.
 
 # %% [markdown]
 # ## Data and network
@@ -149,16 +149,15 @@ for name, (method, seed) in runs.items():
     print(f"{name:15} test accuracy {accuracy(params):.1%}, {active:,} active weights")
 
 # %% [markdown]
-# (Single runs on 596 test images, of which one is 0.17%: they do not say which method
-# is best.)
+# (These are single runs on 596 test images, one of which is 0.17%. They do not show
+# which method is best.)
 #
-# ## What a mask keeps of the images
+# ## Which pixels a mask keeps
 #
-# The first kernel has a row for each pixel, so the number of active weights in a row
-# says how much the network looks at that pixel. Beside it, the mean of the training
-# images. GraNet finds out by itself which pixels matter: the columns at the far left
-# and right are nearly always white, and lose their weights. A random mask cannot know
-# that.
+# The first kernel has a row for each pixel, so the number of active weights in a row is
+# the number of units that read that pixel. GraNet learns which pixels matter: the
+# columns at the far left and right are nearly always white, and they lose their
+# weights. A random mask keeps them.
 
 # %%
 figure = Figure(figsize=(9, 2.9), layout="constrained")
@@ -176,12 +175,12 @@ for axes in panels:
 figure
 
 # %% [markdown]
-# `plots.inputs` draws the same of a single mask.
+# `plots.inputs` draws this for a single mask.
 #
 # ## How masks move
 #
-# Move the slider: GraNet's input layer over the training. (Where there is no kernel
-# that runs, as on a page that only shows the notebook, look at the figure below it.)
+# Move the slider to see GraNet's input layer over the training. The slider needs a
+# running kernel; the figure below it does not.
 
 # %%
 history = histories["GraNet"]
@@ -209,18 +208,19 @@ figure.colorbar(image, ax=panels, label="active weights\nof a pixel, of 300", as
 figure
 
 # %% [markdown]
-# Churn is what an update changed: of the weights active before, how many were dropped;
-# of those active after, how many are new. In the first half GraNet drops more than it
-# grows, because it prunes. Then it exchanges, less and less by its cosine schedule.
+# Churn is what one update changed: the share of the active weights that it dropped, and
+# the share of the new active weights that it grew. In the first half GraNet drops more
+# than it grows, because it prunes. Later it only exchanges, and less and less, by its
+# cosine schedule.
 
 # %%
-plots.churn(history, title="GraNet: what each update changed")
+plots.churn(history, title="GraNet: changes by each update")
 
 # %% [markdown]
 # The exploration rate is the share of all weights that were active at least once.
-# GraNet starts dense and so has seen them all; a static mask has seen its tenth. SET,
-# which grows at random, sees ever more; RigL, which grows where gradients are large,
-# soon finds few that are new.
+# GraNet starts dense, so its rate is 1. A static mask stays at its tenth. SET grows at
+# random and explores more and more. RigL grows where gradients are large, and soon
+# those weights are mostly ones that it had before.
 
 # %%
 explored = {name: histories[name] for name in ("GraNet", "RigL", "SET", "static")}
@@ -230,12 +230,12 @@ assert (seen["GraNet"], seen["static"]) == (1.0, 0.1)
 plots.exploration(explored)
 
 # %% [markdown]
-# ## How alike are two masks?
+# ## How similar are two masks?
 #
-# Intersection over union, IoU, is 1 for equal masks. Two random masks have something in
-# common as well: `overlap` says how much is to be expected by chance, given how many
-# active weights each layer has. The hidden units of networks from different seeds have
-# no common order, so that only the side of the pixels can agree.
+# Intersection over union, IoU, is 1 for equal masks. Two random masks overlap too:
+# `overlap` gives the IoU expected by chance for the number of active weights in each
+# layer. The hidden units of networks from different seeds have no common order, so
+# their masks can only agree about the pixels.
 
 # %%
 pairs = [
@@ -246,14 +246,14 @@ pairs = [
     ("RigL", "static"),
     ("SET", "static"),
 ]
-found = [
+overlaps = [
     analysis.overlap(histories[a][STEPS], histories[b][STEPS]).total for a, b in pairs
 ]
 figure = Figure(figsize=(8, 3.4), layout="constrained")
 axes = figure.subplots()
 at = np.arange(len(pairs))
-axes.barh(at, [o.iou for o in found], 0.6, color="#56B4E9", label="found")
-axes.plot([o.chance for o in found], at, "k|", ms=20, mew=2, label="by chance")
+axes.barh(at, [o.iou for o in overlaps], 0.6, color="#56B4E9", label="measured")
+axes.plot([o.chance for o in overlaps], at, "k|", ms=20, mew=2, label="by chance")
 axes.set_yticks(at, [f"{a} and {b}" for a, b in pairs])
 axes.invert_yaxis()
 axes.set(xlabel="intersection over union of the final masks", xlim=(0, 0.6))
@@ -263,9 +263,9 @@ axes.legend(loc="lower right", frameon=False)
 figure
 
 # %% [markdown]
-# RigL and SET began with the same random masks as `static`, of the same seed, and hold
-# on to many of these weights: a sparse start leaves its mark. This is the share of its
-# initial weights that each still has:
+# RigL and SET started from the same random masks as `static`, because the seed is the
+# same, and they keep many of those weights. This is the share of the initial weights
+# that each still has:
 
 # %%
 for name in ("RigL", "SET"):

@@ -3,22 +3,23 @@
 #
 # [![Open in Colab][badge]][colab]
 #
-# How well does a network recover from being pruned, and does it matter when? GraNet
-# rests on a study of this. Here it is in small: a dense network is pruned at six
-# moments of its training, trained on for a while, and compared with what it was.
+# How well does a network recover from pruning, and does it matter when it is pruned?
+# The GraNet paper studies this. Here is a small version of the study: prune a dense
+# network at six steps of its training, train it further, and compare it with the
+# network before.
 #
 # [badge]: https://colab.research.google.com/assets/colab-badge.svg
-# [colab]: https://colab.research.google.com/github/OWNER/granet_jax/blob/main/notebooks/pruning_plasticity.ipynb
+# [colab]: https://colab.research.google.com/github/granet-jax/granet_jax/blob/main/notebooks/pruning_plasticity.ipynb
 
 # %%
 import os
 import sys
 
-if "google.colab" in sys.modules:  # A new machine: fetch and install the repository.
-    os.system("git clone -q https://github.com/OWNER/granet_jax")
+if "google.colab" in sys.modules:  # Fetch and install the repository.
+    os.system("git clone -q https://github.com/granet-jax/granet_jax")
     os.system("pip install -q './granet_jax[notebooks]'")
     os.chdir("granet_jax/notebooks")
-sys.path.insert(0, "..")  # To `experiments`, which is not installed.
+sys.path.insert(0, "..")  # `experiments` is not installed.
 
 import flax.linen as nn
 import jax
@@ -35,10 +36,10 @@ from granet_jax import analysis
 # %matplotlib inline
 matplotlib.rcParams["figure.dpi"] = 80
 STEPS = int(os.environ.get("NOTEBOOK_STEPS", "600"))
-ON = STEPS // 10  # Steps of training after a pruning.
-MOMENTS = [STEPS * i // 6 for i in range(1, 7)]  # When the network is pruned.
-DROP = STEPS * 7 // 12  # When the learning rate drops.
-RATES = (0.5, 0.9, 0.98)  # Shares of the weights that are pruned.
+RECOVERY = STEPS // 10  # Steps of training after pruning.
+MOMENTS = [STEPS * i // 6 for i in range(1, 7)]  # Steps at which to prune.
+DROP = STEPS * 7 // 12  # Step at which the learning rate drops.
+RATES = (0.5, 0.9, 0.98)  # Shares of the weights to prune.
 SEEDS = 3
 
 # %% [markdown]
@@ -82,12 +83,12 @@ def accuracy(params):
 
 
 # %% [markdown]
-# ## One optimizer for all
+# ## One optimizer for the whole study
 #
-# `static(0.0)` prunes nothing: it trains densely, and a network whose masks are put in
-# place by hand it trains sparsely. So one compiled step serves the whole study. The
-# learning rate is part of the optimizer's state. It drops to a tenth once; a pruned
-# network is trained on at the rate that the moment of pruning had, as in the paper.
+# `static(0.0)` prunes nothing: it trains densely, and it trains sparsely once we put
+# masks into its state. So one compiled step serves the whole study. The learning rate
+# is part of the optimizer's state and drops to a tenth once. A pruned network trains
+# further at the learning rate of the step at which it was pruned, as in the paper.
 
 # %%
 inner = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, momentum=0.9)
@@ -103,13 +104,13 @@ def update(params, opt_state, key):
 
 
 def train_on(params, opt_state, seed):
-    for key in jax.random.split(jax.random.key(100 + seed), ON):
+    for key in jax.random.split(jax.random.key(100 + seed), RECOVERY):
         params, opt_state = update(params, opt_state, key)
     return params
 
 
 def train_dense(seed):
-    """The network and the optimizer's state at each of the moments."""
+    """Return the network and the optimizer's state at each of the moments."""
     params = network.init(jax.random.key(seed), x[:1])["params"]
     opt_state = tx.init(params)
     moments = {}
@@ -124,12 +125,13 @@ def train_dense(seed):
 
 
 # %% [markdown]
-# ## Prune, train on, compare
+# ## Prune, train further, compare
 #
-# `keep_counts` says how many weights stay, `prune` chooses them, and `apply_pruned`
-# makes zeros of the others and of their momentum. With `regrow`, the share of the
-# weights left with the smallest magnitude is dropped too, and as many are grown where
-# the gradient is largest: the regeneration of GraNet.
+# `keep_counts` computes how many weights to keep, `prune` chooses them, and
+# `apply_pruned` sets the other weights and their momentum to zero. `regrow` is the
+# share of the remaining weights to exchange: those with the smallest magnitude are
+# dropped, and as many grow where the gradient is largest. This is GraNet's
+# regeneration.
 
 
 # %%
@@ -145,7 +147,7 @@ def prune(params, opt_state, sparsity, regrow):
     return params, opt_state
 
 
-found = {}
+recoveries = {}
 for seed in range(SEEDS):
     for step, (params, opt_state) in train_dense(seed).items():
         before = float(accuracy(params))
@@ -153,24 +155,24 @@ for seed in range(SEEDS):
         for case in [*((rate, 0.0) for rate in RATES), (0.98, 0.1), (0.98, 0.5)]:
             start, state = prune(params, opt_state, *case)
             after = float(accuracy(train_on(start, state, seed)))
-            found[(*case, step, seed)] = analysis.Recovery(
+            recoveries[(*case, step, seed)] = analysis.Recovery(
                 before, float(accuracy(start)), after, unpruned
             )
 for step in MOMENTS:
-    recovery = found[0.98, 0.0, step, 0]
+    recovery = recoveries[0.98, 0.0, step, 0]
     print(
         f"step {step:3}: {recovery.before:6.1%}, pruned by 98% {recovery.pruned:6.1%}, "
-        f"trained on {recovery.after:6.1%}, not pruned {recovery.unpruned:6.1%}"
+        f"recovered {recovery.after:6.1%}, not pruned {recovery.unpruned:6.1%}"
     )
 
 
 # %% [markdown]
 # ## When pruning hurts
 #
-# Plasticity, as the paper has it, is the accuracy after training on, less the accuracy
-# before pruning. Early in training it also counts what the network would have learned
-# in that time anyway; `relative` compares with a network that was trained on without
-# being pruned. The dashed line is where the learning rate drops.
+# Plasticity, as in the paper, is the accuracy after further training minus the accuracy
+# before pruning. Early in training it includes what the network would have learned
+# anyway; `relative` compares with a network that trained further without pruning. The
+# learning rate drops at the dashed line.
 
 
 # %%
@@ -179,7 +181,7 @@ def draw(axes, cases, number):
     for (label, case), (colour, look) in zip(cases.items(), looks, strict=False):
         points = np.asarray(
             [
-                [100 * number(found[(*case, step, seed)]) for seed in range(SEEDS)]
+                [100 * number(recoveries[(*case, step, seed)]) for seed in range(SEEDS)]
                 for step in MOMENTS
             ]
         )
@@ -211,11 +213,11 @@ figure.legend(
 figure
 
 # %% [markdown]
-# Half of the weights can go at any time, and nothing is lost. Of 90% pruned the network
-# recovers all but a point or two. 98% is much, and it matters when: once the learning
-# rate has dropped, the steps are too small to mend what pruning broke. Training alone
-# does not do that: at one learning rate, the curves are flat or rise. So gradual
-# methods, GraNet among them, prune early, while the learning rate is large.
+# Pruning half of the weights costs nothing at any step. After pruning 90%, the network
+# recovers all but a point or two. At 98% the step matters: once the learning rate has
+# dropped, the steps are too small to repair the damage. Training alone does not have
+# this effect: at one learning rate, the curves are flat or rise. So gradual methods
+# such as GraNet prune early, while the learning rate is large.
 #
 # ## Regeneration
 
@@ -236,9 +238,9 @@ figure.legend(loc="outside right center", frameon=False)
 figure
 
 # %% [markdown]
-# Here regeneration gains nothing, and that of half of the weights costs much: they
-# start at zero, and a tenth of the training is short for them. The paper trains on for
-# longer, and GraNet regenerates all along the training. The study in full, with gradual
-# pruning, other criteria and more data, is `python -m experiments.plasticity`; its
-# [results](../experiments/results/README.md) say the same of short training after a
-# pruning.
+# Here regeneration gains nothing, and regenerating half of the weights costs much: they
+# start at zero, and a tenth of the training is too short for them. The paper trains
+# further for longer, and GraNet regenerates throughout the training. The full study,
+# with gradual pruning, other criteria and more data, is `python -m
+# experiments.plasticity`; its
+# [results](../experiments/results/README.md) agree about short training after pruning.

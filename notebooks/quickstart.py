@@ -3,22 +3,22 @@
 #
 # [![Open in Colab][badge]][colab]
 #
-# A small network learns to read handwritten digits, first with all of its weights, then
-# with GraNet, which prunes nine tenths of them while it trains. What changes in the
-# program is two lines.
+# A small network learns to read handwritten digits: first with all of its weights, then
+# with GraNet, which prunes nine tenths of them during training. Two lines of the
+# program change.
 #
 # [badge]: https://colab.research.google.com/assets/colab-badge.svg
-# [colab]: https://colab.research.google.com/github/OWNER/granet_jax/blob/main/notebooks/quickstart.ipynb
+# [colab]: https://colab.research.google.com/github/granet-jax/granet_jax/blob/main/notebooks/quickstart.ipynb
 
 # %%
 import os
 import sys
 
-if "google.colab" in sys.modules:  # A new machine: fetch and install the repository.
-    os.system("git clone -q https://github.com/OWNER/granet_jax")
+if "google.colab" in sys.modules:  # Fetch and install the repository.
+    os.system("git clone -q https://github.com/granet-jax/granet_jax")
     os.system("pip install -q './granet_jax[notebooks]'")
     os.chdir("granet_jax/notebooks")
-sys.path.insert(0, "..")  # To `experiments`, which is not installed.
+sys.path.insert(0, "..")  # `experiments` is not installed.
 
 import flax.linen as nn
 import jax
@@ -38,7 +38,7 @@ STEPS = int(os.environ.get("NOTEBOOK_STEPS", "1200"))
 # %% [markdown]
 # ## Data, network and loss
 #
-# 1,797 images of 8 x 8 pixels come with scikit-learn; a third of them is the test set.
+# scikit-learn has 1,797 images of 8 x 8 pixels. A third of them is the test set.
 
 # %%
 digits = data.load("digits")
@@ -77,10 +77,10 @@ def accuracy(params):
 
 
 # %% [markdown]
-# ## A loop as any other
+# ## An ordinary training loop
 #
-# Nothing in it knows of masks. (`look` is called after every step, for the plots
-# below.)
+# The loop does not mention masks. It calls `look` after every step, for the plots
+# below.
 
 
 # %%
@@ -112,12 +112,12 @@ print(f"dense: test accuracy {accuracy(dense_params):.1%}")
 # %% [markdown]
 # ## Sparse
 #
-# These are the two lines. `granet` says what to do: prune to 90% in the first half of
-# the training, and exchange some weights at every update of the masks, to the end.
-# `transform` makes an optimizer of it that steers yours.
+# These are the two lines. `granet` is the method: prune to 90% in the first half of the
+# training, and exchange some weights at every mask update until the end. `transform`
+# makes an optimizer that applies the method to yours.
 
 # %%
-INTERVAL = STEPS // 60  # Steps from one update of the masks to the next.
+INTERVAL = STEPS // 60  # Steps between mask updates.
 method = granet_jax.granet(sparsity=0.9, total_steps=STEPS, interval=INTERVAL)
 sparse_tx = granet_jax.transform(method, inner=dense_tx)
 
@@ -136,14 +136,13 @@ print(f"GraNet: test accuracy {accuracy(params):.1%}")
 print(f"dense:  test accuracy {accuracy(dense_params):.1%}")
 
 # %% [markdown]
-# One image of the test set is 0.17%, and each of these is a single run: read no more
-# from them than that a tenth of the weights is enough. Comparisons over several seeds,
-# on larger data, are among the results of the repository.
+# One test image is 0.17%, and each number is from a single run. They only show that a
+# tenth of the weights is enough. The results of the repository compare methods over
+# several seeds and on larger data.
 #
-# ## What is left
+# ## The sparse network
 #
-# The number of active weights is the one asked for, to the weight, and all others are
-# zero: not small, but 0.0.
+# Exactly the requested number of weights is active. All others are exactly 0.0.
 
 # %%
 report = granet_jax.sparsity(masks)
@@ -155,27 +154,27 @@ for layer in ("layer_1", "layer_2", "layer_3"):
     assert bool(jnp.all(kernel[~mask] == 0.0))
 
 # %% [markdown]
-# Weights compete across layers: the first keeps a larger share of its own. FLOPs are
-# those of one image, two for each multiply-add with an active weight. They say what
-# sparse kernels could save; JAX computes with dense arrays here, so that nothing runs
-# faster yet.
+# Weights compete across layers, so the layers end with different densities. FLOPs are
+# for one image, two for each multiply-add with an active weight. They are what sparse
+# kernels could reach. JAX computes with dense arrays here, so nothing runs faster yet.
 
 # %%
 flops = analysis.flops(logits, params, masks, x[:1])
 print(analysis.summary(params, masks, flops))
 
 # %% [markdown]
-# ## How it came about
+# ## Density over the training
 #
-# The density of all weights falls by the cubic schedule of the method until half of the
-# training; how it is split over the layers is found on the way. From then on each layer
-# keeps its number of weights, and exchanges some of them at every update.
+# The overall density falls by the cubic schedule of the method until half of the
+# training, and pruning by magnitude decides how the layers share it. After that, each
+# layer keeps its number of weights and exchanges some of them at every update.
 
 # %%
 plots.densities_over_time(history, title="GraNet: density over the training")
 
 # %% [markdown]
-# The split that GraNet found, beside the one that the rule ERK gives to a sparse start.
+# The density of each layer, by GraNet and by the rule ERK for methods that start
+# sparse.
 
 # %%
 erk = granet_jax.init_masks(granet_jax.static(0.9, distribution="erk"), params)
@@ -184,7 +183,9 @@ plots.densities({"GraNet": report, "ERK": granet_jax.sparsity(erk)})
 # %% [markdown]
 # ## Next
 #
-# - [`exploring_masks`](exploring_masks.ipynb): which weights stay, and how masks move.
-# - [`pruning_plasticity`](pruning_plasticity.ipynb): when pruning hurts, and when not.
-# - [`your_own_method`](your_own_method.ipynb): a score, a schedule, masks of your own.
+# - [`exploring_masks`](exploring_masks.ipynb): which weights remain, and how masks
+#   move.
+# - [`pruning_plasticity`](pruning_plasticity.ipynb): when pruning hurts.
+# - [`your_own_method`](your_own_method.ipynb): your own score, schedule, phase and
+#   masks.
 # - [`any_model`](any_model.ipynb): flax.nnx, equinox, a transformer, several devices.

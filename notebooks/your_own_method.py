@@ -3,22 +3,23 @@
 #
 # [![Open in Colab][badge]][colab]
 #
-# A method of `granet_jax` is a record of parts: scores, schedules, when to update. To
-# try an idea, take a record and replace a part. Here are a score, a schedule and a
-# source of initial masks, of a few lines each, and a training with each of them.
+# A method of `granet_jax` is a record: a sparsity schedule, the steps of its mask
+# updates, and phases that turn masks into new masks. To try an idea, replace one of
+# them. Here are a score, a schedule, a pair of phases and a source of initial masks, a
+# few lines each, and a training with each of them.
 #
 # [badge]: https://colab.research.google.com/assets/colab-badge.svg
-# [colab]: https://colab.research.google.com/github/OWNER/granet_jax/blob/main/notebooks/your_own_method.ipynb
+# [colab]: https://colab.research.google.com/github/granet-jax/granet_jax/blob/main/notebooks/your_own_method.ipynb
 
 # %%
 import os
 import sys
 
-if "google.colab" in sys.modules:  # A new machine: fetch and install the repository.
-    os.system("git clone -q https://github.com/OWNER/granet_jax")
+if "google.colab" in sys.modules:  # Fetch and install the repository.
+    os.system("git clone -q https://github.com/granet-jax/granet_jax")
     os.system("pip install -q './granet_jax[notebooks]'")
     os.chdir("granet_jax/notebooks")
-sys.path.insert(0, "..")  # To `experiments`, which is not installed.
+sys.path.insert(0, "..")  # `experiments` is not installed.
 
 import dataclasses
 
@@ -31,13 +32,14 @@ from matplotlib.figure import Figure
 
 import granet_jax
 from experiments import data
-from granet_jax import mask_sources, schedules
+from granet_jax import mask_sources, schedules, scores
 from granet_jax.analysis import plots
+from granet_jax.phases import Exchange, Prune
 
 # %matplotlib inline
 matplotlib.rcParams["figure.dpi"] = 80
 STEPS = int(os.environ.get("NOTEBOOK_STEPS", "400"))
-INTERVAL = STEPS // 20  # Steps from one update of the masks to the next.
+INTERVAL = STEPS // 20  # Steps between mask updates.
 SPARSITY = 0.95
 SEEDS = 3
 
@@ -83,10 +85,11 @@ def initial(seed):
 # %% [markdown]
 # ## A score
 #
-# `ScoreInputs` holds what is known of a leaf at an update: the weights, the dense
-# gradient, the mask. A score makes one number of each weight, and the largest stay.
-# This one is how much the loss would change, to first order, if the weight became zero.
-# It reads the gradient, and the record has to say so.
+# A score gets `ScoreInputs`, which describes one leaf at an update: its weights, dense
+# gradient and mask. It returns one number per weight, and the largest are kept. This
+# score is how much the loss would change, to first order, if the weight became zero.
+# Gradual magnitude pruning is one phase, `Prune()`; `by` replaces its score. With
+# `needs_gradient`, a missing gradient is an error at once.
 
 
 # %%
@@ -96,14 +99,15 @@ def saliency(inputs: granet_jax.ScoreInputs):
 
 gmp = granet_jax.gmp(SPARSITY, end_step=STEPS // 2, interval=INTERVAL)
 by_saliency = dataclasses.replace(
-    gmp, name="by saliency", prune=saliency, needs_gradient=True
+    gmp, name="by saliency", phases=(Prune(by=saliency),), needs_gradient=True
 )
 
 # %% [markdown]
 # ## A schedule
 #
-# A function of the step, evaluated before training. This one is a staircase: half of
-# what is left goes, four times, and the rest at the last stair.
+# A schedule is a function of the step, evaluated before training. This one is a
+# staircase: it halves the number of weights four times, and then goes to the final
+# sparsity.
 
 # %%
 stairs = [STEPS * i // 10 for i in range(1, 6)]
@@ -120,12 +124,30 @@ by_stairs = dataclasses.replace(
 plots.sparsities({"gmp": gmp, "in stairs": by_stairs}, STEPS)
 
 # %% [markdown]
+# ## Phases
+#
+# Phases run one after the other at every update. This method prunes like `gmp`, and
+# then replaces a tenth of the remaining weights in every layer by random inactive ones,
+# which is GraNet with random growth.
+
+# %%
+with_exchange = dataclasses.replace(
+    gmp,
+    name="with exchange",
+    phases=(Prune(), Exchange(schedules.constant(0.1), grow=scores.random)),
+)
+
+# %% [markdown]
+# A phase of your own is a small class with an `__call__` from masks to masks; the page
+# "Custom methods" of the documentation has one that keeps a state.
+#
 # ## A source of masks
 #
-# Any method can start from masks that you bring. `from_score` makes them of a score,
-# with exactly as many active weights as asked for. This one keeps the largest initial
-# weights, and in the first layer prefers those of pixels that vary much over the
-# training images. To compare: masks that are drawn, with as many weights in each layer.
+# Any method can start from masks that you bring. `from_score` makes masks from a score,
+# with exactly the requested number of active weights. This score keeps the largest
+# initial weights, and in the first layer prefers pixels that vary much over the
+# training images. The comparison is with random masks that have equally many weights in
+# each layer.
 
 
 # %%
@@ -139,7 +161,7 @@ def by_contrast(params, seed):
     return mask_sources.from_score(contrast, params, SPARSITY, scope="layer")
 
 
-def drawn(params, seed):
+def at_random(params, seed):
     key = jax.random.key(seed)
     return mask_sources.random(params, SPARSITY, key=key, distribution="uniform")
 
@@ -150,13 +172,13 @@ print(granet_jax.sparsity(by_contrast(initial(0), seed=0)).leaves)
 # %% [markdown]
 # ## Train and compare
 #
-# The loop is the same for all. `set_masks` puts masks into the optimizer's state. (For
-# a single run, `transform(..., masks=masks)` does it at once.)
+# All methods use the same loop. `set_masks` puts masks into the optimizer's state. (For
+# a single run, pass them as `transform(..., masks=masks)`.)
 
 
 # %%
 def train(method, masks_of=None):
-    """The test accuracy of every seed."""
+    """Return the test accuracy of every seed."""
     tx = granet_jax.transform(method, optax.adam(2e-3))
 
     @jax.jit
@@ -181,27 +203,28 @@ def train(method, masks_of=None):
     return accuracies
 
 
-found = {
+results = {
     "gmp": train(gmp),
     "gmp, by saliency": train(by_saliency),
     "gmp, in stairs": train(by_stairs),
-    "static, drawn": train(static, drawn),
+    "gmp, with exchange": train(with_exchange),
+    "static, random": train(static, at_random),
     "static, by contrast": train(static, by_contrast),
 }
-for name, accuracies in found.items():
+for name, accuracies in results.items():
     print(f"{name:20}", *(f"{accuracy:.1%}" for accuracy in accuracies))
 
 # %%
 figure = Figure(figsize=(7, 2.8), layout="constrained")
 axes = figure.subplots()
-for row, accuracies in enumerate(found.values()):
-    # One below the other, so that equal ones are seen.
+for row, accuracies in enumerate(results.values()):
+    # Offsets keep equal accuracies visible.
     rows = jnp.linspace(row - 0.15, row + 0.15, SEEDS)
     axes.plot([100 * a for a in accuracies], rows, "o", color="#0072B2")
     mean = 100 * sum(accuracies) / SEEDS
     axes.plot(mean, row, "|", color="#D55E00", markersize=20, markeredgewidth=2)
-axes.set_yticks(range(len(found)), list(found))
-axes.set_ylim(len(found) - 0.5, -0.5)
+axes.set_yticks(range(len(results)), list(results))
+axes.set_ylim(len(results) - 0.5, -0.5)
 axes.set(
     title=f"{SPARSITY:.0%} sparse: {SEEDS} seeds (dots) and their mean (bar)",
     xlabel="test accuracy / %",
@@ -210,7 +233,6 @@ axes.grid(alpha=0.3)
 figure
 
 # %% [markdown]
-# One test image is 0.17%, and these are three seeds of a small network: differences of
-# a few images mean nothing. For a comparison that does, with more data, seeds and
-# sparsities, see `python -m experiments.sweep` in
-# [`experiments/`](../experiments/README.md#sweeps).
+# One test image is 0.17%, and these are three seeds of a small network, so differences
+# of a few images mean nothing. `python -m experiments.sweep` compares methods over more
+# data, seeds and sparsities; see [`experiments/`](../experiments/README.md#sweeps).
