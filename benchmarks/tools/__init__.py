@@ -1,1 +1,1 @@
-"""Shared by the benchmarks: parameter trees, timing, command line, compiled programs."""
+"""Code that the benchmarks share."""
