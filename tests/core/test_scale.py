@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import granet_jax
@@ -126,7 +127,8 @@ def test_published_networks(tree: str, axes: str) -> None:
 def test_a_step_compiles_once() -> None:
     """Steps with and without a mask update run one program."""
     params = {"kernel": jnp.arange(12.0).reshape(3, 4)}
-    tx = granet_jax.transform(granet_jax.granet(0.5, 6, interval=2))
+    method = granet_jax.granet(0.5, 6, interval=2)
+    tx = granet_jax.transform(method, optax.sgd(0.1))
     step = jax.jit(tx.update)
     state = tx.init(params)
     active = set()
