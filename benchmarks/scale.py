@@ -180,49 +180,52 @@ def run_case(case: Case, timeout: float) -> dict[str, Any]:
 
 
 def report(cases: Sequence[dict[str, Any]]) -> str:
-    """Formats the table of all cases, with the memory of one device."""
-    header = [
-        "tree",
-        "masked leaves",
-        "method",
-        "devices",
-        "axes",
-        "collectives",
-        "largest, bytes",
-        "arguments MiB",
-        "aliased MiB",
-        "temporary MiB",
-        "bytes a weight",
-        "trace and lower s",
-        "compile s",
-        "processor s",
-    ]
-    rows = []
+    """Formats a table for each of communication, memory and compilation."""
+    communication, memory, compilation, errors = [], [], [], []
     for case in cases:
-        devices = case.get("mesh", [case["devices"]])
-        cells = [case["tree"], str(case.get("masked_leaves", "")), case["method"]]
-        cells += ["x".join(map(str, devices)), case["axes"]]
+        label = [case["tree"], case["method"]]
+        devices = "x".join(map(str, case.get("mesh", [case["devices"]])))
+        label += [devices, case["axes"] if case["devices"] > 1 else ""]
         if "error" in case:
-            cells.append(case["error"])
-            rows.append([*cells, *[""] * (len(header) - len(cells))])
+            errors.append([*label, case["error"]])
             continue
-        kinds = ", ".join(f"{n} {kind}" for kind, n in case["collectives"].items())
+        if case["devices"] > 1:
+            kinds = ", ".join(f"{n} {kind}" for kind, n in case["collectives"].items())
+            largest = case["largest_collective_bytes"]
+            cells = [str(case["masked_leaves"]), kinds or "none", f"{largest:,}"]
+            communication.append([*label, *cells, f"{case['bytes_every_step']:,}"])
+        parts = [case[f"{kind}_bytes"] for kind in ("argument", "alias", "temporary")]
+        cells = [f"{part / 2**20:,.1f}" for part in parts]
+        memory.append([*label, *cells, f"{_temporary_a_weight(case):.1f}"])
         seconds = case["seconds"]
-        rows.append(
-            [
-                *cells,
-                kinds or "none",
-                f"{case['largest_collective_bytes']:,}",
-                f"{case['argument_bytes'] / 2**20:,.1f}",
-                f"{case['alias_bytes'] / 2**20:,.1f}",
-                f"{case['temporary_bytes'] / 2**20:,.1f}",
-                f"{_temporary_a_weight(case):.1f}",
-                f"{seconds['trace'] + seconds['lower']:.1f}",
-                f"{seconds['compile']:.1f}",
-                f"{sum(seconds[f'{part}_cpu'] for part in PARTS):.1f}",
-            ]
-        )
-    return results.table(header, rows)
+        times = [
+            seconds["trace"] + seconds["lower"],
+            seconds["compile"],
+            sum(seconds[f"{part}_cpu"] for part in PARTS),
+        ]
+        cells = [str(case["masked_leaves"]), *(f"{time:.1f}" for time in times)]
+        compilation.append([*label, *cells])
+    label = ["tree", "method", "devices", "axes"]
+    tables = {
+        "Communication": (
+            ["masked leaves", "collectives", "largest, bytes", "every step, bytes"],
+            communication,
+        ),
+        "Memory": (
+            ["arguments MiB", "aliased MiB", "temporary MiB", "temporary, B a weight"],
+            memory,
+        ),
+        "Compilation": (
+            ["masked leaves", "trace and lower s", "compile s", "processor s"],
+            compilation,
+        ),
+        "Failures": (["error"], errors),
+    }
+    return "\n\n".join(
+        f"## {title}\n\n{results.table([*label, *header], rows)}"
+        for title, (header, rows) in tables.items()
+        if rows
+    )
 
 
 def _temporary_a_weight(case: dict[str, Any]) -> float:
@@ -261,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--trees", nargs="+", default=USUAL_TREES, choices=parameter_trees.NAMES
     )
     parser.add_argument("--methods", nargs="+", default=["granet"], choices=METHODS)
-    parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--devices", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--axes", nargs="+", default=[*AXES], choices=AXES)
     parser.add_argument("--timeout", type=float, default=1800, help="seconds a case")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
