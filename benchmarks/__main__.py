@@ -141,7 +141,7 @@ GOALS = (
             f"{tree}, {axes}, bytes a leaf and collective",
             limit,
         )
-        for tree, limit in (("resnet50", 32), ("7b-stacked", 64))
+        for tree, limit in (("resnet50", 64), ("7b-stacked", 128))
         for axes in ("explicit", "auto")
     ),
 )

@@ -16,8 +16,8 @@ import granet_jax
 from benchmarks import scale
 from benchmarks.tools import compiled_programs, parameter_trees
 
-# A collective carries counts: a few integers of four bytes per leaf.
-COUNT_BYTES = 32
+# A collective carries counts: at most 16 integers of four bytes per leaf.
+COUNT_BYTES = 16 * 4
 # Temporary arrays whose size does not depend on the size of the leaves.
 SMALL = 32 * 2**10
 MESHES = [("explicit", (4, 2)), ("auto", (4, 2))]
