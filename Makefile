@@ -1,11 +1,12 @@
-# The commands of a contributor. Activate a virtual environment first, or name another
-# interpreter: make test PYTHON=.venv/bin/python
-PYTHON ?= python
+# The commands of a contributor. They use the virtual environment that `make install`
+# creates, or another interpreter: make test PYTHON=python
+PYTHON ?= .venv/bin/python
 
 .PHONY: install lint types test docs
 
 install:
-	$(PYTHON) -m pip install --editable '.[dev,docs]'
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --editable '.[dev,docs]'
 
 lint:
 	$(PYTHON) -m ruff check .
