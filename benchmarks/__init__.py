@@ -1,1 +1,1 @@
-"""Speed and memory of granet_jax, side by side with the alternatives in one run."""
+"""Speed and memory of granet_jax, measured next to the alternatives in one run."""

@@ -1,34 +1,30 @@
-"""What a step with its mask update costs on many devices, read off compiled programs.
+"""What an optimizer step with its mask update costs on many devices.
 
     python -m benchmarks.scale                       # the usual cases
     python -m benchmarks.scale --trees 70b-layers --methods granet rigl --devices 8
 
-For each case (tree of parameters, method, number of virtual CPU devices, kind of mesh
-axes) the whole optimizer step, sgd with momentum inside, is compiled ahead of time from
-shapes and shardings alone: nothing is allocated and nothing runs. Parameters,
-gradients, moments and masks are float32 or bool, sharded over a mesh (fsdp x tensor),
-which is set (`jax.set_mesh`). Each case has a process of its own, in which the number
-of devices can be set.
+A case is a tree of parameters, a method, a number of virtual CPU devices, and a kind of
+mesh axes. For each case the whole optimizer step, SGD with momentum inside, is compiled
+from shapes and shardings alone: nothing is allocated and nothing runs. Parameters,
+gradients and moments are float32, masks are booleans, and all are sharded over a mesh
+(fsdp x tensor), which is set by `jax.set_mesh`. Each case has a process of its own, in
+which the number of devices can be set.
 
-Read off the compiled text and its analysis, per device:
+From the compiled program the benchmark reads, per device:
 
-- every collective: its kind, how many there are, and bytes. Those in a loop are of the
-  mask update, and run at most `passes` times: the bound of the loops of the selection,
-  see `search_passes`, times the phases of the update (GraNet: prune, drop, grow; RigL:
-  drop, grow). Bytes are those of the array that a collective yields on a device; for
-  an all-reduce, a ring sends up to twice as many.
-- memory: arguments, what of them the results take over (aliases), and temporaries.
-- seconds to trace, to lower and to compile, by the clock and of the processor.
+- the collectives, and the bytes of the arrays that they yield. (The ring of an
+  all-reduce sends up to twice as many.) Those in loops belong to the mask update, and
+  run once in each pass over the scores;
+- the memory of arguments, of results that take their place, and of temporary arrays;
+- seconds to trace, lower and compile, by the clock and of the processor.
 
-With `--quick` one small case is compiled.
+With `--quick` it compiles one small case, and asserts that a step between updates sends
+nothing.
 """
 
 import argparse
-import itertools
 import json
-import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -36,43 +32,30 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
 import granet_jax
-from benchmarks import commands, programs, timing, trees
+from benchmarks.tools import command_line, compiled_programs, parameter_trees, results
 
 PyTree = Any
 METHODS = {
     "granet": granet_jax.granet(0.9, 100_000, initial_sparsity=0.5, interval=1000),
     "rigl": granet_jax.rigl(0.9, 100_000, interval=1000),
 }
-PHASES = {"granet": 3, "rigl": 2}
-# Without the transformers whose layers are leaves of their own, but for the smallest.
-USUAL = (
+USUAL_TREES = (
     "resnet50",
-    *trees.MANY,
+    *parameter_trees.MANY,
     "100m-layers",
-    *(f"{n}-stacked" for n in trees.TRANSFORMERS),
+    *(f"{name}-stacked" for name in parameter_trees.TRANSFORMERS),
 )
 AXES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-    "reduce-scatter",
-    "send",
-    "recv",
-)
+PARTS = ("trace", "lower", "compile")
 
 
 class Case(NamedTuple):
-    """What is compiled: names of a tree, a method, and a kind of mesh axes."""
+    """What is compiled: a tree, a method, a number of devices, a kind of mesh axes."""
 
     tree: str
     method: str
@@ -83,34 +66,26 @@ class Case(NamedTuple):
         return f"{self.tree}, {self.method}, {self.devices} devices, {self.axes}"
 
 
-class Collective(NamedTuple):
-    """One collective of a program: bytes of what it yields on a device."""
-
-    kind: str
-    bytes: int
-    looped: bool
-
-
 def compile_step(
     shapes: PyTree, method: granet_jax.Method, mesh: Mesh, *, donate: bool = True
 ) -> tuple[jax.stages.Compiled, dict[str, float]]:
-    """The step of `method` with sgd and momentum, compiled from shapes alone.
+    """Compiles the step of `method` with SGD and momentum from shapes alone.
 
     Args:
-      shapes: tree of shapes of the parameters.
-      method: a record of a method.
-      mesh: with axes "fsdp" and "tensor".
-      donate: whether parameters and optimizer state are donated.
+      shapes: Tree of shapes of the parameters.
+      method: Record of the method.
+      mesh: Mesh with the axes "fsdp" and "tensor".
+      donate: Whether parameters and optimizer state are donated.
 
     Returns:
       The compiled step (params, state, grads) -> (params, state), and the seconds of
-      each part of compilation: by the clock and of the processor.
+      each part of the compilation, by the clock and of the processor.
     """
-    params = trees.place(shapes, mesh)
+    params = parameter_trees.place(shapes, mesh)
     tx = granet_jax.transform(
-        method, optax.sgd(0.1, momentum=0.9), where=trees.carries_mask
+        method, optax.sgd(0.1, momentum=0.9), where=parameter_trees.carries_mask
     )
-    state = trees.place_like(jax.eval_shape(tx.init, params), params)
+    state = parameter_trees.place_like(jax.eval_shape(tx.init, params), params)
 
     def step(params: PyTree, state: PyTree, grads: PyTree) -> tuple[PyTree, PyTree]:
         updates, state = tx.update(grads, state, params)
@@ -132,7 +107,7 @@ def compile_step(
 
 
 def make_mesh(devices: int, axes: str) -> Mesh:
-    """A mesh (fsdp, tensor) of this many devices: (1, 1), (2, 1), (2, 2), (4, 2) ..."""
+    """Makes a mesh (fsdp, tensor): (1, 1), (2, 1), (2, 2), (4, 2), ..."""
     tensor = 2 if devices >= 4 else 1
     return jax.make_mesh(
         (devices // tensor, tensor),
@@ -142,94 +117,44 @@ def make_mesh(devices: int, axes: str) -> Mesh:
     )
 
 
-def search_passes(largest_leaf: int, *, bits: int = 32) -> int:
-    """Most passes of one selection, see `granet_jax.search.search`.
-
-    Those of stages of eight bits of keys of `bits` bits, in which a pass leaves the
-    largest of four parts of the range. (The first pass counts the candidates, and
-    leaves half.) Two more in stages of fewer keys a code than have 16 bits in common,
-    where the first passes compare with what is to be expected, which may leave nearly
-    all. One more where a key is among the largest (of floats over 1e38), which the
-    first stage leaves with twice as many others. And those of stages of positions,
-    among ties in a leaf.
-    """
-
-    def search(width: int) -> int:
-        passes = 0
-        while width > 1:
-            parts = [0, *(width * m // 4 for m in (1, 2, 3)), width]
-            width = max(b - a for a, b in itertools.pairwise(parts))
-            passes += 1
-        return passes
-
-    shifts = range(bits - 16, -1, -8)
-    stages = sum(search(2**8) + 2 * (shift < bits - 16) for shift in shifts)
-    return 1 + search(2**7) + stages + 1 + search(largest_leaf)
-
-
-def collectives(program: str) -> list[Collective]:
-    """All communication between devices in a compiled program's text."""
-    kinds = "|".join(COLLECTIVES)
-    found = []
-    for looped, line in programs.in_loops(program):
-        line = line.replace("/*index=", "/*")
-        if match := re.search(rf"= ([^=]*?) ({kinds})(?:-start)?\(", line):
-            found.append(Collective(match[2], programs.type_bytes(match[1]), looped))
-    return found
-
-
 def measure(case: Case) -> dict[str, Any]:
-    """Compiles a case, and what is read off it; see the module's text."""
-    shapes = trees.shapes(case.tree)
-    leaves = jax.tree.leaves_with_path(shapes, is_leaf=trees.is_shape)
-    # More weights to be ranked together than 32 bits count.
-    jax.config.update("jax_enable_x64", trees.size(shapes) >= 2**32)
+    """Compiles a case in this process, and reads its costs; see the module's text."""
+    shapes = parameter_trees.shapes(case.tree)
+    # Counting 2**32 weights or more together takes 64 bits.
+    jax.config.update("jax_enable_x64", parameter_trees.size(shapes) >= 2**32)
     mesh = make_mesh(case.devices, case.axes)
     with jax.set_mesh(mesh):
         compiled, seconds = compile_step(shapes, METHODS[case.method], mesh)
-    masked = [
-        math.prod(shape)
-        for path, shape in leaves
-        if trees.carries_mask(
-            jax.tree_util.keystr(path, simple=True, separator="/"),
-            jax.ShapeDtypeStruct(shape, jnp.float32),
-        )
-    ]
-    text = compiled.as_text()
-    memory = compiled.memory_analysis()
-    assert text is not None
-    assert memory is not None
-    passes = PHASES[case.method] * search_passes(max(masked))
-    found = collectives(text)
-    kinds: dict[str, int] = {}
-    for c in found:
-        kinds[c.kind] = kinds.get(c.kind, 0) + 1
+    masked = parameter_trees.masked_sizes(shapes)
+    text = compiled_programs.compiled_text(compiled)
+    memory = compiled_programs.memory(compiled)
+    collectives = compiled_programs.collectives(text)
     return {
         **case._asdict(),
         "mesh": list(mesh.devices.shape),
-        "parameters": trees.size(shapes),
-        "leaves": len(leaves),
+        "parameters": parameter_trees.size(shapes),
         "masked_leaves": len(masked),
         "masked_weights": sum(masked),
-        "collectives": kinds,
-        "largest_collective_bytes": max((c.bytes for c in found), default=0),
-        "bytes_per_pass": sum(c.bytes for c in found if c.looped),
-        "bytes_every_step": sum(c.bytes for c in found if not c.looped),
-        "passes": passes,
-        "bytes_per_update": passes * sum(c.bytes for c in found if c.looped),
+        "collectives": {
+            kind: sum(c.kind == kind for c in collectives)
+            for kind in sorted({c.kind for c in collectives})
+        },
+        "largest_collective_bytes": max((c.bytes for c in collectives), default=0),
+        "bytes_in_loops": sum(c.bytes for c in collectives if c.looped),
+        "bytes_every_step": sum(c.bytes for c in collectives if not c.looped),
         "argument_bytes": memory.argument_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "copied_every_step_bytes": sum(
-            c.bytes for c in programs.copies(text) if not c.looped
+            c.bytes for c in compiled_programs.copies(text) if not c.looped
         ),
         "seconds": seconds,
     }
 
 
 def run_case(case: Case, timeout: float) -> dict[str, Any]:
-    """`measure` in a process with the devices of the case."""
+    """Runs `measure` in a process with as many devices as the case has."""
     flags = os.environ.get("XLA_FLAGS", "")
     count = f"--xla_force_host_platform_device_count={case.devices}"
     environment = {
@@ -239,7 +164,7 @@ def run_case(case: Case, timeout: float) -> dict[str, Any]:
     }
     command = [sys.executable, "-m", "benchmarks.scale", "--case", *map(str, case)]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             env=environment,
             capture_output=True,
@@ -249,86 +174,97 @@ def run_case(case: Case, timeout: float) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         return {**case._asdict(), "error": f"not compiled within {timeout:.0f} s"}
-    if done.returncode:
-        return {**case._asdict(), "error": done.stderr.strip().splitlines()[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    if process.returncode:
+        return {**case._asdict(), "error": process.stderr.strip().splitlines()[-1]}
+    return json.loads(process.stdout.splitlines()[-1])
 
 
-def report(results: Sequence[dict[str, Any]]) -> str:
-    """The table of all cases; devices as fsdp x tensor, memory of one device."""
-    header = [
-        "tree",
-        "masked leaves",
-        "method",
-        "devices",
-        "axes",
-        "collectives",
-        "bytes a pass",
-        "passes, at most",
-        "KiB an update, at most",
-        "arguments MiB",
-        "aliased MiB",
-        "temporary MiB",
-        "trace and lower s",
-        "compile s",
-        "processor s",
-    ]
-    rows = []
-    for r in results:
-        start = [r["tree"], str(r.get("masked_leaves", "")), r["method"]]
-        start += ["x".join(map(str, r["mesh"])) if "mesh" in r else str(r["devices"])]
-        start += [r["axes"]]
-        if "error" in r:
-            rows.append([*start, r["error"], *[""] * (len(header) - len(start) - 1)])
+def report(cases: Sequence[dict[str, Any]]) -> str:
+    """Formats a table for each of communication, memory and compilation."""
+    communication, memory, compilation, errors = [], [], [], []
+    for case in cases:
+        label = [case["tree"], case["method"]]
+        devices = "x".join(map(str, case.get("mesh", [case["devices"]])))
+        label += [devices, case["axes"] if case["devices"] > 1 else ""]
+        if "error" in case:
+            errors.append([*label, case["error"]])
             continue
-        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(r["collectives"].items()))
-        s = r["seconds"]
-        processor = sum(s[f"{part}_cpu"] for part in ("trace", "lower", "compile"))
-        rows.append(
-            [
-                *start,
-                kinds or "none",
-                f"{r['bytes_per_pass']:,}",
-                str(r["passes"]),
-                f"{r['bytes_per_update'] / 2**10:,.1f}",
-                f"{r['argument_bytes'] / 2**20:,.1f}",
-                f"{r['alias_bytes'] / 2**20:,.1f}",
-                f"{r['temporary_bytes'] / 2**20:,.1f}",
-                f"{s['trace'] + s['lower']:.1f}",
-                f"{s['compile']:.1f}",
-                f"{processor:.1f}",
-            ]
-        )
-    return timing.table(header, rows)
+        if case["devices"] > 1:
+            kinds = ", ".join(f"{n} {kind}" for kind, n in case["collectives"].items())
+            largest = case["largest_collective_bytes"]
+            cells = [str(case["masked_leaves"]), kinds or "none", f"{largest:,}"]
+            communication.append([*label, *cells, f"{case['bytes_every_step']:,}"])
+        parts = [case[f"{kind}_bytes"] for kind in ("argument", "alias", "temporary")]
+        cells = [f"{part / 2**20:,.1f}" for part in parts]
+        memory.append([*label, *cells, f"{_temporary_a_weight(case):.1f}"])
+        seconds = case["seconds"]
+        times = [
+            seconds["trace"] + seconds["lower"],
+            seconds["compile"],
+            sum(seconds[f"{part}_cpu"] for part in PARTS),
+        ]
+        cells = [str(case["masked_leaves"]), *(f"{time:.1f}" for time in times)]
+        compilation.append([*label, *cells])
+    label = ["tree", "method", "devices", "axes"]
+    tables = {
+        "Communication": (
+            ["masked leaves", "collectives", "largest, bytes", "every step, bytes"],
+            communication,
+        ),
+        "Memory": (
+            ["arguments MiB", "aliased MiB", "temporary MiB", "temporary, B a weight"],
+            memory,
+        ),
+        "Compilation": (
+            ["masked leaves", "trace and lower s", "compile s", "processor s"],
+            compilation,
+        ),
+        "Failures": (["error"], errors),
+    }
+    return "\n\n".join(
+        f"## {title}\n\n{results.table([*label, *header], rows)}"
+        for title, (header, rows) in tables.items()
+        if rows
+    )
 
 
-def most_sent(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """KiB of an update by tree and axes, at most: of all methods and meshes."""
+def _temporary_a_weight(case: dict[str, Any]) -> float:
+    """Temporary bytes of a device, for each masked weight that it holds."""
+    return case["temporary_bytes"] * case["devices"] / case["masked_weights"]
+
+
+def figures(cases: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Takes the largest costs of each tree, over all methods and numbers of devices."""
     most: dict[str, float] = {}
-    for r in results:
-        if r["devices"] > 1 and "error" not in r:
-            name, sent = f"{r['tree']}, {r['axes']}", r["bytes_per_update"] / 2**10
-            most[name] = max(sent, most.get(name, 0.0))
-    return most
 
+    def record(name: str, value: float) -> None:
+        most[name] = max(value, most.get(name, 0.0))
 
-def compile_seconds(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Seconds to trace, lower and compile a step for one device, at most, by tree."""
-    most: dict[str, float] = {}
-    for r in results:
-        if r["devices"] == 1 and "error" not in r:
-            name = f"{r['tree']}, seconds to compile"
-            taken = sum(r["seconds"][part] for part in ("trace", "lower", "compile"))
-            most[name] = max(taken, most.get(name, 0.0))
+    for case in cases:
+        if "error" in case:
+            continue
+        tree, axes = case["tree"], case["axes"]
+        if case["devices"] > 1:
+            sent = case["largest_collective_bytes"] / case["masked_leaves"]
+            record(f"{tree}, {axes}, bytes a leaf and collective", sent)
+            record(f"{tree}, {axes}, bytes every step", case["bytes_every_step"])
+            record(
+                f"{tree}, {axes}, temporary bytes a weight", _temporary_a_weight(case)
+            )
+        else:
+            taken = sum(case["seconds"][part] for part in PARTS)
+            record(f"{tree}, seconds to compile", taken)
     return most
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compiles all cases, each in its process, and writes table and figures."""
-    parser = commands.parser(__doc__)
-    parser.add_argument("--trees", nargs="+", default=USUAL, choices=trees.TREES)
+    """Compiles all cases, each in its process, and writes the table and the figures."""
+    parser = command_line.parser(__doc__)
+    parser.add_argument(
+        "--trees", nargs="+", default=USUAL_TREES, choices=parameter_trees.NAMES
+    )
     parser.add_argument("--methods", nargs="+", default=["granet"], choices=METHODS)
-    parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--devices", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--axes", nargs="+", default=[*AXES], choices=AXES)
     parser.add_argument("--timeout", type=float, default=1800, help="seconds a case")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
@@ -340,29 +276,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         options.trees, options.methods = ["100m-stacked"], ["rigl"]
         options.devices, options.axes = [2], ["explicit"]
-    cases = [
+    selected = [
         Case(tree, method, devices, axes)
         for tree in options.trees
         for method in options.methods
         for devices in options.devices
         for axes in (options.axes if devices > 1 else options.axes[:1])
-        # Trees of many leaves show the time to compile, and that takes one device.
-        if devices == 1 or tree not in trees.MANY
+        # Trees of many leaves are there for their compile time, on one device.
+        if devices == 1 or tree not in parameter_trees.MANY
     ]
-    results: list[dict[str, Any]] = []
-    with tqdm(cases) as bar:
+    cases: list[dict[str, Any]] = []
+    with tqdm(selected) as bar:
         for case in bar:
             bar.set_description(str(case))
-            results.append(run_case(case, options.timeout))
-            # After every case: a run that is stopped has been of use.
-            table, values = report(results), {"cases": results}
-            figures = most_sent(results) | compile_seconds(results)
-            commands.write(options, "scale", table, values, figures)
+            cases.append(run_case(case, options.timeout))
+            # Saved after every case, in case the run is stopped.
+            content = {"cases": cases}
+            results.save(options, "scale", report(cases), content, figures(cases))
     if options.quick:
-        assert not any("error" in r for r in results), results
-        assert results[0]["bytes_every_step"] == 0, results
+        assert not any("error" in case for case in cases), cases
+        assert cases[0]["bytes_every_step"] == 0, cases
         return
-    print(report(results))
+    print(report(cases))
 
 
 if __name__ == "__main__":

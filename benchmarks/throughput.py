@@ -1,17 +1,18 @@
-r"""Images a second: the trainer and a minimal loop, sparse and dense training.
+r"""Images a second of the trainer, sparse and dense, and of a minimal training loop.
 
-    python -m benchmarks.throughput                     # cnn, 28 x 28; a few minutes
+    python -m benchmarks.throughput                     # cnn, 28 x 28, a few minutes
     python -m benchmarks.throughput --model resnet-18-cifar --size 32 --channels 3 \
         --precision bfloat16 --steps 400                # on a GPU
-    python -m benchmarks.throughput --quick             # checks the results only
+    python -m benchmarks.throughput --quick             # only checks the results
 
 Three contenders train the same network on the same random images, with the same
-augmentation and optimizer: "minimal", a loop written out below as one would by hand;
-"dense" and "sparse" (GraNet from half of the weights, mask updates included), the
-trainer of `experiments` as `experiments.train` calls it. Timed are the steps, from the
-first to the last, without compilation, evaluation and checkpoints; the contenders take
-turns, round by round. Timings are printed and never asserted; that "minimal" and
-"dense" compute the same losses is.
+augmentation and optimizer: "minimal" is a loop written by hand below; "dense" and
+"sparse" (GraNet from half of the weights, mask updates included) are the trainer of
+`experiments` as `experiments.train` calls it. The times cover the steps, without
+compilation, evaluation and checkpoints.
+
+The benchmark asserts that "minimal" and "dense" compute the same losses. It prints
+times and asserts nothing about them.
 """
 
 import argparse
@@ -28,21 +29,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import commands, timing
+from benchmarks.tools import command_line, results, timing
 from experiments import data, models
 from experiments.config.run import CheckpointConfig, Config, DataConfig, MaskConfig
 from experiments.data import augment
 from experiments.training import loop
 
 PyTree = Any
-# Steps that are not timed at the start of each run: of filling the queue.
+# The first steps of a run fill the device's queue, and are not timed.
 WARM = 10
 
 
 def random_images(
     size: int, channels: int, number: int, classes: int = 10
 ) -> data.Dataset:
-    """Noise."""
+    """Creates a data set of noise."""
     rng = np.random.default_rng(0)
 
     def split(n: int) -> data.Split:
@@ -53,7 +54,7 @@ def random_images(
 
 
 def minimal(config: Config, dataset: data.Dataset) -> Callable[[], tuple[float, Any]]:
-    """A training loop as short as it can be; (seconds, losses) of a run."""
+    """Writes the shortest training loop; a call returns its seconds and losses."""
     model = models.create(
         config.model, classes=dataset.classes, dtype=jnp.dtype(config.precision)
     )
@@ -124,8 +125,8 @@ def minimal(config: Config, dataset: data.Dataset) -> Callable[[], tuple[float, 
 def with_trainer(
     config: Config, dataset: data.Dataset
 ) -> Callable[[], tuple[float, Any]]:
-    """`experiments.training.loop` on one device; (seconds, mean loss) of a run."""
-    each = loop.create(config, dataset, jax.devices()[:1])
+    """Wraps the trainer on one device; a call returns its seconds and mean loss."""
+    setup = loop.create(config, dataset, jax.devices()[:1])
 
     def run() -> tuple[float, Any]:
         done, begin, end = 0, 0.0, 0.0
@@ -138,7 +139,7 @@ def with_trainer(
                 begin = end
 
         with tempfile.TemporaryDirectory() as folder:
-            (records,), _ = loop.fit(each, [0], Path(folder), on_step=on_step)
+            (records,), _ = loop.fit(setup, [0], Path(folder), on_step=on_step)
         return end - begin, records[-1].train_loss
 
     return run
@@ -146,14 +147,16 @@ def with_trainer(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Checks that the loops agree, then times them."""
-    parser = commands.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--model", default="cnn", choices=models.NAMES)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--size", type=int, default=28, help="pixels, square")
     parser.add_argument("--channels", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=200, help="of one run")
-    parser.add_argument("--interval", type=int, default=100, help="of mask updates")
+    parser.add_argument("--steps", type=int, default=200, help="steps of a run")
+    parser.add_argument(
+        "--interval", type=int, default=100, help="steps between mask updates"
+    )
     parser.add_argument("--rounds", type=int, default=11, help="runs of each")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -183,10 +186,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "sparse": with_trainer(sparse, dataset),
     }
     seconds: timing.Rounds = {name: [] for name in contenders}
-    # This compiles all three.
+    # The first runs compile.
     losses = {name: run()[1] for name, run in contenders.items()}
-    # The learning rate drops at half of the steps in the trainer, never in the minimal
-    # loop, which is as much work: losses are compared over a run's first steps.
+    # Halfway, the trainer's learning rate drops and that of the minimal loop stays. The
+    # work is the same, but only the first losses of a run can be compared.
     check(losses["minimal"], dense, dataset)
     print(f"{options.model}: the minimal loop and the trainer agree")
     if options.quick:
@@ -198,16 +201,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def check(losses: Sequence[float], config: Config, dataset: data.Dataset) -> None:
-    """Asserts that the trainer's first losses are those of the minimal loop."""
-    each = loop.create(config, dataset, jax.devices()[:1])
-    state = each.compiled_step.create([0])
+    """Compares the trainer's first losses with those of the minimal loop."""
+    setup = loop.create(config, dataset, jax.devices()[:1])
+    state = setup.compiled_step.create([0])
     for step in range(4):
-        state, loss = each.compiled_step.steps(state, each.train_data, 1)
+        state, loss = setup.compiled_step.steps(state, setup.train_data, 1)
         np.testing.assert_allclose(loss[0, 0], losses[step], rtol=2e-2)
 
 
 def report(seconds: timing.Rounds, options: argparse.Namespace) -> None:
-    """Prints images a second and the two ratios."""
+    """Publishes images a second and the two ratios."""
     images = (options.steps - WARM) * options.batch_size
     pairs = {"minimal": None, "dense": "minimal", "sparse": "dense"}
     rows = []
@@ -216,7 +219,7 @@ def report(seconds: timing.Rounds, options: argparse.Namespace) -> None:
         rate = images / statistics.median(seconds[name])
         cells = [name, f"{rate:,.0f}", "-", "-"]
         if baseline is not None:
-            # Of rates: the inverse of that of times.
+            # The ratio of two rates is the inverse of the ratio of the times.
             ratios[f"{name} / {baseline}"] = (
                 1 / timing.ratio_of_medians(seconds, name, baseline),
                 1 / timing.median_ratio(seconds, name, baseline),
@@ -228,10 +231,10 @@ def report(seconds: timing.Rounds, options: argparse.Namespace) -> None:
             ]
         rows.append(cells)
     header = ["loop", "images / s", "ratio of medians", "median of ratios"]
-    commands.publish(
+    results.publish(
         options,
         "throughput",
-        timing.table(header, rows),
+        results.table(header, rows),
         {"seconds": seconds, "ratios": ratios},
         {name: of_medians for name, (of_medians, _) in ratios.items()},
     )

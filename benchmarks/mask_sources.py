@@ -1,12 +1,13 @@
-r"""Seconds to compute the masks of each source at 95% sparsity, as the trainer does.
+r"""Seconds that the trainer takes for the masks of each mask source, at 95% sparsity.
 
-    python -m benchmarks.masks                         # resnet-20; a minute
-    python -m benchmarks.masks --model resnet-50 --size 224 --classes 1000 --images 32
-    python -m benchmarks.masks --quick                 # checks the counts only
+    python -m benchmarks.mask_sources                  # resnet-20, a minute
+    python -m benchmarks.mask_sources --model resnet-50 --size 224 --classes 1000 \
+        --images 32
+    python -m benchmarks.mask_sources --quick          # only checks the counts
 
-Sources that score the loss see `--images` random images; SynFlow sees none. Rounds are
-those of the papers (60 for FORCE, 100 for SynFlow) or `--rounds`. Compilation is
-included, since each call compiles the network anew.
+Sources that differentiate the loss use `--images` random images. SynFlow uses none.
+FORCE and SynFlow take the rounds of their papers (60 and 100) or `--rounds`. The times
+include compilation, because each call compiles the network again.
 """
 
 import time
@@ -16,8 +17,8 @@ import jax
 import numpy as np
 
 import granet_jax
-from benchmarks import commands, timing
 from benchmarks.throughput import random_images
+from benchmarks.tools import command_line, results
 from experiments import models
 from experiments.config.methods import MaskConfig, SourceName
 from experiments.config.run import Config
@@ -26,7 +27,7 @@ from experiments.training.step import TrainStep
 from granet_jax import distributions
 
 SPARSITY = 0.95
-# With whether they have images, and rounds.
+# For every source, whether it uses images and whether it works in rounds.
 SOURCES: dict[SourceName, tuple[bool, bool]] = {
     "magnitude": (False, False),
     "snip": (True, False),
@@ -37,14 +38,14 @@ SOURCES: dict[SourceName, tuple[bool, bool]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Times every source, and checks its counts."""
-    parser = commands.parser(__doc__)
+    """Times every source, and checks the number of weights in its masks."""
+    parser = command_line.parser(__doc__)
     parser.add_argument("--model", default="resnet-20", choices=models.NAMES)
     parser.add_argument("--size", type=int, default=32, help="pixels, square")
     parser.add_argument("--channels", type=int, default=3)
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--rounds", type=int, help="of FORCE and SynFlow")
+    parser.add_argument("--rounds", type=int, help="rounds of FORCE and SynFlow")
     options = parser.parse_args(arguments)
     if options.quick:
         options.model, options.size, options.images = "cnn-bn", 12, 20
@@ -66,21 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         variables = jax.jit(train_step.variables)(np.uint32(0))
         params, statistics = variables["params"], variables.get("batch_stats", {})
         start = time.perf_counter()
-        found = initial_masks.masks(train_step, params, statistics, 0)
-        jax.block_until_ready(found)
+        computed = initial_masks.masks(train_step, params, statistics, 0)
+        jax.block_until_ready(computed)
         seconds[source] = time.perf_counter() - start
-        counts = granet_jax.sparsity(found)
+        counts = granet_jax.sparsity(computed)
         expected = distributions.total_count(counts.total, SPARSITY)
         if counts.active != expected:
             raise AssertionError(f"{source}: {counts.active} active, not {expected}")
         if not options.quick:
             print(f"{source}: {seconds[source]:.2f} s", flush=True)
-    print(f"{options.model}: all masks have the number of weights asked for")
+    print(f"{options.model}: all masks have the right number of weights")
     if options.quick:
         return
     rows = [[name, f"{value:.2f}"] for name, value in seconds.items()]
-    table = timing.table(["source", "seconds"], rows)
-    commands.publish(options, "masks", table, {"seconds": seconds}, {})
+    table = results.table(["source", "seconds"], rows)
+    results.publish(options, "mask_sources", table, {"seconds": seconds}, {})
 
 
 if __name__ == "__main__":

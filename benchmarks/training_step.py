@@ -1,16 +1,17 @@
-r"""Seconds of a training step of ResNet-20, sparse over dense, by the trainer.
+r"""Seconds of the trainer's step for ResNet-20, sparse and dense.
 
-    python -m benchmarks.training            # 128 images of 32 x 32; some minutes
-    python -m benchmarks.training --model resnet-50 --size 224 --classes 1000 \
-        --precision bfloat16                 # on a GPU
-    python -m benchmarks.training --quick    # small network: checks the masks only
+    python -m benchmarks.training_step            # 128 images of 32 x 32, some minutes
+    python -m benchmarks.training_step --model resnet-50 --size 224 --classes 1000 \
+        --precision bfloat16                      # on a GPU
+    python -m benchmarks.training_step --quick    # small network: only checks the masks
 
-The contenders, in turns, are the trainer's own steps, forward and backward pass
-included: "dense"; "between", sparse (GraNet from half of the weights) with masks that
-stay; and "updating", the same with a mask update in every step. Training that updates
-masks every `INTERVAL` steps takes as long as so many steps, all but one "between".
-Timings are printed and never asserted; that masks change in updates alone, and have the
-number of weights asked for, is.
+The contenders are whole training steps, forward and backward pass included: "dense";
+"between", which trains by GraNet from half of the weights and leaves the masks as they
+are; and "updating", which also changes the masks in every step. From these follows the
+mean step of a training that changes the masks every `INTERVAL` steps.
+
+The benchmark asserts that masks change in updates only, and that they have the right
+number of weights. It prints times and asserts nothing about them.
 """
 
 import argparse
@@ -21,8 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import commands, timing
 from benchmarks.throughput import random_images
+from benchmarks.tools import command_line, results, timing
 from experiments import models
 from experiments.config.run import Config, DataConfig, MaskConfig
 from experiments.data import Dataset
@@ -31,38 +32,37 @@ from granet_jax import distributions, masking
 
 INTERVAL = 100
 STEPS = 10_000
-# No update falls into the steps that are timed.
+# An interval so long that no timed step changes the masks.
 NEVER = 5000
 SPARSITY = 0.5
 
 
 class Run:
-    """The state of a configuration under the trainer's step."""
+    """The training state of a configuration. The first step compiles."""
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
-        """Initialises; compiles with the first step."""
-        self._trainer = loop.create(config, dataset, jax.devices()[:1])
-        self._state: Any = self._trainer.compiled_step.create([0])
+        self._setup = loop.create(config, dataset, jax.devices()[:1])
+        self._state: Any = self._setup.compiled_step.create([0])
 
     def __call__(self) -> jax.Array:
-        """One training step; its loss."""
-        self._state, loss = self._trainer.compiled_step.steps(
-            self._state, self._trainer.train_data, 1
+        """Takes one training step; returns its loss."""
+        self._state, loss = self._setup.compiled_step.steps(
+            self._state, self._setup.train_data, 1
         )
         return loss
 
     def masks(self) -> list[np.ndarray]:
-        """Of all leaves that carry one, copied."""
-        masks = self._trainer.compiled_step.train_step.masks(self._state)
+        """Copies the masks of all leaves that carry one."""
+        masks = self._setup.compiled_step.train_step.masks(self._state)
         return [np.array(m) for m in jax.tree.leaves(masking.unpack_masks(masks))]
 
     def broken(self) -> int:
-        """How many pruned weights are not zero."""
-        return int(self._trainer.compiled_step.inspect(self._state).broken.sum())
+        """Counts pruned weights that are not zero."""
+        return int(self._setup.compiled_step.inspect(self._state).broken.sum())
 
 
 def check(between: Run, updating: Run) -> None:
-    """Asserts that masks are as they should be after three steps."""
+    """Checks the masks after three steps."""
     for run, changes in ((between, False), (updating, True)):
         before = run.masks()
         losses = [float(run()[0, 0]) for _ in range(3)]
@@ -79,7 +79,7 @@ def check(between: Run, updating: Run) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Checks the masks, then times the steps."""
-    parser = commands.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--model", default="resnet-20", choices=models.NAMES)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--size", type=int, default=32, help="pixels, square")
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "updating": (updating := run("granet-st", 1)),
     }
     check(between, updating)
-    print(f"{options.model}: masks change in updates alone, and have the right size")
+    print(f"{options.model}: masks change in updates only, and have the right size")
     if options.quick:
         return
     runs = {"dense": run("dense", None), **runs}
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def report(options: argparse.Namespace, seconds: timing.Rounds) -> None:
-    """The ratios, with updates as often as in training."""
+    """Publishes the ratios, and that of a training with updates now and then."""
     ratios = {name: timing.ratio_of_medians(seconds, name, "dense") for name in seconds}
     training = ((INTERVAL - 1) * ratios["between"] + ratios["updating"]) / INTERVAL
     rows = [
@@ -128,10 +128,10 @@ def report(options: argparse.Namespace, seconds: timing.Rounds) -> None:
         for name, times in seconds.items()
     ]
     rows.append([f"an update every {INTERVAL} steps", "-", f"{training:.3f}"])
-    commands.publish(
+    results.publish(
         options,
-        "training",
-        timing.table(["step", "median s", "of dense"], rows),
+        "training_step",
+        results.table(["step", "median s", "of dense"], rows),
         {"seconds": seconds, "ratios": ratios},
         {"between": ratios["between"], "training": training},
     )
