@@ -37,8 +37,8 @@ from experiments.config.run import (
 from experiments.data import augment
 from experiments.training import loop, metrics, optimizer, run_folders, step
 from granet_jax.penalties import PenaltyInputs
+from tests.helpers.profile import NIGHTLY
 from tests.helpers.runs import same
-from tests.nightly import NIGHTLY
 
 METHODS = ["granet", "granet-st", "gmp", "rigl", "set", "snfs", "static", "dense"]
 METHODS += ["cyclical", "acdc", "sculpt", "straight-through", "top-kast", "greg2"]

@@ -31,7 +31,7 @@ from experiments.training import checkpoints, loop, manifest
 from experiments.training.checkpoints import CheckpointError, Checkpoints
 from tests.experiments.test_bad_input import one_line, status_of
 from tests.helpers import runs
-from tests.nightly import NIGHTLY
+from tests.helpers.profile import NIGHTLY
 
 # Saved at 2, 4 and 6; the last save removes the first checkpoint.
 LAST = 6

@@ -15,8 +15,8 @@ from experiments.lottery import LotteryConfig
 from experiments.training import loop, ticket_files
 from experiments.training.checkpoints import Checkpoints
 from granet_jax import distributions
+from tests.helpers.profile import NIGHTLY
 from tests.helpers.runs import lines, make, same
-from tests.nightly import NIGHTLY
 
 # In so few steps, more would empty a layer.
 SPARSITIES = (0.3, 0.5, 0.55)

@@ -24,7 +24,7 @@ from experiments.config.run import CheckpointConfig, Config, MaskConfig, Optimiz
 from experiments.training import loop
 from experiments.training.checkpoints import Checkpoints, Progress
 from tests.helpers import runs
-from tests.nightly import NIGHTLY
+from tests.helpers.profile import NIGHTLY
 
 KILLS = int(os.environ.get("GRANET_JAX_KILLS", "4" if NIGHTLY else "2"))
 
