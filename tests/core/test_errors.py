@@ -96,7 +96,7 @@ VALUE_ERRORS: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: eval_update(own_exchange(grow=scores.momentum), SGD),
-        "score `momentum` needs the method's `accumulator_decay` to be set.",
+        "score `momentum` needs the method's `average_decay` to be set.",
     ),
     (
         lambda: eval_update(own_exchange(grow=lambda x: scores.gradient(x)), None),

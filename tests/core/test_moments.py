@@ -9,9 +9,10 @@ import optax
 import pytest
 
 import granet_jax
-from granet_jax.moments import masked_moments, zero_moments
+from granet_jax.moments import matching_masks, zero_moments
 from tests.core.test_contract import DTYPES, INNERS
 from tests.helpers import trees
+from tests.helpers.training import mask_list
 
 PyTree = Any
 
@@ -70,11 +71,11 @@ def test_moments_of_every_inner_optimizer(inner: str, dtype: str) -> None:
     # No shape occurs twice in this tree, so the shape says whose moment it is.
     masks = {m.shape: np.asarray(m) for m in jax.tree.leaves(keep)}
     found = dict.fromkeys(masks, 0)
-    flags = masked_moments(state, keep)
-    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(zeroed), flags, strict=True)
-    for before, after, flag in pairs:
+    matched = mask_list(matching_masks(state, keep))
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(zeroed), matched, strict=True)
+    for before, after, match in pairs:
         mask = masks.get(before.shape)
-        assert flag == (mask is not None)
+        assert (match is None) == (mask is None)
         if mask is not None:
             found[before.shape] += 1
             before = np.where(mask, before, np.zeros_like(before))

@@ -114,7 +114,7 @@ def assert_sharded_like(tree: Any, params: Any) -> None:
 
 def assert_state_sharded_like(state: Any, params: Any) -> None:
     """Masks, moments and the average gradient are sharded as their parameters."""
-    trees = (state.masks, state.accumulator or state.masks, state.inner_state[0].trace)
+    trees = (state.masks, state.average or state.masks, state.inner_state[0].trace)
     for tree in trees:
         assert_sharded_like(tree, params)
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import granet_jax
 from granet_jax import schedules, scores
+from granet_jax.phases import Exchange
 from granet_jax.schedules import Schedule, Steps
 from granet_jax.scores import Score
 
@@ -30,8 +31,7 @@ def exchange(
         name="own",
         sparsity=sparsity,
         updates=updates,
-        fraction=fraction,
-        grow=grow,
+        phases=(Exchange(fraction, grow=grow),),
     )
 
 

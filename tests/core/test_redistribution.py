@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from granet_jax import updates as phases
+from granet_jax import redistribution
 
 # Uncompiled, their loops would compile again at every call.
-redistribute = jax.jit(phases.redistribute)
-mean_score = jax.jit(phases.mean_score)
+redistribute = jax.jit(redistribution.redistribute)
+mean_score = jax.jit(redistribution.mean_score)
 
 
 def shared(number: int, weights: list[Any], room: list[int]) -> np.ndarray:
