@@ -67,6 +67,7 @@ INTERNAL = {
     *names("structures.", "spread"),
     *names("schedules.", "ceil_of", "fixed_point", "increasing"),
     *names("distributions.", "check_distribution"),
+    *names("penalties.", "penalised"),
     *names("scores.", "gradient", "magnitude", "momentum", "random"),
     *names("analysis.plots.", "draw_accuracies", "draw_bars", "draw_dense"),
 }
