@@ -1,27 +1,22 @@
 """Settings of the whole test suite."""
 
-import collections
-import zlib
 from typing import Any
 
 import hypothesis
 import jax
 import pytest
 
-from tests.nightly import AT_NIGHT, LONG, NIGHTLY, ONE_OF, PROFILE
+from tests.helpers.profile import NIGHTLY, PROFILE
 
-# Before any backend starts: eight virtual devices, on which the sharding tests run.
-# Everything else uses the first. With several CPU devices, steps with collectives must
-# be waited for one by one, or a machine of few cores can deadlock.
+# Sharding tests need several devices, which must be requested before JAX starts a
+# backend. All other tests use the first device.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-# An array of one rank that silently meets another is a bug. (Promotion of dtypes stays
-# at the default: optax's own optimizers are not written for the strict one.)
+# Broadcasting between arrays of different rank is an error. Promotion between dtypes is
+# not, because optax's own optimizers rely on it.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Compilation takes nearly all of the time, so examples are few in `ci` and the same in
-# every run; `HYPOTHESIS_PROFILE=nightly` searches wider, and anew each time.
 hypothesis.settings.register_profile(
     "ci",
     deadline=None,
@@ -39,72 +34,53 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile(PROFILE)
 
-
-# Modules whose programs are compiled as those of users are: where results are compared
-# with an oracle's or another process's, or whole networks run for long. The others take
-# a half to two thirds of the time without LLVM's optimizations (and `.ci/run` has them
-# compiled by XLA's older emitters, which takes a third of that); XLA's own passes,
-# which decide what is fused, copied and sent between devices, are the same. All are
-# compiled as for users in the nightly run.
+# Test files whose programs are compiled as a user's are, because they compare with
+# another process or an oracle, or train for long. Without LLVM's optimizations the
+# other files take about half the time; XLA's own passes are the same in both cases.
 OPTIMIZED = (
-    "experiments",
-    "fuzz",
-    "synflow",
-    "oracle",
-    "processes",
-    "readme",
-    "reference",
-    "selection",
+    *("test_methods", "test_processes", "test_readme", "test_reference"),
+    *("test_selection", "test_synflow", "test_train"),
 )
+# The files that take longest start first, so that no process is left with one at the
+# end.
+LONGEST = (
+    *("test_resume", "test_methods", "test_train", "test_synflow", "test_sharding"),
+    *("test_initial_state", "test_lottery", "test_ghosts", "test_scale"),
+    *("test_contract", "test_selection", "test_devices", "test_plasticity_study"),
+)
+
+
+def is_optimized(node: pytest.Module | pytest.Item) -> bool:
+    return node.path.stem in OPTIMIZED
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _optimizations(request: pytest.FixtureRequest) -> None:
-    quick = not NIGHTLY and not _is_optimized(request.node)
+    """Compile quickly, except where the test file or the nightly run says otherwise."""
+    quick = not NIGHTLY and not is_optimized(request.node)
     jax.config.update("jax_disable_most_optimizations", quick)
-
-
-def _is_optimized(node: pytest.Module | pytest.Item) -> bool:
-    return node.path.stem.removeprefix("test_") in OPTIMIZED
-
-
-def _name(item: pytest.Item) -> str:
-    """`test_file::test_function`, as the lists of `nightly` have it."""
-    assert isinstance(item, pytest.Function)
-    return f"{item.path.stem}::{item.originalname}"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Leaves cases to the nightly run; none of what is asked for by its name."""
-    for item in filter(_is_optimized, items):
+    """Leave `slow` tests to the nightly run, unless the command line names them."""
+    for item in filter(is_optimized, items):
         item.add_marker("optimized")
-    items.sort(key=lambda item: not item.path.stem.endswith(LONG))
-    named = config.option.keyword or any("::" in x for x in config.args)
-    if NIGHTLY or named:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    by_name = config.option.keyword or any("::" in x for x in config.args)
+    if NIGHTLY or by_name or "slow" in config.option.markexpr:
         return
-    places: collections.Counter[str] = collections.Counter()
-    kept: dict[bool, list[pytest.Item]] = {True: [], False: []}
-    for item in items:
-        name = _name(item)
-        # From another one on in each test, so that all occur in some.
-        place = places[name] + zlib.crc32(name.encode())
-        chosen = place % ONE_OF.get(name, 1) == 0 and name not in AT_NIGHT
-        kept[chosen].append(item)
-        places[name] += 1
-    # Of every test something is left but of those for the night.
-    left = set(map(_name, kept[True]))
-    assert places.keys() - left <= set(AT_NIGHT), places.keys() - left
-    items[:] = kept[True]
-    config.hook.pytest_deselected(items=kept[False])
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = [item for item in items if item not in slow]
+    config.hook.pytest_deselected(items=slow)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests of a file run in one process, where they share what is compiled."""
-    from xdist.scheduler import LoadFileScheduling  # only with -n
+    """Run all tests of a file in one process, where they share compiled programs."""
+    from xdist.scheduler import LoadFileScheduling
 
     config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)

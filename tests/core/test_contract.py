@@ -1,36 +1,25 @@
-"""The contract: every method x every inner optimizer, in float32 or bfloat16.
+"""Every method with every inner optimizer, in float32 or bfloat16.
 
-As optax has a matrix of checks for its own optimizers, this is ours. A case runs a few
-steps over which the masks change, and after each of them checks that
+A case runs four steps in which the masks change. After each of them it checks that
 
 - pruned weights are exactly zero, and so are the moments of all weights that were not
-  active throughout;
-- all else (updates of active weights, their moments, shared statistics, counters) is
-  to the bit what the inner optimizer makes of the same state, masked gradient and
-  parameters in a compilation of its own;
-- types and structure of the state stay as `init` made them and as `jax.eval_shape`
-  foretells them, and the step compiles once.
+  active throughout the step;
+- everything else (updates of active weights, their moments, shared statistics,
+  counters) equals, to the bit, what the inner optimizer alone computes from the same
+  state, masked gradient and parameters;
+- the state keeps the structure and types that `init` gave it and `jax.eval_shape`
+  predicts, and the step compiles once.
 
-The method "dense" has masks that are all True: its runs are the inner optimizer's, by
-induction over the steps.
-
-XLA leaves free between two compilations of one program whether a * b + c is rounded
-once or twice (LLVM contracts them where both land in one loop: a last bit or two, here
-and there, in most optimizers), how rsqrt is approximated, and whether bfloat16 is
-rounded between two operations of a loop. The comparisons need no tolerance, because
-
-- the numbers of the optimizers are powers of two and gradients have eight bits, so that
-  most products are exact and a contraction changes nothing; and
-- `STRICT` settles the other two, and keeps LLVM from most contractions. On it alone
-  stand adafactor, muon, prodigy and schedule_free, whose factors depend on the step,
-  and the norms in lamb and lars.
-
-With XLA's default options, `test_fuzz.py` compares Adam and `test_oracle.py` SGD.
+The comparison needs no tolerance, although XLA may round two compilations of one
+program differently: the optimizers' numbers are powers of two and gradients have eight
+bits, so most products are exact, and `STRICT` settles the rest. (Optimizers with
+factors that depend on the step or on norms rely on `STRICT`: adafactor, muon, prodigy,
+schedule_free, lamb, lars.)
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -41,111 +30,66 @@ import optax.contrib
 import pytest
 
 import granet_jax
-from tests.helpers import oracle, trees
-from tests.nightly import NIGHTLY
+from tests.helpers import trees
+from tests.helpers.compiler_options import STRICT
+from tests.helpers.training import arrays, differ, mask_list
 
 PyTree = Any
 STEPS = 4
-# Level 0 is LLVM's alone: XLA fuses loops as ever.
-STRICT: dict[str, Any] = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_enable_platform_dependent_math": False,
-    "xla_allow_excess_precision": False,
-}
-
-# Masks change from step 1 on in some, later in others.
-METHODS: dict[str, granet_jax.Method] = {
-    "granet": granet_jax.granet(0.75, 6, interval=2, end_step=4),
-    "granet_layer_random": granet_jax.granet(
-        0.75,
-        4,
-        initial_sparsity=0.5,
-        interval=1,
-        end_step=2,
-        scope="layer",
-        grow="random",
-    ),
-    "gmp": granet_jax.gmp(0.75, 4, interval=2),
-    "gmp_layer": granet_jax.gmp(0.75, 3, interval=1, scope="layer"),
-    "rigl": granet_jax.rigl(0.5, 8, interval=2),
-    "set": granet_jax.set_(0.5, 4, interval=1),
-    "snfs": granet_jax.snfs(0.5, 6, interval=2),
-    "static": granet_jax.static(0.5),
-    "dense": granet_jax.static(0.0),
-}
-# Whose masks grow by the schedule, or are chosen among all weights, or whose moments or
-# gradients are not the optimizer's alone.
-LATER_METHODS: dict[str, granet_jax.Method] = {
-    "cyclical": granet_jax.cyclical(0.75, 4, cycles=2, ramp=0.5, interval=1),
-    "cyclical_projected": granet_jax.cyclical(
-        0.75, 4, cycles=2, ramp=0.5, interval=1, recovery="projected", scope="layer"
-    ),
-    "acdc": granet_jax.acdc(0.75, (1, 2, 3)),
-    "straight_through": granet_jax.straight_through(0.75, 2, interval=1),
-    "top_kast": granet_jax.top_kast(
-        0.75, backward_sparsity=0.5, interval=2, penalty=0.0
-    ),
-    "sculpt": granet_jax.sculpt(0.75, 3, cycles=2, initial_sparsity=0.5),
-    "greg2": granet_jax.greg2(
-        0.75,
-        interval=1,
-        growth=0.75,
-        ceiling=0.5,
-        settle_steps=1,
-        pick_growth=0.25,
-        pick_ceiling=0.25,
-        weight_decay=0.0625,
-    ),
-}
-# The steps that change the masks.
-UPDATES: dict[str, tuple[int, ...]] = {
-    "granet": (2, 4),
-    "granet_layer_random": (1, 2, 3, 4),
-    "gmp": (2, 4),
-    "gmp_layer": (1, 2, 3),
-    "rigl": (2, 4),
-    "set": (1, 2, 3, 4),
-    "snfs": (2, 4),
-    "static": (),
-    "dense": (),
-    "cyclical": (1, 2, 3),
-    "acdc": (1, 2, 3),
-    # Those that choose anew may change the masks in others too, or not.
-    "cyclical_projected": (1, 2, 3),
-    "straight_through": (1, 2),
-    "top_kast": (),
-    "sculpt": (2,),
-    "greg2": (3,),
-}
 
 
-def extra_coefficients(method: str, count: int, marked: np.ndarray) -> np.ndarray:
-    """By hand, the L2 coefficients in the step after `count` others.
+class Case(NamedTuple):
+    """A method, and the steps that change its masks.
 
-    GReg-2 presses all weights in the first step, and in two more those not picked at
-    its end; then they are gone.
+    With pruned weights that do not stay zero, other steps may change them too.
     """
-    if method != "greg2" or count > 2:
-        return np.zeros(marked.shape, np.float32)
-    if count == 0:
-        return np.full(marked.shape, 0.25, np.float32)
-    return np.where(marked, np.float32(-0.0625), np.float32(1.0))
+
+    method: granet_jax.Method
+    updates: tuple[int, ...] = ()
 
 
-def penalised(method: str, grads: PyTree, state: Any, params: PyTree) -> PyTree:
-    """The gradients that the optimizer is to see, but for the masks."""
-    if (METHODS | LATER_METHODS)[method].penalty is None:
-        return grads
-    count = int(state.count)
-    out = []
-    for g, p, m in zip(
-        leaves(grads), leaves(params), mask_list(state.marked), strict=True
-    ):
-        if m is not None:
-            term = extra_coefficients(method, count, m) * p.astype(np.float32)
-            g = g + term.astype(g.dtype)
-        out.append(jnp.asarray(g))
-    return jax.tree.unflatten(jax.tree.structure(grads), out)
+METHODS: dict[str, Case] = {
+    "granet": Case(granet_jax.granet(0.75, 6, interval=2, end_step=4), (2, 4)),
+    "granet_layer_random": Case(
+        granet_jax.granet(
+            0.75,
+            4,
+            initial_sparsity=0.5,
+            interval=1,
+            end_step=2,
+            scope="layer",
+            grow="random",
+        ),
+        (1, 2, 3, 4),
+    ),
+    "gmp": Case(granet_jax.gmp(0.75, 4, interval=2), (2, 4)),
+    "gmp_layer": Case(granet_jax.gmp(0.75, 3, interval=1, scope="layer"), (1, 2, 3)),
+    "rigl": Case(granet_jax.rigl(0.5, 8, interval=2), (2, 4)),
+    "set": Case(granet_jax.set_(0.5, 4, interval=1), (1, 2, 3, 4)),
+    "snfs": Case(granet_jax.snfs(0.5, 6, interval=2), (2, 4)),
+    "static": Case(granet_jax.static(0.5)),
+    # All masks are True, so by induction its runs are the inner optimizer's own.
+    "dense": Case(granet_jax.static(0.0)),
+}
+# Methods that revive weights, keep pruned weights, or reset moments. (Penalties are
+# part of the runs in `tests/methods`.)
+OTHER_METHODS: dict[str, Case] = {
+    "cyclical": Case(
+        granet_jax.cyclical(0.75, 4, cycles=2, ramp=0.5, interval=1), (1, 2, 3)
+    ),
+    "cyclical_projected": Case(
+        granet_jax.cyclical(
+            0.75, 4, cycles=2, ramp=0.5, interval=1, recovery="projected", scope="layer"
+        ),
+        (1, 2, 3),
+    ),
+    "acdc": Case(granet_jax.acdc(0.75, (1, 2, 3)), (1, 2, 3)),
+    "straight_through": Case(granet_jax.straight_through(0.75, 2, interval=1), (1, 2)),
+    "top_kast": Case(
+        granet_jax.top_kast(0.75, backward_sparsity=0.5, interval=2, penalty=0.0)
+    ),
+    "sculpt": Case(granet_jax.sculpt(0.75, 3, cycles=2, initial_sparsity=0.5), (2,)),
+}
 
 
 def decay_mask(params: PyTree) -> PyTree:
@@ -153,7 +97,6 @@ def decay_mask(params: PyTree) -> PyTree:
 
 
 def by_rank(params: PyTree) -> PyTree:
-    """Labels for `multi_transform`."""
     return jax.tree.map(lambda p: "matrix" if p.ndim > 1 else "vector", params)
 
 
@@ -206,14 +149,8 @@ INNERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 DTYPES = ("float32", "bfloat16")
 
 
-def gradients(count: int, dtype: str) -> PyTree:
-    """Of eight bits each, so that their squares are exact in float32."""
-    grads = trees.gradients(count, jnp.bfloat16)
-    return jax.tree.map(lambda g: g.astype(dtype), grads)
-
-
-class Snapshot(NamedTuple):
-    """What goes into a step, and what comes out of it."""
+class Step(NamedTuple):
+    """The inputs and the results of one step."""
 
     params: PyTree
     grads: PyTree
@@ -222,98 +159,96 @@ class Snapshot(NamedTuple):
     new_state: granet_jax.SparseState
 
 
-def leaves(tree: PyTree) -> list[np.ndarray]:
-    return [np.asarray(x) for x in jax.tree.leaves(tree)]
-
-
-def mask_list(masks: PyTree) -> list[np.ndarray | None]:
-    """A mask for each parameter, None at dense ones."""
-    found = jax.tree.leaves(masks, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    return [None if isinstance(m, optax.MaskedNode) else np.asarray(m) for m in found]
-
-
 def masked(masks: PyTree, tree: PyTree) -> PyTree:
-    """Arrays of `tree` with zeros outside the masks (by hand, on the host)."""
+    """The tree with zeros outside the masks, computed by NumPy."""
     out = [
         x if m is None else np.where(m, x, np.zeros_like(x))
-        for x, m in zip(leaves(tree), mask_list(masks), strict=True)
+        for x, m in zip(arrays(tree), mask_list(masks), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(tree), map(jnp.asarray, out))
 
 
+def largest(size: np.ndarray, among: np.ndarray, number: int) -> np.ndarray:
+    """A mask of the `number` largest, ties by index."""
+    order = np.lexsort((np.arange(size.size), -size.ravel(), ~among.ravel()))
+    chosen = np.zeros(size.size, bool)
+    chosen[order[:number]] = True
+    return chosen.reshape(size.shape)
+
+
 @functools.cache
 def reference_step(inner: str) -> Callable[..., Any]:
-    """The inner optimizer's step, compiled apart from any method."""
+    """The inner optimizer's step, compiled without any method."""
     return jax.jit(INNERS[inner]().update, compiler_options=STRICT)
 
 
-def check_step(method: str, inner: str, step: Snapshot) -> None:
-    record = (METHODS | LATER_METHODS)[method]
-    old, new = mask_list(step.state.masks), mask_list(step.new_state.masks)
-    # What the gradient moves.
-    reach = step.state.masks
+def with_new_moments(inner: str, step: Step) -> PyTree:
+    """The inner state with every parameter's moments as `init` makes them."""
+    new = INNERS[inner]().init(step.params)
+    shapes = {
+        jax.tree_util.keystr(path): p.shape
+        for path, p in jax.tree_util.tree_leaves_with_path(step.params)
+    }
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x, y: (
+            y if shapes.get(jax.tree_util.keystr(path[-2:])) == x.shape else x
+        ),
+        step.state.inner_state,
+        new,
+    )
+
+
+def check_step(name: str, record: granet_jax.Method, inner: str, step: Step) -> None:
+    masks, new_masks = step.state.masks, step.new_state.masks
+    # The weights that the gradient may move.
+    reach = masks
     if record.weights != "sparse":
-        reach = jax.tree.map(jnp.ones_like, step.state.masks)
+        reach = jax.tree.map(jnp.ones_like, masks)
     if record.weights == "dense" and record.marked_sparsity is not None:
         reach = step.state.marked
     inner_state = step.state.inner_state
     if int(step.state.count) in record.resets.steps():
-        fresh = INNERS[inner]().init(step.params)
-        shapes = {
-            jax.tree_util.keystr(path): p.shape
-            for path, p in jax.tree_util.tree_leaves_with_path(step.params)
-        }
-        inner_state = jax.tree_util.tree_map_with_path(
-            lambda path, x, new: (
-                new if shapes.get(jax.tree_util.keystr(path[-2:])) == x.shape else x
-            ),
-            inner_state,
-            fresh,
-        )
+        inner_state = with_new_moments(inner, step)
+    grads = masked(reach, step.grads)
     expected_updates, expected_state = reference_step(inner)(
-        masked(reach, penalised(method, step.grads, step.state, step.params)),
-        inner_state,
-        step.params,
+        grads, inner_state, step.params
     )
-    after = leaves(optax.apply_updates(step.params, step.updates))
-    before, updates = leaves(step.params), leaves(step.updates)
+    after = arrays(optax.apply_updates(step.params, step.updates))
+    # By shape, since no shape occurs twice in the tree: weights that have moments.
     keeps = {}
-    marked = step.new_state.marked or step.new_state.masks
-    for p, a, u, e, o, n, r, m in zip(
-        before,
+    for p, a, u, e, old, new, r, marked in zip(
+        arrays(step.params),
         after,
-        updates,
-        leaves(expected_updates),
-        old,
-        new,
-        mask_list(reach),
-        mask_list(marked),
+        arrays(step.updates),
+        arrays(expected_updates),
+        *map(mask_list, (masks, new_masks, reach, step.new_state.marked or new_masks)),
         strict=True,
     ):
         assert a.dtype == p.dtype
-        if o is None or r is None:
+        if old is None or r is None:
             assert (u.dtype, u.tobytes()) == (e.dtype, e.tobytes())
             continue
         if record.weights == "dense":
-            # Weights out of reach keep their values, and have no moments.
+            # Weights that the gradient does not reach keep their values.
             assert u.dtype == e.dtype
             assert u[r].tobytes() == e[r].tobytes()
             assert not np.any(u[~r])
-            keeps[p.shape] = m if record.marked_sparsity is not None else r
+            keeps[p.shape] = r if record.marked_sparsity is None else marked
             continue
-        keep = o & n if record.weights == "sparse" else n
-        if method.startswith("granet"):
-            # What gradual pruning removes starts anew even if regrowth takes it back.
-            stepped = np.where(o, (p + e).astype(p.dtype), p.dtype.type(0))
-            keep = oracle.continuing(stepped, o, n)
+        keep = old & new if record.weights == "sparse" else new
+        if name.startswith("granet"):
+            # A weight that gradual pruning removes starts again at zero even if
+            # regrowth takes it back. The exchange keeps the size of every leaf, so
+            # pruning kept the `new.sum()` largest.
+            stepped = np.abs((p + e).astype(p.dtype).astype(np.float64))
+            keep = new & largest(stepped, old, int(new.sum()))
         keeps[p.shape] = keep
         assert u.dtype == jnp.promote_types(e.dtype, p.dtype)
         assert np.all(np.isfinite(u.astype(np.float32)))
-        # Pruned weights, and those that have just come in.
         assert np.all(u[~keep] == -p[~keep])
-        assert np.all(a[~n] == 0)
+        assert np.all(a[~new] == 0)
         assert np.all(a[~keep] == 0)
-        # Active ones. The wider dtype holds every value of the narrower.
+        # The wider dtype holds every value of the narrower one.
         assert u[keep].tobytes() == e[keep].astype(u.dtype).tobytes()
         assert np.any(u[keep] != 0) or inner == "multi_steps"
 
@@ -321,12 +256,11 @@ def check_step(method: str, inner: str, step: Snapshot) -> None:
     assert jax.tree.structure(inner_state) == jax.tree.structure(expected_state)
     for (path, x), e in zip(
         jax.tree_util.tree_leaves_with_path(inner_state),
-        leaves(expected_state),
+        arrays(expected_state),
         strict=True,
     ):
         name, x = jax.tree_util.keystr(path), np.asarray(x)
         assert (x.shape, x.dtype) == (e.shape, e.dtype), name
-        # Only by shape: no shape in the tree comes twice.
         keep = keeps.get(x.shape)
         if keep is not None:
             assert np.all(x[~keep] == 0), name
@@ -334,68 +268,74 @@ def check_step(method: str, inner: str, step: Snapshot) -> None:
         assert x.tobytes() == e.tobytes(), name
 
 
-# Inner optimizers with one of the methods each, in turns (more of them in
-# `test_fuzz.py`); all with all in both dtypes with HYPOTHESIS_PROFILE=nightly.
+# Inner optimizers that work weight by weight or not, that start with moments other than
+# zero, that factor or wrap them.
+OTHER_INNERS = ("momentum", "adamw", "muon", "adafactor", "schedule_free")
+# Every method occurs in a case for pull requests, and every kind of inner optimizer.
+QUICK = {
+    *(("granet", "adamw"), ("granet_layer_random", "lamb"), ("gmp", "multi_steps")),
+    *(("gmp_layer", "prodigy"), ("rigl", "sm3"), ("set", "multi_transform_function")),
+    *(("snfs", "rmsprop"), ("static", "lion"), ("dense", "apply_if_finite")),
+    *(("cyclical", "schedule_free"), ("cyclical_projected", "momentum")),
+    *(("acdc", "adamw"), ("straight_through", "muon"), ("top_kast", "adafactor")),
+    *(("sculpt", "momentum")),
+}
 
 
-def cases(methods: Iterable[str], inners: Iterable[str], one_of: int) -> list[Any]:
-    """Inner optimizers outermost: a worker meets a reference step many times."""
+def cases() -> list[Any]:
+    pairs = [
+        *itertools.product(METHODS, INNERS),
+        *itertools.product(OTHER_METHODS, OTHER_INNERS),
+    ]
+    assert set(pairs) >= QUICK
     return [
-        pytest.param(method, inner, dtype, id=f"{inner}-{method}-{dtype}")
-        for (i, inner), (j, method), (k, dtype) in itertools.product(
-            enumerate(inners), enumerate(methods), enumerate(DTYPES)
+        pytest.param(
+            method,
+            inner,
+            DTYPES[i % 2],
+            id=f"{inner}-{method}-{DTYPES[i % 2]}",
+            marks=() if (method, inner) in QUICK else pytest.mark.slow,
         )
-        if NIGHTLY or ((i + j) % one_of == 0 and (i // one_of + j + k) % 2 == 0)
+        for i, (method, inner) in enumerate(pairs)
     ]
 
 
-CASES = cases(METHODS, INNERS, 9)
-# Inner optimizers that are elementwise or not, with moments that are no zeros at first,
-# factored, wrapped.
-LATER_INNERS = ("momentum", "adamw", "muon", "adafactor", "schedule_free")
-LATER_CASES = cases(LATER_METHODS, LATER_INNERS, 4)
-
-
-@pytest.mark.parametrize(("method", "inner", "dtype"), CASES + LATER_CASES)
-def test_contract(method: str, inner: str, dtype: str) -> None:
-    record = (METHODS | LATER_METHODS)[method]
+@pytest.mark.parametrize(("name", "inner", "dtype"), cases())
+def test_contract(name: str, inner: str, dtype: str) -> None:
+    record, updates_masks = (METHODS | OTHER_METHODS)[name]
     tx = granet_jax.transform(record, INNERS[inner](), seed=1)
     params = trees.parameters(dtype)
-    state = tx.init(params)
+    state: Any = tx.init(params)
     kinds = trees.types(state)
-    foretold = jax.eval_shape(tx.init, trees.shape_tree(dtype))
-    assert jax.tree.structure(foretold) == jax.tree.structure(state)
-    assert trees.types(foretold) == kinds
+    predicted = jax.eval_shape(tx.init, trees.shape_tree(dtype))
+    assert jax.tree.structure(predicted) == jax.tree.structure(state)
+    assert trees.types(predicted) == kinds
     shardings = [x.sharding for x in jax.tree.leaves(state)]
 
     if record.weights != "dense":
         params = granet_jax.apply_masks(params, granet_jax.get_masks(state))
     update = jax.jit(tx.update, compiler_options=STRICT)
-    changed = []
+    changed = set()
     for count in range(1, STEPS + 1):
-        grads = gradients(count, dtype)
+        # Gradients of eight bits, whose squares are exact in float32.
+        grads = trees.gradients(count, jnp.bfloat16)
+        grads = jax.tree.map(lambda g: g.astype(dtype), grads)
         updates, new_state = update(grads, state, params)
-        check_step(method, inner, Snapshot(params, grads, state, updates, new_state))
+        check_step(name, record, inner, Step(params, grads, state, updates, new_state))
         assert new_state.count == count
         assert jax.tree.structure(new_state) == jax.tree.structure(state)
         assert trees.types(new_state) == kinds
         assert [x.sharding for x in jax.tree.leaves(new_state)] == shardings
-        assert update._cache_size() == 1
-        if any(
-            np.any(a != b)
-            for a, b in zip(leaves(state.masks), leaves(new_state.masks), strict=True)
-        ):
-            changed.append(count)
+        if differ(state.masks, new_state.masks):
+            changed.add(count)
         params, state = optax.apply_updates(params, updates), new_state
-    if record.weights == "sparse":
-        assert tuple(changed) == UPDATES[method]
-    else:
-        assert set(changed) >= set(UPDATES[method])
+    assert update._cache_size() == 1
+    assert changed >= set(updates_masks)
+    assert changed == set(updates_masks) or record.weights != "sparse"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strict_compilation(dtype: str) -> None:
-    # What the comparisons above stand on: one rounding an operation, as NumPy does it.
+def test_strict_compilation_rounds_as_numpy_does(dtype: str) -> None:
     rng = np.random.default_rng(0)
     a, b, c = (jnp.asarray(np.exp(rng.normal(size=(40, 25))), dtype) for _ in range(3))
     x, y, z = np.asarray(a), np.asarray(b), np.asarray(c)

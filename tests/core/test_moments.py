@@ -1,6 +1,5 @@
-"""Which leaves of an optimizer's state are moments, and their zeros."""
+"""Which leaves of an optimizer's state are moments, and where these are zero."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -10,14 +9,15 @@ import optax
 import pytest
 
 import granet_jax
-from granet_jax.moments import masked_moments, zero_moments
+from granet_jax.moments import matching_masks, zero_moments
 from tests.core.test_contract import DTYPES, INNERS
 from tests.helpers import trees
+from tests.helpers.training import mask_list
 
 PyTree = Any
 
-# How many leaves of the state have the shape of dense/kernel, and of conv/kernel: known
-# from the optimizers' definitions.
+# How many leaves of the state have the shape of dense/kernel, and how many that of
+# conv/kernel, by the optimizers' definitions.
 MOMENTS: dict[str, tuple[int, int]] = {
     "sgd": (0, 0),
     "momentum": (1, 1),
@@ -34,82 +34,58 @@ MOMENTS: dict[str, tuple[int, int]] = {
     "lars": (1, 1),
     "adan": (4, 4),  # three moments and the last gradient
     "radam": (2, 2),
-    "muon": (1, 2),  # matrices by muon, the rest by adam
-    "sm3": (1, 1),  # momentum; the accumulators are one a row and one a column
-    "schedule_free": (3, 3),  # adam's two, and the iterate z
-    "prodigy": (4, 4),  # adam's two, the start, and the sum of gradients
+    "muon": (1, 2),  # matrices use muon, all else adam
+    "sm3": (1, 1),  # momentum; accumulators per row and column
+    "schedule_free": (3, 3),  # adam's two and the iterate z
+    "prodigy": (4, 4),  # adam's two, the first parameters, the sum of gradients
     "apply_if_finite": (1, 1),
     "inject_hyperparams": (2, 2),
     "multi_transform_tree": (2, 2),
     "multi_transform_function": (2, 2),
     "masked": (0, 2),
-    "multi_steps": (3, 3),  # adam's two, and the sum of gradients
+    "multi_steps": (3, 3),  # adam's two and the sum of gradients
 }
 
 
-def random_masks(params: PyTree, seed: int = 0) -> PyTree:
-    return granet_jax.init_masks(granet_jax.static(0.5), params, seed=seed)
+def random_masks(params: PyTree, seed: int = 0, where: Any = None) -> PyTree:
+    return granet_jax.init_masks(granet_jax.static(0.5), params, where=where, seed=seed)
 
 
-def keeps_by_shape(keep: PyTree) -> dict[tuple[int, ...], np.ndarray]:
-    return {m.shape: np.asarray(m) for m in jax.tree.leaves(keep)}
+def filled(inner: optax.GradientTransformation, params: PyTree, value: float) -> PyTree:
+    """The optimizer's state with one value in all inexact leaves, ones elsewhere."""
+    return jax.tree.map(
+        lambda x: np.full(x.shape, value if x.dtype.kind in "fV" else 1, x.dtype),
+        jax.eval_shape(inner.init, params),
+    )
 
 
-@pytest.mark.parametrize("value", [1.0, float("nan")])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inner", INNERS)
-def test_moments_of_every_inner_optimizer(inner: str, dtype: str, value: float) -> None:
+def test_moments_of_every_inner_optimizer(inner: str, dtype: str) -> None:
     params = trees.parameters(dtype)
     keep = random_masks(params)
-    state = INNERS[inner]().init(params)
-    state = jax.tree.map(
-        lambda x: (
-            jnp.full_like(x, value) if jnp.issubdtype(x.dtype, jnp.inexact) else x
-        ),
-        state,
-    )
-    kinds = trees.types(state)
+    # NaN times zero would stay NaN.
+    state = filled(INNERS[inner](), params, np.nan)
     zeroed = zero_moments(state, keep)
     assert jax.tree.structure(zeroed) == jax.tree.structure(state)
-    assert trees.types(zeroed) == kinds
-
-    by_shape = keeps_by_shape(keep)
-    found = dict.fromkeys(by_shape, 0)
-    flags = masked_moments(state, keep)
-    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(zeroed), flags, strict=True)
-    for before, after, flag in pairs:
-        before, after = np.asarray(before), np.asarray(after)
-        # No shape comes twice in this tree, so the shape alone tells.
-        mask = by_shape.get(before.shape)
-        assert flag == (mask is not None)
-        expected = before
+    # No shape occurs twice in this tree, so the shape says whose moment it is.
+    masks = {m.shape: np.asarray(m) for m in jax.tree.leaves(keep)}
+    found = dict.fromkeys(masks, 0)
+    matched = mask_list(matching_masks(state, keep))
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(zeroed), matched, strict=True)
+    for before, after, match in pairs:
+        mask = masks.get(before.shape)
+        assert (match is None) == (mask is None)
         if mask is not None:
             found[before.shape] += 1
-            expected = np.where(mask, before, np.zeros_like(before))
-        assert after.tobytes() == expected.tobytes()
+            before = np.where(mask, before, np.zeros_like(before))
+        trees.assert_same(after, before)
     assert (found[6, 8], found[3, 3, 2, 4]) == MOMENTS[inner]
-
-
-def test_moments_of_dense_leaves_stay() -> None:
-    # A leaf that could carry a mask but does not.
-    params = trees.parameters()
-    keep = granet_jax.init_masks(
-        granet_jax.static(0.5), params, where=lambda name, _: name == "conv/kernel"
-    )
-    state = jax.tree.map(jnp.ones_like, optax.adam(0.1).init(params))
-    zeroed = zero_moments(state, keep)
-    expected = {
-        "conv": {"kernel": jnp.asarray(keep["conv"]["kernel"], jnp.float32)},
-        "dense": jax.tree.map(jnp.ones_like, params["dense"]),
-    }
-    for moment in (zeroed[0].mu, zeroed[0].nu):
-        trees.assert_same(moment, expected)
-    assert zeroed[0].count == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_moments_of_pruned_weights_where_an_epsilon_rounds_to_zero(dtype: str) -> None:
-    # In float16 that of rmsprop does, which makes NaN of the gradient zero.
+    # In float16 the epsilon of rmsprop does, and 0 / 0 is NaN.
     params = trees.parameters(dtype)
     tx = granet_jax.transform(granet_jax.static(0.5), optax.rmsprop(0.1, momentum=0.5))
     state = tx.init(params)
@@ -118,11 +94,11 @@ def test_moments_of_pruned_weights_where_an_epsilon_rounds_to_zero(dtype: str) -
     trees.assert_same(found, zero_moments(found, granet_jax.get_masks(state)))
 
 
-# --- Traps ------------------------------------------------------------------------
+# --- Names and shapes that are easy to confuse ------------------------------------
 
 
 class Names(NamedTuple):
-    """Parameters in a NamedTuple, named as the fields of Adam's state are."""
+    """Parameters in fields with the names of Adam's state."""
 
     mu: Any
     count: Any
@@ -131,7 +107,7 @@ class Names(NamedTuple):
 A, B, C = (jnp.full((4, 4), x, jnp.float32) for x in (1, 2, 3))
 WIDE, TALL = jnp.ones((4, 6)), jnp.ones((6, 4))
 
-# Parameters whose names or shapes invite a mix-up.
+# Parameters whose names or shapes are easy to confuse.
 TRAPS: dict[str, PyTree] = {
     "equal_shapes": {"a": A, "b": B},
     "transposed_shapes": {"a": WIDE, "b": TALL},
@@ -149,19 +125,24 @@ TRAPS: dict[str, PyTree] = {
     "slash_in_a_name": {"a/b": A, "a": {"b": B}},
     "one_column": {"w": jnp.ones((4, 1)), "b": jnp.ones((4,))},
 }
-TRAP_INNERS: dict[str, optax.GradientTransformation] = {
-    "adam": optax.adam(0.1),
-    "chain": optax.chain(optax.trace(0.5), optax.chain(optax.scale_by_adam())),
-    "masked": optax.masked(optax.adam(0.1), lambda t: jax.tree.map(lambda _: True, t)),
-    "multi_transform": optax.multi_transform(
-        {"kernel": optax.adam(0.1)}, lambda t: jax.tree.map(lambda _: "kernel", t)
-    ),
-}
 
 
-def like_params(state: PyTree, structure: Any) -> list[PyTree]:
-    """The subtrees of a state that are moments, found by their structure alone."""
-    found = []
+def all_leaves(label: Any) -> Any:
+    return lambda tree: jax.tree.map(lambda _: label, tree)
+
+
+# With the number of moments that each keeps.
+TRAP_INNERS: list[tuple[optax.GradientTransformation, int]] = [
+    (optax.adam(0.1), 2),
+    (optax.chain(optax.trace(0.5), optax.chain(optax.scale_by_adam())), 3),
+    (optax.masked(optax.adam(0.1), all_leaves(True)), 2),
+    (optax.multi_transform({"kernel": optax.adam(0.1)}, all_leaves("kernel")), 2),
+]
+
+
+def subtrees_like(params: PyTree, state: PyTree) -> list[PyTree]:
+    """The subtrees of a state with the structure of the parameters."""
+    structure, found = jax.tree.structure(params), []
 
     def is_moment(x: Any) -> bool:
         return jax.tree.structure(x) == structure and all(
@@ -174,14 +155,13 @@ def like_params(state: PyTree, structure: Any) -> list[PyTree]:
     return found
 
 
-@pytest.mark.parametrize("inner", TRAP_INNERS)
 @pytest.mark.parametrize("trap", TRAPS)
-def test_traps(trap: str, inner: str) -> None:
+def test_traps(trap: str) -> None:
     params = TRAPS[trap]
     keep = random_masks(params)
-    state = jax.tree.map(jnp.ones_like, TRAP_INNERS[inner].init(params))
-    zeroed = zero_moments(state, keep)
-    # Each moment is a tree like the parameters', so its place alone tells the mask.
+    # If two masks were equal, confusing them would not show.
+    masks = [np.asarray(m).tobytes() for m in jax.tree.leaves(keep)]
+    assert len(set(masks)) == len(masks)
     expected = jax.tree.map(
         lambda m, p: (
             jnp.ones_like(p) if isinstance(m, optax.MaskedNode) else m.astype(p.dtype)
@@ -190,26 +170,22 @@ def test_traps(trap: str, inner: str) -> None:
         params,
         is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )
-    moments = like_params(zeroed, jax.tree.structure(params))
-    assert len(moments) == (3 if inner == "chain" else 2)
-    for moment in moments:
-        trees.assert_same(moment, expected)
-    # The masks differ, or a mix-up would not show.
-    masks = [np.asarray(m).tobytes() for m in jax.tree.leaves(keep)]
-    assert len(set(masks)) == len(masks)
-    counters = [x for x in jax.tree.leaves(zeroed) if x.ndim == 0]
-    assert counters
-    assert all(x == 1 for x in counters)
+    for inner, number in TRAP_INNERS:
+        zeroed = zero_moments(filled(inner, params, 1.0), keep)
+        moments = subtrees_like(params, zeroed)
+        assert len(moments) == number
+        for moment in moments:
+            trees.assert_same(moment, expected)
+        counters = [x for x in jax.tree.leaves(zeroed) if x.ndim == 0]
+        assert counters
+        assert all(x == 1 for x in counters)
 
 
 @pytest.mark.parametrize("masked", ["kernel", "dense/kernel"])
-def test_dense_leaf_whose_name_ends_as_a_masked_one(masked: str) -> None:
+def test_a_dense_leaf_whose_name_ends_like_a_masked_one(masked: str) -> None:
     params = {"kernel": A, "dense": {"kernel": B}}
-    keep = granet_jax.init_masks(
-        granet_jax.static(0.5), params, where=lambda name, _: name == masked
-    )
-    state = jax.tree.map(jnp.ones_like, optax.trace(0.5).init(params))
-    zeroed = zero_moments(state, keep).trace
+    keep = random_masks(params, where=lambda name, _: name == masked)
+    zeroed = zero_moments(filled(optax.trace(0.5), params, 1.0), keep).trace
     sums = {
         "kernel": zeroed["kernel"].sum(),
         "dense/kernel": zeroed["dense"]["kernel"].sum(),
@@ -217,33 +193,29 @@ def test_dense_leaf_whose_name_ends_as_a_masked_one(masked: str) -> None:
     assert sums == {"kernel": 16, "dense/kernel": 16, masked: 8}
 
 
-def test_factored_moment_of_anothers_shape() -> None:
-    # The statistics of dense/kernel over its rows have the shape of the parameter
-    # "kernel", whose name ends theirs; they belong to many weights all the same.
+def test_a_factored_moment_with_the_shape_of_another_parameter() -> None:
+    # The factors of dense/kernel over its rows have the shape of the parameter
+    # "kernel", and their name ends like its name. They belong to many weights.
     params = {"kernel": jnp.ones((8,)), "dense": {"kernel": jnp.ones((6, 8))}}
-    inner = optax.adafactor(0.1, min_dim_size_to_factor=2)
-    state = jax.tree.map(jnp.ones_like, inner.init(params))
+    state = filled(optax.adafactor(0.1, min_dim_size_to_factor=2), params, 1.0)
     keep = granet_jax.init_masks(
         granet_jax.static(0.5, distribution="uniform"), params, where=lambda *_: True
     )
-    zeroed = zero_moments(state, keep)
-    found = {
+    zeros = {
         jax.tree_util.keystr(path): int((x == 0).sum())
-        for path, x in jax.tree_util.tree_leaves_with_path(zeroed)
+        for path, x in jax.tree_util.tree_leaves_with_path(zero_moments(state, keep))
         if x.shape == (8,)
     }
-    factors = [n for path, n in found.items() if "dense" in path]
-    assert factors == [0]
-    (own,) = (n for path, n in found.items() if "dense" not in path)
-    assert own == 8 - int(keep["kernel"].sum())
-    assert own > 0
+    assert [n for path, n in zeros.items() if "dense" in path] == [0]
+    (own,) = (n for path, n in zeros.items() if "dense" not in path)
+    assert own == 8 - int(keep["kernel"].sum()) > 0
 
 
-def test_state_restored_as_dicts() -> None:
-    # A checkpoint read without a target has dicts where the optimizer has NamedTuples.
+def test_a_state_restored_as_dicts() -> None:
+    # A checkpoint read without a target has dicts in place of NamedTuples.
     params = trees.parameters()
     keep = random_masks(params)
-    state = jax.tree.map(jnp.ones_like, optax.adam(0.1).init(params)[0])
+    state = filled(optax.scale_by_adam(), params, 1.0)
     zeroed = zero_moments(state, keep)
     as_dict = zero_moments({"inner": [state._asdict()]}, keep)
     trees.assert_same(as_dict, {"inner": [zeroed._asdict()]})
@@ -263,96 +235,79 @@ def test_state_restored_as_dicts() -> None:
         optax.inject_hyperparams(lambda rate: optax.flatten(optax.adam(rate)))(0.1),
     ],
 )
-def test_flattened_optimizer_is_refused(inner: Any) -> None:
-    tx = granet_jax.transform(granet_jax.static(0.5), inner)
+def test_a_flattened_optimizer_is_refused(inner: Any) -> None:
+    method = granet_jax.static(0.5)
     with pytest.raises(ValueError, match=r"one flat vector.*\(128,\).*optax\.flatten"):
-        tx.init(trees.parameters())
+        jax.eval_shape(granet_jax.transform(method, inner).init, trees.shape_tree())
+    # Also where the flat vector has the shape of the only parameter.
+    tx = granet_jax.transform(method, inner, where={"w": True})
     with pytest.raises(ValueError, match=r"without optax\.flatten"):
-        jax.eval_shape(tx.init, trees.shape_tree())
-
-
-def test_flattened_optimizer_of_one_vector_is_refused() -> None:
-    # The flat vector has the shape of the only parameter, but not its name.
-    params = {"w": jnp.ones((6,))}
-    tx = granet_jax.transform(
-        granet_jax.static(0.5), optax.flatten(optax.adam(0.1)), where={"w": True}
-    )
-    with pytest.raises(ValueError, match=r"optax\.flatten"):
-        tx.init(params)
+        tx.init({"w": jnp.ones((6,))})
 
 
 @pytest.mark.parametrize(
     ("inner", "params"),
     [
-        # Nothing kept, nothing to hide.
+        # It has no moments.
         (optax.flatten(optax.sgd(0.1)), {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}),
-        # One vector that is a parameter's own moment.
+        # The vector is a parameter's own moment.
         (optax.adam(0.1), {"w": jnp.ones((6,))}),
-        # Statistics per row of the only parameter, which has one column.
+        # The vector has one number for each row of the only parameter.
         (optax.sm3(0.1), {"w": jnp.ones((6, 1))}),
         (optax.adafactor(0.1, min_dim_size_to_factor=1), {"w": jnp.ones((6, 1))}),
     ],
 )
-def test_other_vectors_are_not_refused(inner: Any, params: PyTree) -> None:
+def test_other_vectors_are_accepted(inner: Any, params: PyTree) -> None:
     where = jax.tree.map(lambda p: p.size == 6, params)
-    state = granet_jax.transform(granet_jax.static(0.5), inner, where=where).init(
-        params
-    )
-    assert granet_jax.sparsity(state.masks).active == 3
+    tx = granet_jax.transform(granet_jax.static(0.5), inner, where=where)
+    assert granet_jax.sparsity(tx.init(params).masks).active == 3
 
 
-# --- Weights that enter -----------------------------------------------------------
+# --- Weights that become active ---------------------------------------------------
 
 
-@pytest.mark.parametrize("jitted", [True, False])
-@pytest.mark.parametrize("first", [1, 2])
-def test_entering_weights_start_with_zero_moments(first: int, jitted: bool) -> None:
-    # Compiled and not, the library takes two ways: see `_can_mask_inputs`.
-    method = granet_jax.rigl(0.5, 16, interval=first, fraction=0.5, stop=0.5)
+@pytest.mark.parametrize("interval", [1, 2])
+def test_entering_weights_start_with_zero_moments(interval: int) -> None:
+    method = granet_jax.rigl(0.5, 16, interval=interval, fraction=0.5, stop=0.5)
     tx = granet_jax.transform(method, optax.adam(0.125, b1=0.5, b2=0.5))
     params = trees.parameters()
-    state = tx.init(params)
+    state: Any = tx.init(params)
     params = granet_jax.apply_masks(params, state.masks)
-    update = jax.jit(tx.update) if jitted else tx.update
-    entered = [np.zeros(m.shape, bool) for m in jax.tree.leaves(state.masks)]
+    update = jax.jit(tx.update)
+    entered = {name: np.zeros(1, bool) for name in ("conv", "dense")}
     total = 0
     for count in range(1, 6):
         grads = trees.gradients(count)
-        old = [np.asarray(m) for m in jax.tree.leaves(state.masks)]
+        masks = state.masks
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        new = [np.asarray(m) for m in jax.tree.leaves(state.masks)]
         adam = state.inner_state[0]
-        for i, (o, n) in enumerate(zip(old, new, strict=True)):
-            name = ("conv", "dense")[i]
-            p, g, mu, nu = (
-                np.asarray(t[name]["kernel"]) for t in (params, grads, adam.mu, adam.nu)
+        for name, last in entered.items():
+            old, new, p, g, mu, nu = (
+                np.asarray(tree[name]["kernel"])
+                for tree in (masks, state.masks, params, grads, adam.mu, adam.nu)
             )
-            # As they enter: the weight and its moments are zero.
-            enters = n & ~o
-            total += enters.sum()
+            # When a weight enters, it and its moments are zero.
+            entered[name] = new & ~old
+            total += entered[name].sum()
             for x in (p, mu, nu):
-                assert np.all(x[enters] == 0)
-            # A step later: nothing but this step's gradient is in them.
-            last = entered[i] & n
+                assert np.all(x[entered[name]] == 0)
+            # One step later its moments contain that step's gradient alone.
+            last = last & new
             assert np.array_equal(mu[last], g[last] / 2)
             assert np.array_equal(nu[last], g[last] ** 2 / 2)
             assert np.all(p[last] != 0)
-            entered[i] = enters
     assert total > 0
 
 
 @pytest.mark.parametrize("make_inner", [optax.adam, optax.lamb])
 def test_masks_set_by_hand_zero_the_moments(make_inner: Any) -> None:
-    # Two ways through a step again: lamb's norms tie the weights to one another.
-    inner = make_inner(0.125, b1=0.5, b2=0.5)
-    tx = granet_jax.transform(granet_jax.static(0.0), inner)
+    # Adam works weight by weight; lamb also reads norms of whole leaves.
+    tx = granet_jax.transform(granet_jax.static(0.0), make_inner(0.125, b1=0.5, b2=0.5))
     params = trees.parameters()
-    state = tx.init(params)
     update = jax.jit(tx.update)
-    _, state = update(trees.gradients(1), state, params)
-    before = state.inner_state[0].mu
-    assert all(np.all(np.asarray(x) != 0) for x in jax.tree.leaves(before))
+    _, state = update(trees.gradients(1), tx.init(params), params)
+    assert all(np.all(x != 0) for x in jax.tree.leaves(state.inner_state[0].mu))
     first, second = random_masks(params, seed=1), random_masks(params, seed=2)
     for masks in (first, second):
         state = granet_jax.set_masks(state, masks)
@@ -361,10 +316,9 @@ def test_masks_set_by_hand_zero_the_moments(make_inner: Any) -> None:
             mask = np.asarray(masks[name]["kernel"])
             for moment in (state.inner_state[0].mu, state.inner_state[0].nu):
                 assert np.array_equal(np.asarray(moment[name]["kernel"]) != 0, mask)
-    # What left with the first masks came back without its past.
+    # Weights that left with the first masks have come back without their past.
     back = np.asarray(second["dense"]["kernel"]) & ~np.asarray(first["dense"]["kernel"])
     assert back.any()
     gradient = np.asarray(trees.gradients(2)["dense"]["kernel"])
     mu = np.asarray(state.inner_state[0].mu["dense"]["kernel"])
     assert np.array_equal(mu[back], gradient[back] / 2)
-    assert math.prod(mu.shape) == 48

@@ -8,8 +8,8 @@ import numpy as np
 
 PyTree = Any
 
-# 48 and 72 weights that carry a mask, and no shape twice: a test can tell by its shape
-# alone which parameter a moment belongs to.
+# 48 and 72 weights carry a mask. No shape occurs twice, so that the shape of a moment
+# alone says which parameter it belongs to.
 SHAPES = {
     "dense": {"kernel": (6, 8), "bias": (8,)},
     "conv": {"kernel": (3, 3, 2, 4)},
@@ -29,9 +29,9 @@ def is_shape(x: Any) -> bool:
 
 
 def normal(tree: PyTree, seed: int, scale: float = 1.0) -> PyTree:
-    """Normal numbers of the shapes and dtypes of `tree`, drawn by NumPy.
+    """Normal numbers of the shapes and dtypes of `tree`, moved away from zero.
 
-    None is near zero, so that an active weight is never zero by accident.
+    An active weight is therefore never zero by accident.
     """
     rng = np.random.default_rng(seed)
 
@@ -55,8 +55,20 @@ def parameters(dtype: Any = jnp.float32) -> PyTree:
 
 
 def gradients(step: int, dtype: Any = jnp.float32) -> PyTree:
-    """The gradient of a step: another one each, no zero in it."""
+    """The gradient of a step, without zeros."""
     return normal(shape_tree(dtype), seed=1000 + step)
+
+
+def eighths(step: int) -> PyTree:
+    """Multiples of 1/8 without zeros, whose sums and products are exact; some tie."""
+    rng = np.random.default_rng(step)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(
+            rng.choice([-1, 1], shape) * rng.integers(1, 17, shape) / 8, jnp.float32
+        ),
+        SHAPES,
+        is_leaf=is_shape,
+    )
 
 
 def types(tree: PyTree) -> list[tuple[str, tuple[int, ...], Any, bool]]:
@@ -68,7 +80,7 @@ def types(tree: PyTree) -> list[tuple[str, tuple[int, ...], Any, bool]]:
 
 
 def assert_same(actual: PyTree, expected: PyTree) -> None:
-    """The same structure, and equal arrays of equal types, to the bit (NaN too)."""
+    """The same structure, and arrays of equal types and bits (which NaNs have too)."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     pairs = zip(
         jax.tree_util.tree_leaves_with_path(actual),

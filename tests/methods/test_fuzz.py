@@ -27,7 +27,7 @@ from hypothesis import stateful
 
 from tests.helpers import fuzzing
 from tests.helpers.fuzzing import Lab, Run, recorded, rich_tree
-from tests.nightly import NIGHTLY
+from tests.helpers.profile import NIGHTLY
 
 # Each method in one of them, early and late updates, both scopes.
 LABS = {

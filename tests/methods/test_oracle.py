@@ -19,7 +19,7 @@ import granet_jax
 from granet_jax import _transform
 from tests.core.test_contract import STRICT
 from tests.helpers import fuzzing, luck, oracle
-from tests.nightly import NIGHTLY
+from tests.helpers.profile import NIGHTLY
 
 # In tree order; only those with two or more dimensions carry a mask.
 SHAPES = {
