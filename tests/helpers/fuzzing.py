@@ -46,14 +46,14 @@ class MethodSpec(NamedTuple):
 
     def build(self) -> tuple[granet_jax.Method, numpy_reference.ReferenceMethod]:
         ours = records if self.function == "own" else granet_jax
-        made = []
+        pair = []
         for module, forms in ((ours, structures), (numpy_reference, numpy_reference)):
             kwargs = dict(self.kwargs)
             if "structure" in kwargs:
                 form, *sides = kwargs["structure"]
                 kwargs["structure"] = getattr(forms, form)(*sides)
-            made.append(getattr(module, self.function)(*self.args, **kwargs))
-        return tuple(made)
+            pair.append(getattr(module, self.function)(*self.args, **kwargs))
+        return tuple(pair)
 
 
 def spec(function: str, *args: Any, **kwargs: Any) -> MethodSpec:
@@ -105,13 +105,13 @@ def host(tree: PyTree) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(tree)]
 
 
-def assert_equal(found: np.ndarray, wanted: np.ndarray) -> None:
+def assert_equal(actual: np.ndarray, wanted: np.ndarray) -> None:
     """Asserts equal types and numbers; NaN equals NaN."""
-    assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
-    if found.dtype == jnp.bfloat16:
+    assert (actual.shape, actual.dtype) == (wanted.shape, wanted.dtype)
+    if actual.dtype == jnp.bfloat16:
         # NumPy does not recognise NaN in bfloat16.
-        found, wanted = found.astype(np.float32), wanted.astype(np.float32)
-    np.testing.assert_array_equal(found, wanted)
+        actual, wanted = actual.astype(np.float32), wanted.astype(np.float32)
+    np.testing.assert_array_equal(actual, wanted)
 
 
 def placed(tree: PyTree, devices: int) -> PyTree:
@@ -283,7 +283,7 @@ class Run:
         self.lab, self.devices = lab, 1
         self.params = jax.tree.map(jnp.asarray, lab.values(seed, kind))
         self.begin(method, InnerOptimizer(lab, jax.device_get(self.params)))
-        if apply_first and self.now.reference.weights != "dense":
+        if apply_first and self.compiled.reference.weights != "dense":
             masks = granet_jax.get_masks(self.state)
             self.params = granet_jax.apply_masks(self.params, masks)
             self.training.params = host(self.params)
@@ -302,16 +302,16 @@ class Run:
     def begin(self, method: int, optimizer: InnerOptimizer) -> None:
         """Starts a method from the present parameters."""
         lab, params = self.lab, host(self.params)
-        self.now, self.optimizer = lab.compiled(method), optimizer
-        state: Any = self.now.tx.init(placed(jax.device_get(self.params), 1))
+        self.compiled, self.optimizer = lab.compiled(method), optimizer
+        state: Any = self.compiled.tx.init(placed(jax.device_get(self.params), 1))
         drawn = lab.luck(0), lab.masked(params)
-        chosen = iter(numpy_reference.initial_masks(self.now.reference, *drawn))
+        chosen = iter(numpy_reference.initial_masks(self.compiled.reference, *drawn))
         masks = [next(chosen) if c else None for c in lab.carries]
-        if self.now.reference.draws_boxes:
+        if self.compiled.reference.draws_boxes:
             # Norms of random integers are rounded, by the order in which XLA adds them.
             masks = self.host_masks(granet_jax.get_masks(state))
         self.training = numpy_reference.ReferenceTraining(
-            self.now.reference, params, masks, optimizer, steers=lab.steers
+            self.compiled.reference, params, masks, optimizer, steers=lab.steers
         )
         self.state = placed(state, self.devices)
         self.check_masks()
@@ -385,19 +385,19 @@ class Run:
 
     def step(self, seed: int, kind: str) -> None:
         """Takes a step with both, and checks all that must hold after it."""
-        now, training, lab = self.now, self.training, self.lab
+        compiled, training, lab = self.compiled, self.training, self.lab
         grads = lab.values(seed, kind)
         old, before = training.masks, training.params
         advances = training.step_count < numpy_reference.LAST_STEP
-        now.devices.add(self.devices)
+        compiled.devices.add(self.devices)
         types = trees.types((self.params, self.state))
         self.params, self.state, updates = jax.block_until_ready(
-            now.step(self.params, self.state, placed(grads, self.devices))
+            compiled.step(self.params, self.state, placed(grads, self.devices))
         )
         new = self.host_masks(granet_jax.get_masks(self.state))
         training.step(host(grads), lab.luck, functools.partial(self._adjust, old, new))
         # Nothing is compiled again, and nothing changes its type.
-        assert now.step._cache_size() == len(now.devices)
+        assert compiled.step._cache_size() == len(compiled.devices)
         assert trees.types((self.params, self.state)) == types
         self.check_masks()
         if advances:
@@ -406,7 +406,7 @@ class Run:
 
     def _adjust(self, old: list, new: list, grown: list[int], room: list[int]) -> None:
         """Accepts shares of the library that single precision rounds differently."""
-        method, t = self.now.reference, self.training.step_count
+        method, t = self.compiled.reference, self.training.step_count
         before, after = (method.active(self.lab.masked(m)) for m in (old, new))
         sizes = method.sizes([m.shape for m in self.lab.masked(old)])
         left = [n - r for n, r in zip(sizes, room, strict=True)]
@@ -441,7 +441,7 @@ class Run:
         inner = self.sparse().inner_state if lab.steers else self.state[0]
         for x, expected in zip(host(inner), host(self.optimizer.state), strict=True):
             assert_equal(x, expected)
-        if self.now.reference.decay is not None:
+        if self.compiled.reference.decay is not None:
             averages = training.masked(training.averages)
             for x, a in zip(
                 host(records.average_of(self.sparse())), averages, strict=True
@@ -451,7 +451,7 @@ class Run:
     def check_masks(self) -> None:
         """Checks that masks and step count are those of the reference."""
         state, training = self.sparse(), self.training
-        marks = self.now.reference.marked is not None
+        marks = self.compiled.reference.marked is not None
         assert int(state.count) == training.step_count
         assert (jax.tree.leaves(state.marked) != []) == marks
         pairs = [(granet_jax.get_masks(self.state), training.masks)]
@@ -466,7 +466,7 @@ class Run:
 
     def check_invariants(self, old: list[np.ndarray | None], before: list) -> None:
         """Checks what holds by definition, whatever the reference does."""
-        method, t = self.now.reference, self.training.step_count
+        method, t = self.compiled.reference, self.training.step_count
         masks = self.host_masks(granet_jax.get_masks(self.state))
         for p, b, m, o in zip(host(self.params), before, masks, old, strict=True):
             if m is None or o is None:

@@ -1,4 +1,4 @@
-"""Users' own methods, made in one place: the fields of `Method` appear only here."""
+"""Users' own methods: only this file depends on the fields of `Method`."""
 
 import dataclasses
 from collections.abc import Callable

@@ -112,10 +112,10 @@ def test_moments_that_start_above_zero_are_zero_at_pruned_weights() -> None:
     none = jax.tree.map(np.zeros_like, params)
     _, state = jax.jit(tx.update, compiler_options=QUICK)(none, state, params)
     masks = granet_jax.get_masks(state)
-    for name, found in state.inner_state[0].sum_of_squares.items():
+    for name, actual in state.inner_state[0].sum_of_squares.items():
         mask = masks[name] if name != "bias" else True
         np.testing.assert_array_equal(
-            found, np.broadcast_to(np.where(mask, np.float32(0.1), 0), found.shape)
+            actual, np.broadcast_to(np.where(mask, np.float32(0.1), 0), actual.shape)
         )
 
 
@@ -125,8 +125,8 @@ def test_revival_from_chosen_masks_reaches_the_number_of_the_schedule() -> None:
     masks["conv"][0, 0] = True
     method = granet_jax.cyclical(0.75, 4, cycles=2, interval=1, ramp=0.5)
     history = train(granet_jax.transform(method, optax.sgd(0.25), masks=masks), 4)
-    found = [int(granet_jax.get_masks(s)["conv"].sum()) for _, s in history[1:]]
-    assert found == [18, 72, 18, 18]
+    actual = [int(granet_jax.get_masks(s)["conv"].sum()) for _, s in history[1:]]
+    assert actual == [18, 72, 18, 18]
 
 
 @hypothesis.given(st.integers(1, 5), st.integers(4, 60), st.data())

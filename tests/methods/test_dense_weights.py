@@ -66,15 +66,15 @@ def test_the_gradient_is_taken_at_the_sparse_view(method: Any) -> None:
         targets = list(draw(t).values())
         training.step([v - c for v, c in zip(view, targets, strict=True)])
         params, state = step(params, state, draw(t))
-        for found, p in zip(params.values(), training.params, strict=True):
-            np.testing.assert_array_equal(found, p)
-        found = granet_jax.sparse_view(params, state)
+        for actual, p in zip(params.values(), training.params, strict=True):
+            np.testing.assert_array_equal(actual, p)
+        actual = granet_jax.sparse_view(params, state)
         masks = training.masked(training.masks)
-        for x, p, m in zip(kernels(found), training.params[1:], masks, strict=True):
+        for x, p, m in zip(kernels(actual), training.params[1:], masks, strict=True):
             np.testing.assert_array_equal(x, np.where(m, p, np.float32(0)))
             # The parameters themselves stay dense.
             assert np.count_nonzero(p[~m]) > 0.9 * np.sum(~m)
-        np.testing.assert_array_equal(found["bias"], params["bias"])
+        np.testing.assert_array_equal(actual["bias"], params["bias"])
 
 
 @pytest.mark.parametrize(("scope", "numbers"), [("layer", [36, 24]), ("global", [60])])

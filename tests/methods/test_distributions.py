@@ -26,13 +26,13 @@ def test_counts_sum_to_the_total_exactly(
     shapes: Any, sparsity: float, distribution: str
 ) -> None:
     sizes = [math.prod(s) for s in shapes]
-    found = distributions.counts(shapes, sparsity, distribution)
-    assert sum(found) == math.floor((1.0 - sparsity) * sum(sizes) + 0.5)
-    assert all(0 <= n <= size for n, size in zip(found, sizes, strict=True))
-    assert all(isinstance(n, int) for n in found)
+    actual = distributions.counts(shapes, sparsity, distribution)
+    assert sum(actual) == math.floor((1.0 - sparsity) * sum(sizes) + 0.5)
+    assert all(0 <= n <= size for n, size in zip(actual, sizes, strict=True))
+    assert all(isinstance(n, int) for n in actual)
     # Each is within one weight of the distribution's own real number.
     densities = distributions.densities(shapes, sparsity, distribution)
-    for n, density, size in zip(found, densities, sizes, strict=True):
+    for n, density, size in zip(actual, densities, sizes, strict=True):
         assert abs(n - density * size) < 1 + 1e-6 * size
 
 
@@ -43,15 +43,15 @@ def test_densities_satisfy_their_definition(
 ) -> None:
     shapes = [s for s in shapes if math.prod(s)]
     sizes = [math.prod(s) for s in shapes]
-    found = distributions.densities(shapes, sparsity, distribution)
-    active = sum(d * n for d, n in zip(found, sizes, strict=True))
+    actual = distributions.densities(shapes, sparsity, distribution)
+    active = sum(d * n for d, n in zip(actual, sizes, strict=True))
     assert math.isclose(active, (1 - sparsity) * sum(sizes), rel_tol=1e-9)
     # Densities are proportional to the rule, or 1 where it asks for more.
     dims = [s if distribution == "erk" else s[-2:] for s in shapes]
     raw = [sum(d) / math.prod(d) for d in dims]
-    ratios = [d / p for d, p in zip(found, raw, strict=True)]
+    ratios = [d / p for d, p in zip(actual, raw, strict=True)]
     epsilon = max(ratios)
-    for density, p in zip(found, raw, strict=True):
+    for density, p in zip(actual, raw, strict=True):
         assert math.isclose(density, min(1.0, epsilon * p), rel_tol=1e-9)
 
 
@@ -64,8 +64,8 @@ def test_densities_follow_the_reference(
 ) -> None:
     shapes = [s for s in shapes if math.prod(s)]
     expected = numpy_reference.densities(shapes, sparsity, distribution)
-    found = distributions.densities(shapes, sparsity, distribution)
-    for a, b in zip(found, expected, strict=True):
+    actual = distributions.densities(shapes, sparsity, distribution)
+    for a, b in zip(actual, expected, strict=True):
         assert math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
 
 
@@ -123,9 +123,9 @@ def test_counts_above_floors(sizes: Any, sparsity: float, data: Any) -> None:
         with pytest.raises(ValueError, match=r"keep .* at least"):
             distributions.counts(shapes, sparsity, floors=floors)
         return
-    found = distributions.counts(shapes, sparsity, floors=floors)
-    assert sum(found) == total
-    assert all(f <= c <= n for f, c, n in zip(floors, found, sizes, strict=True))
+    actual = distributions.counts(shapes, sparsity, floors=floors)
+    assert sum(actual) == total
+    assert all(f <= c <= n for f, c, n in zip(floors, actual, sizes, strict=True))
 
 
 def test_a_function_as_distribution() -> None:
@@ -158,12 +158,12 @@ def test_erk_on_resnet50() -> None:
     shapes = jax.tree.leaves(resnet50.shapes(), is_leaf=lambda x: isinstance(x, tuple))
     kernels = [s for s in shapes if len(s) >= 2]
     assert len(kernels) == resnet50.KERNELS
-    found = distributions.counts(kernels, 0.8, "erk")
+    actual = distributions.counts(kernels, 0.8, "erk")
     sizes = [math.prod(s) for s in kernels]
-    assert sum(found) == distributions.total_count(sum(sizes), 0.8)
+    assert sum(actual) == distributions.total_count(sum(sizes), 0.8)
     expected = numpy_reference.counts(kernels, 0.8, "erk")
-    assert found == expected
+    assert actual == expected
     # Each 3x3 convolution is sparser than the 1x1 ones around it, as ERK intends.
-    density = {s: n / math.prod(s) for s, n in zip(kernels, found, strict=True)}
+    density = {s: n / math.prod(s) for s, n in zip(kernels, actual, strict=True)}
     assert density[(3, 3, 512, 512)] < density[(1, 1, 512, 2048)] < 0.5
     assert density[(1, 1, 64, 64)] == 1.0

@@ -44,12 +44,12 @@ def test_moves_weights_to_the_leaves_that_keep_theirs_by_hand() -> None:
     tx = granet_jax.transform(method, optax.sgd(0.0), masks=masks)
     grads = jax.tree.map(np.zeros_like, params)
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
-    found = granet_jax.get_masks(state)
+    actual = granet_jax.get_masks(state)
     # The three small weights go. Two and one are left, so two and one come.
-    assert {name: int(m.sum()) for name, m in found.items()} == {"a": 4, "b": 2}
-    assert found["a"][0, :2].all()
-    assert found["b"][0, 0]
+    assert {name: int(m.sum()) for name, m in actual.items()} == {"a": 4, "b": 2}
+    assert actual["a"][0, :2].all()
+    assert actual["b"][0, 0]
     new = optax.apply_updates(params, updates)
-    for name, mask in found.items():
+    for name, mask in actual.items():
         kept = np.where(mask, params[name], np.float32(0))
         np.testing.assert_array_equal(new[name], kept)

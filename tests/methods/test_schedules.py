@@ -156,20 +156,20 @@ def test_restarted_starts_anew_for_ever() -> None:
 @hypothesis.example(2**8, 2**24)
 @hypothesis.settings(max_examples=500)
 def test_ceil_of_is_exact(fraction: int, count: int) -> None:
-    found = schedules.ceil_of(np.uint32(fraction), jnp.asarray(count, jnp.uint32))
-    assert found.dtype == jnp.uint32
-    assert int(found) == -(-fraction * count // 2**32)
+    actual = schedules.ceil_of(np.uint32(fraction), jnp.asarray(count, jnp.uint32))
+    assert actual.dtype == jnp.uint32
+    assert int(actual) == -(-fraction * count // 2**32)
 
 
 @hypothesis.given(uint32, st.integers(0, 2**40))
 @hypothesis.example(1, 1)
 def test_ceil_of_in_64_bits(fraction: int, count: int) -> None:
     with jax.enable_x64(True):
-        found = schedules.ceil_of(
+        actual = schedules.ceil_of(
             jnp.asarray(fraction, jnp.uint32), jnp.asarray(count, jnp.uint64)
         )
-        assert found.dtype == jnp.uint64
-        assert int(found) == -(-fraction * count // 2**32)
+        assert actual.dtype == jnp.uint64
+        assert int(actual) == -(-fraction * count // 2**32)
 
 
 @hypothesis.given(st.integers(1, 99), st.integers(0, 10**6))

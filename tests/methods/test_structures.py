@@ -72,7 +72,7 @@ def test_select_as_numpy_does(form: Any, dtype: str, numbers: Any, seed: int) ->
     among = [rng.random(s.shape) < (1.0 if ours.whole else 0.8) for s in scores]
     if dtype != "int32":
         scores = [np.where(s == 1, s.dtype.type("nan"), s) for s in scores]
-    found = structures.select(
+    actual = structures.select(
         ours,
         [jnp.asarray(s) for s in scores],
         numbers,
@@ -81,7 +81,7 @@ def test_select_as_numpy_does(form: Any, dtype: str, numbers: Any, seed: int) ->
     )
     wide = [s.astype(np.float32) for s in scores]
     for mask, expected in zip(
-        found, reference.choose(wide, among, numbers), strict=True
+        actual, reference.choose(wide, among, numbers), strict=True
     ):
         np.testing.assert_array_equal(mask, expected)
 
@@ -94,15 +94,13 @@ def test_whole_boxes_by_their_norm(form: Any, norm: str) -> None:
     # Means over boxes of different sizes are rounded, and ties across leaves with them.
     scope: Any = "layer" if form == ("channel",) else "global"
     reference = dataclasses.replace(reference, scope=scope, distribution="uniform")
-    masks = mask_sources.magnitude(
-        params, 0.6, scope=scope, distribution="uniform", structure=ours
-    )
+    masks = mask_sources.magnitude(params, 0.6, scope=scope, structure=ours)
     sizes = [np.abs(p) for p in params.values()]
     everywhere = [np.ones(s.shape, bool) for s in sizes]
     numbers = reference.numbers(list(SHAPES.values()), 0.6)
     expected = reference.choose(sizes, everywhere, numbers)
-    for found, mask in zip(masks.values(), expected, strict=True):
-        np.testing.assert_array_equal(found, mask)
+    for actual, mask in zip(masks.values(), expected, strict=True):
+        np.testing.assert_array_equal(actual, mask)
 
 
 @pytest.mark.parametrize("form", FORMS[:2] + FORMS[3:6], ids=str)
@@ -114,15 +112,15 @@ def test_random_masks(form: Any) -> None:
     drawn = mask_sources.random(
         draw(0), 0.5, key=jax.random.key(0), distribution="uniform", structure=structure
     )
-    for found in (masks, drawn):
-        for mask in map(np.asarray, found.values()):
+    for actual in (masks, drawn):
+        for mask in map(np.asarray, actual.values()):
             assert 2 * mask.sum() == mask.size
             rows = numpy_reference.boxed(mask, sides(mask.shape))
             size = rows.shape[1]
             allowed = {0, size} if structure.whole else {size // 2}
             assert set(rows.sum(axis=-1)) == allowed
     assert any(np.any(masks[name] != other[name]) for name in masks)
-    # `transform` checks the masks that it is given.
+    # `transform` checks masks that users pass.
     granet_jax.transform(method, masks=drawn).init(draw(0))
     spoilt = {**drawn, "dense": drawn["dense"].at[0, 0].set(~drawn["dense"][0, 0])}
     with pytest.raises(ValueError, match="masks must have the structure"):
@@ -162,21 +160,28 @@ def test_lanes_of_vmap_are_as_alone(method: granet_jax.Method) -> None:
         assert_same(jax.tree.map(lambda x, i=i: x[i], lanes), alone(start, row))
 
 
-@pytest.mark.parametrize("shift", [0, pytest.param(1, marks=pytest.mark.slow)])
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+# Boxes of 8:16 are larger than the shard of a device.
+PLACED = [
+    (structures.block(2, 2), EXPLICIT),
+    (structures.n_of_m(8, 16), AUTO),
+    (structures.constant_fan_in(), EXPLICIT),
+]
+PLACED_SLOW = [
+    *((structures.n_of_m(2, 4), kind) for kind in (AUTO, EXPLICIT)),
+    *((structures.channel(), kind) for kind in (AUTO, EXPLICIT)),
+    (structures.block(2, 2), AUTO),
+    (structures.n_of_m(8, 16), EXPLICIT),
+    (structures.constant_fan_in(), AUTO),
+]
+
+
 @pytest.mark.parametrize(
-    "structure",
-    [
-        structures.block(2, 2),
-        structures.n_of_m(2, 4),
-        # Boxes are larger than the shard of a device.
-        structures.n_of_m(8, 16),
-        structures.constant_fan_in(),
-        structures.channel(),
-    ],
-    ids=lambda s: s.name,
+    ("structure", "kind"),
+    [*PLACED, *(pytest.param(*case, marks=pytest.mark.slow) for case in PLACED_SLOW)],
+    ids=lambda x: getattr(x, "name", str(x)),
 )
-def test_on_eight_devices_as_on_one(structure: Structure, shift: int) -> None:
-    kind = [AxisType.Auto, AxisType.Explicit][(len(structure.name) + shift) % 2]
+def test_on_eight_devices_as_on_one(structure: Structure, kind: AxisType) -> None:
     method = granet_jax.rigl(
         0.5, 8, interval=1, distribution="uniform", structure=structure
     )
