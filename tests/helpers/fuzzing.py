@@ -346,7 +346,6 @@ class Run:
     def jump(self, count: int) -> None:
         """Sets the step count."""
         self.replace(count=placed(np.int32(count), self.devices))
-        self.state = granet_jax.set_masks(self.state, granet_jax.get_masks(self.state))
         self.training.step_count = count
 
     def reshard(self, devices: int) -> None:
@@ -443,9 +442,7 @@ class Run:
             assert_equal(x, expected)
         if self.compiled.reference.decay is not None:
             averages = training.masked(training.averages)
-            for x, a in zip(
-                host(records.average_of(self.sparse())), averages, strict=True
-            ):
+            for x, a in zip(host(self.sparse().average), averages, strict=True):
                 assert_equal(x, a)
 
     def check_masks(self) -> None:
@@ -480,17 +477,17 @@ class Run:
         active, was = method.active(masked), method.active(self.lab.masked(old))
         if method.ranks_across:
             active, was = [sum(active)], [sum(was)]
-        number, change = self.training.plan.get(t, ([], 0))
         if method.weights != "sparse":
             if t % method.refresh == 0 or t in method.update_steps:
                 shapes = [m.shape for m in masked]
                 expected = method.numbers(shapes, method.sparsity(t))
                 assert method.structure is not None or active == expected
-        elif change and not method.across and method.structure is None:
-            rises = any(c > 0 for _, c in self.training.plan.values())
+        elif method.targets and t in self.training.plan:
+            number = self.training.plan[t]
             few = [min(n, w) for n, w in zip(number, was, strict=True)]
-            assert active == (number if rises else few)
-        elif t not in method.targets:
+            expected = few if method.revive is None else number
+            assert method.structure is not None or active == expected
+        else:
             assert sum(active) == sum(was)
 
 

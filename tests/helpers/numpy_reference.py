@@ -251,7 +251,7 @@ class ReferenceMethod:
 
     Attributes:
       start: Sparsity of the initial masks.
-      targets: Sparsity from a step on, by step; only steps that update masks for it.
+      targets: Sparsity from a step on, by step; methods without any never prune.
       fractions: Prune fraction of the exchange, by step; only steps that exchange.
       distribution: How the sparsity is split over leaves.
       scope: "global" or "layer".
@@ -351,25 +351,19 @@ class ReferenceMethod:
             return [total_count(sum(self.sizes(shapes)), sparsity)]
         return self.leaf_numbers(shapes, sparsity, **bounds)
 
-    def plan(self, shapes: Sequence[tuple]) -> dict[int, tuple[list[int], int]]:
-        """The numbers to reach, by step of `targets`, and their sign of change.
-
-        The sign is -1 if weights are pruned, 1 if weights are revived, else 0.
-        """
+    def plan(self, shapes: Sequence[tuple]) -> dict[int, list[int]]:
+        """The numbers of active parts that the schedule asks for at every update."""
         present = self.leaf_numbers(shapes, self.start)
         rows = {}
-        for step in sorted(self.targets):
-            sparsity = self.targets[step]
-            wanted = self.numbers(shapes, sparsity)
-            change = int(np.sign(sum(wanted) - sum(present)))
-            if change > 0 and self.revive is None:
-                change = 0
+        for step in self.update_steps:
+            wanted = self.numbers(shapes, self.sparsity(step))
+            change = sum(wanted) - sum(present)
             if change and not self.ranks_across:
                 bound = {"caps": present} if change < 0 else {"floors": present}
-                wanted = self.numbers(shapes, sparsity, **bound)
-            if change:
+                wanted = self.numbers(shapes, self.sparsity(step), **bound)
+            if change < 0 or (change > 0 and self.revive is not None):
                 present = wanted
-            rows[step] = (present, change)
+            rows[step] = present
         return rows
 
     def choose(self, scores: Leaves, among: Leaves, numbers: Sequence[int]) -> Leaves:
@@ -517,8 +511,8 @@ def mest(sparsity, total_steps, *, gradient_weight=0.01, **rest) -> ReferenceMet
 def dsr(
     sparsity, total_steps, *, interval=1000, fraction=0.01, threshold=1e-3, **rest
 ) -> ReferenceMethod:
-    parts = {"interval": interval, "fraction": fraction, "threshold": threshold, **rest}
-    return set_(sparsity, total_steps, **parts)
+    parts = {"threshold": threshold, "distribution": "uniform", **rest}
+    return set_(sparsity, total_steps, interval=interval, fraction=fraction, **parts)
 
 
 def static(sparsity, **rest) -> ReferenceMethod:
@@ -865,11 +859,6 @@ class ReferenceTraining:
         method, t = self.method, self.step_count
         old = self.masked(self.masks)
         weights, dense = self.masked(stepped), self.masked(grads)
-        # A method that only prunes does so at every update, whatever the masks are.
-        falls = any(change < 0 for _, change in self.plan.values())
-        rises = any(change > 0 for _, change in self.plan.values())
-        only_prunes = falls and not (method.fractions or rises)
-        number, change = self.plan.get(t, ([], 0))
 
         def score(function: Score, weights: Leaves, present: Leaves) -> Leaves:
             averages, marked = self.masked(self.averages), self.masked(self.marked)
@@ -882,10 +871,11 @@ class ReferenceTraining:
             ]
 
         new = kept = old
-        if number and (change < 0 or only_prunes):
+        if method.targets and t in self.plan:
+            number = self.plan[t]
             new = kept = method.choose(score(method.prune, weights, new), new, number)
-        if change and rises and method.revive is not None:
-            new = self._revived(new, score(method.revive, weights, new), number)
+            if method.revive is not None:
+                new = self._revived(new, score(method.revive, weights, new), number)
         if t not in method.fractions:
             return new, [o & k for o, k in zip(old, kept, strict=True)]
         present = [zeroed(p, m) for p, m in zip(weights, new, strict=True)]

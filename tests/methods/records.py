@@ -1,4 +1,4 @@
-"""Users' own methods: only this file depends on the fields of `Method`."""
+"""Users' own methods, made of phases."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,8 +6,7 @@ from typing import Any
 
 import granet_jax
 from granet_jax import schedules, scores
-
-HAS_PHASES = any(f.name == "phases" for f in dataclasses.fields(granet_jax.Method))
+from granet_jax.phases import Exchange, Phase, Prune, Revive
 
 
 def own(
@@ -19,7 +18,6 @@ def own(
     revive: Any = None,
     drop: Any = scores.magnitude,
     grow: Any = scores.gradient,
-    across: bool = False,
     decay: float | None = None,
     needs_gradient: bool = True,
     **shared: Any,
@@ -31,59 +29,34 @@ def own(
         reached = [t for t in targets if t <= step]
         return targets[max(reached)] if reached else start
 
-    def fraction(step: int) -> float:
-        return fractions.get(step, 0.0)
-
-    steps = sorted(targets | fractions)
-    shared |= {"name": "own", "sparsity": sparsity}
-    shared["updates"] = schedules.listed(steps) if steps else schedules.NEVER
-    if not HAS_PHASES:
-        return granet_jax.Method(
-            **shared,
-            prune=prune,
-            revive=revive,
-            drop=drop,
-            grow=grow if fractions else None,
-            fraction=fraction,
-            redistribute=across,
-            accumulator_decay=decay,
-            needs_gradient=needs_gradient,
-        )
-    from granet_jax import phases
-
-    chosen: list[Any] = [phases.Prune(by=prune)]
+    phases: list[Phase] = [Prune(prune)] if targets else []
     if revive is not None:
-        chosen.append(phases.Revive(by=revive))
+        phases.append(Revive(revive))
     if fractions:
-        chosen.append(phases.Exchange(fraction, drop=drop, grow=grow, across=across))
-    return granet_jax.Method(**shared, phases=tuple(chosen), average_decay=decay)
+        phases.append(Exchange(lambda step: fractions.get(step, 0.0), drop, grow))
+    return granet_jax.Method(
+        name="own",
+        sparsity=sparsity,
+        updates=schedules.listed(sorted(targets | fractions)),
+        phases=tuple(phases),
+        average_decay=decay,
+        needs_gradient=needs_gradient,
+        **shared,
+    )
 
 
 def fraction_of(method: granet_jax.Method) -> Callable[[int], float]:
     """Returns the prune fraction of a method's exchange, as a function of the step."""
-    if not HAS_PHASES:
-        return method.fraction
-    (fraction,) = (p.fraction for p in method.phases if hasattr(p, "fraction"))
+    (fraction,) = (p.fraction for p in method.phases if isinstance(p, Exchange))
     return fraction
 
 
 def with_schedules(
-    method: granet_jax.Method, *, sparsity: Any, updates: Any, fraction: Any
+    method: granet_jax.Method, *, fraction: Any, **schedules: Any
 ) -> granet_jax.Method:
     """Returns the method with other schedules."""
-    if not HAS_PHASES:
-        return dataclasses.replace(
-            method, sparsity=sparsity, updates=updates, fraction=fraction
-        )
     phases = [
-        dataclasses.replace(p, fraction=fraction) if hasattr(p, "fraction") else p
+        dataclasses.replace(p, fraction=fraction) if isinstance(p, Exchange) else p
         for p in method.phases
     ]
-    return dataclasses.replace(
-        method, sparsity=sparsity, updates=updates, phases=tuple(phases)
-    )
-
-
-def average_of(x: Any) -> Any:
-    """Returns the moving average of the gradient, of a state or of a score's inputs."""
-    return x.average if hasattr(x, "average") else x.accumulator
+    return dataclasses.replace(method, phases=tuple(phases), **schedules)

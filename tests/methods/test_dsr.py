@@ -11,9 +11,6 @@ import granet_jax
 from tests.helpers.compiler_options import QUICK
 from tests.helpers.fuzzing import KERNELS, Lab, run_schedule, spec
 
-if not hasattr(granet_jax, "dsr"):
-    pytest.skip("waits for granet_jax.dsr", allow_module_level=True)
-
 
 @pytest.mark.parametrize(("threshold", "rises"), [(2.0**-8, True), (4.0, False)])
 def test_trainings_follow_the_reference(threshold: float, rises: bool) -> None:

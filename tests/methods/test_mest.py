@@ -9,9 +9,6 @@ import granet_jax
 from tests.helpers.compiler_options import QUICK
 from tests.helpers.fuzzing import KERNELS, Lab, run_schedule, spec
 
-if not hasattr(granet_jax, "mest"):
-    pytest.skip("waits for granet_jax.mest", allow_module_level=True)
-
 
 @pytest.mark.parametrize("gradient_weight", [0.0, 2.0**-3, 4.0])
 def test_trainings_follow_the_reference(gradient_weight: float) -> None:
