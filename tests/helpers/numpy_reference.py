@@ -354,6 +354,8 @@ class ReferenceMethod:
     def plan(self, shapes: Sequence[tuple]) -> dict[int, list[int]]:
         """The numbers of active parts that the schedule asks for at every update."""
         present = self.leaf_numbers(shapes, self.start)
+        if self.ranks_across:
+            present = [sum(present)]
         rows = {}
         for step in self.update_steps:
             wanted = self.numbers(shapes, self.sparsity(step))
@@ -395,7 +397,7 @@ class ReferenceMethod:
         ]
 
     def _select(self, scores: Leaves, among: Leaves, numbers: Sequence[int]) -> Leaves:
-        if len(numbers) == 1 and self.ranks_across:
+        if self.ranks_across:
             return best_across(scores, among, numbers[0])
         return best_per_leaf(scores, among, numbers)
 
