@@ -1,7 +1,7 @@
-"""Random training runs, held against the oracle at every step.
+"""Training runs, compared with the NumPy reference bit for bit after every step.
 
-A `Lab` is what takes long to make: a tree of parameters, an inner optimizer, and the
-compiled steps of a few methods. A `Run` is one of many runs through them.
+A `Lab` holds what takes long to compile: a tree of parameters, an inner optimizer, and
+the steps of a few methods. A `Run` is one of many runs in a lab.
 """
 
 import functools
@@ -20,26 +20,44 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import granet_jax
-from tests.core.test_contract import STRICT
-from tests.helpers import luck, oracle, trees
+from granet_jax import structures
+from tests.helpers import luck, numpy_reference, trees
+from tests.helpers.compiler_options import QUICK, STRICT
+from tests.methods import records
 
 PyTree = Any
 DTYPES = ("float32", "bfloat16", "float16")
+SEED = 5  # Of initial masks and of random growth.
 
 
 class Pair(NamedTuple):
-    """A container of named fields, as one of those that trees are made of."""
+    """A container with named fields."""
 
     first: Any
     second: Any
 
 
-class Recorded(NamedTuple):
-    """A method: a function of `granet_jax` and of `oracle`, and its arguments."""
+class MethodSpec(NamedTuple):
+    """A factory of methods and its arguments; a structure is (name, arguments...)."""
 
     function: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def build(self) -> tuple[granet_jax.Method, numpy_reference.ReferenceMethod]:
+        ours = records if self.function == "own" else granet_jax
+        pair = []
+        for module, forms in ((ours, structures), (numpy_reference, numpy_reference)):
+            kwargs = dict(self.kwargs)
+            if "structure" in kwargs:
+                form, *sides = kwargs["structure"]
+                kwargs["structure"] = getattr(forms, form)(*sides)
+            pair.append(getattr(module, self.function)(*self.args, **kwargs))
+        return tuple(pair)
+
+
+def spec(function: str, *args: Any, **kwargs: Any) -> MethodSpec:
+    return MethodSpec(function, args, kwargs)
 
 
 def leaf(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
@@ -47,7 +65,7 @@ def leaf(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
 
 
 def rich_tree(*dtypes: str) -> PyTree:
-    """All that a tree of parameters may hold; `dtypes` in turn."""
+    """A tree of every kind of container and leaf, which have the dtypes in turn."""
     first, second, third = (dtypes * 3)[:3]
     return {
         "matrix": leaf(first, 4, 8),
@@ -58,47 +76,60 @@ def rich_tree(*dtypes: str) -> PyTree:
     }
 
 
-# Factors are powers of two and gradients have eight bits: products are exact.
+# Every structure divides the kernels.
+KERNELS = {
+    "bias": leaf("float32", 6),
+    "conv": leaf("float32", 3, 3, 8, 4),
+    "dense": leaf("float32", 16, 6),
+}
+
+# Factors are powers of two and gradients have eight bits, so products are exact.
 RATE = 2.0**-4
 INNERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sgd": lambda: optax.sgd(RATE),
     "momentum": lambda: optax.sgd(RATE, momentum=0.5, nesterov=True),
-    # In XLA's own compilation too a second moment that decays by half is exact.
+    # A second moment that decays by half is exact with XLA's default options as well.
     "adam": lambda: optax.adam(0.125, b1=0.5, b2=0.5, eps=2.0**-10),
     "adamw": lambda: optax.adamw(RATE, b1=0.5, b2=0.75, weight_decay=2.0**-4),
     "lion": lambda: optax.lion(RATE, b1=0.5, b2=0.75, weight_decay=2.0**-4),
     "apply_if_finite": lambda: optax.apply_if_finite(optax.sgd(RATE, momentum=0.5), 3),
+    # The limit is far above the norm, but the clipping looks at all weights.
+    "clipped": lambda: optax.chain(
+        optax.clip_by_global_norm(2.0**10), optax.sgd(RATE, momentum=0.5)
+    ),
     "rmsprop": lambda: optax.rmsprop(RATE, decay=0.5, momentum=0.5),
 }
 
 
-def assert_equal(found: np.ndarray, wanted: np.ndarray) -> None:
-    """Equal types and numbers; NaN equals NaN."""
-    assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
-    if found.dtype == jnp.bfloat16:
-        # NumPy does not know its NaN.
-        found, wanted = found.astype(np.float32), wanted.astype(np.float32)
-    np.testing.assert_array_equal(found, wanted)
+def host(tree: PyTree) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
 
 
-def placed(tree: PyTree, mesh: jax.sharding.Mesh | None) -> PyTree:
-    """Arrays spread over a mesh's one axis, where one of theirs divides by it."""
+def assert_equal(actual: np.ndarray, wanted: np.ndarray) -> None:
+    """Asserts equal types and numbers; NaN equals NaN."""
+    assert (actual.shape, actual.dtype) == (wanted.shape, wanted.dtype)
+    if actual.dtype == jnp.bfloat16:
+        # NumPy does not recognise NaN in bfloat16.
+        actual, wanted = actual.astype(np.float32), wanted.astype(np.float32)
+    np.testing.assert_array_equal(actual, wanted)
+
+
+def placed(tree: PyTree, devices: int) -> PyTree:
+    """Shards every array over the devices along an axis that they divide, if any."""
 
     def place(x: Any) -> jax.Array:
-        if mesh is None:
+        if devices == 1:
             return jnp.asarray(np.asarray(x))
-        divides = [i for i, n in enumerate(np.shape(x)) if n and n % mesh.size == 0]
-        # As jit names them, without axes at the end that are not divided.
+        divides = [i for i, n in enumerate(np.shape(x)) if n and n % devices == 0]
+        # As jit names shardings: without the last axes that are not sharded.
         axes = [None] * divides[-1] + ["x"] if divides else []
-        return jax.device_put(np.asarray(x), NamedSharding(mesh, P(*axes)))
+        return jax.device_put(np.asarray(x), NamedSharding(_mesh(devices), P(*axes)))
 
     return jax.tree.map(place, tree)
 
 
 @functools.cache
-def mesh_of(devices: int) -> jax.sharding.Mesh | None:
-    if devices == 1:
-        return None
+def _mesh(devices: int) -> jax.sharding.Mesh:
     kinds = (jax.sharding.AxisType.Auto,)
     return jax.make_mesh((devices,), ("x",), kinds, devices=jax.devices()[:devices])
 
@@ -106,14 +137,15 @@ def mesh_of(devices: int) -> jax.sharding.Mesh | None:
 class Compiled:
     """A method on a lab's tree, and its compiled step."""
 
-    def __init__(self, lab: "Lab", method: Recorded):
-        self.method = getattr(granet_jax, method.function)(
-            *method.args, **method.kwargs
-        )
-        self.recipe = getattr(oracle, method.function)(*method.args, **method.kwargs)
+    def __init__(self, lab: "Lab", method: MethodSpec) -> None:
+        self.method, self.reference = method.build()
         self.devices: set[int] = set()
-        where, inner = lab.where, INNERS[lab.inner]()
-        options: dict[str, Any] = {"where": where, "seed": 5, "packed": lab.packed}
+        inner = INNERS[lab.inner]()
+        options: dict[str, Any] = {
+            "where": lab.where,
+            "seed": SEED,
+            "packed": lab.packed,
+        }
         if lab.steers:
             self.tx = granet_jax.transform(self.method, inner, **options)
         else:
@@ -124,7 +156,6 @@ class Compiled:
             updates, state = self.tx.update(grads, state, params, **extra)
             return optax.apply_updates(params, updates), state, updates
 
-        self.init = jax.jit(self.tx.init, compiler_options=lab.options)
         self.step = jax.jit(step, compiler_options=lab.options)
 
 
@@ -132,60 +163,61 @@ class Lab:
     """A tree of parameters, an inner optimizer, and methods.
 
     Attributes:
-      tree: of `jax.ShapeDtypeStruct`.
-      methods: of those that a run may have, and change to.
-      inner: of `INNERS`.
-      flags: which leaves carry a mask; None for the default rule.
-      packed: whether masks are held packed.
-      steers: whether the method steers the optimizer, or is the last link after it.
-      options: of the compiler.
+      tree: Tree of `jax.ShapeDtypeStruct`.
+      methods: Methods that a run may have, and change to.
+      inner: Name in `INNERS`.
+      flags: Whether each leaf carries a mask; None for the default rule.
+      packed: Whether masks are packed.
+      steers: Whether the method wraps the optimizer, or is the last link after it.
+      coarse: Whether all values are few, so that sums of them are exact.
+      options: Options of the compiler.
     """
 
     def __init__(
         self,
         tree: PyTree,
-        methods: list[Recorded],
+        methods: list[MethodSpec],
         *,
         inner: str,
         flags: list[bool] | None = None,
         packed: bool = False,
         steers: bool = True,
+        coarse: bool = False,
         options: dict[str, Any] | None = STRICT,
-    ):
+    ) -> None:
+        self.coarse = coarse
         self.tree, self.methods, self.inner = tree, methods, inner
         self.packed, self.steers, self.options = packed, steers, options
-        self.shapes = jax.tree.leaves(tree)
-        self.structure = jax.tree.structure(tree)
-        self.carries = flags or [len(x.shape) >= 2 for x in self.shapes]
-        self.where = None if flags is None else self.structure.unflatten(flags)
-        self.reference = INNERS[inner]()
-        self.reference_init = jax.jit(self.reference.init, compiler_options=options)
-        self.reference_step = jax.jit(self.reference.update, compiler_options=options)
+        self.leaves, self.treedef = jax.tree.flatten(tree)
+        self.carries = flags or [len(x.shape) >= 2 for x in self.leaves]
+        self.where = None if flags is None else self.treedef.unflatten(flags)
+        optimizer = INNERS[inner]()
+        self.inner_init = optimizer.init
+        self.inner_step = jax.jit(optimizer.update, compiler_options=options)
         self.compiled = functools.cache(lambda i: Compiled(self, methods[i]))
-        self.luck = functools.lru_cache(maxsize=64)(self._luck)
+        shapes = [x.shape for x in self.masked(self.leaves)]
+        draw = functools.partial(luck.random_scores, shapes, SEED)
+        draw = jax.jit(draw, compiler_options=QUICK)
+        self.luck = functools.cache(lambda count: jax.device_get(draw(count)))
 
-    @functools.cached_property
-    def _draw(self) -> Callable[[int], list[jax.Array]]:
-        shapes = [x.shape for x, c in zip(self.shapes, self.carries, strict=True) if c]
-        return jax.jit(functools.partial(luck.random_scores, shapes, 5))
-
-    def _luck(self, count: int) -> list[np.ndarray]:
-        """The library's random scores of a step."""
-        return jax.device_get(self._draw(count))
+    def masked(self, leaves: list[Any]) -> list[Any]:
+        return [x for x, c in zip(leaves, self.carries, strict=True) if c]
 
     def values(self, seed: int, kind: str) -> PyTree:
-        """Random arrays of the tree, of eight bits at most.
+        """Draws an array of at most eight bits for every leaf.
 
-        kind: "normal"; "ties", of few different values; "zeros"; or "bad", some of them
-        not finite.
+        Args:
+          seed: Seed.
+          kind: "normal"; "ties", few different values; "zeros"; or "bad", some values
+            not finite.
         """
         rng = np.random.default_rng(seed)
 
         def draw(x: jax.ShapeDtypeStruct) -> np.ndarray:
             drawn = rng.normal(size=x.shape)
-            if kind == "ties":
+            if kind == "ties" or self.coarse:
                 drawn = rng.integers(-3, 4, x.shape) / 4
-            elif kind == "zeros":
+            if kind == "zeros":
                 drawn = np.zeros(x.shape)
             elif kind == "bad":
                 bad = rng.choice([np.nan, np.inf, -np.inf], x.shape)
@@ -195,108 +227,93 @@ class Lab:
         return jax.tree.map(draw, self.tree)
 
     def masks(self, density: list[float], seed: int) -> PyTree:
-        """Random masks; a density for each leaf, in turn."""
+        """Draws masks; the leaves have the densities in turn."""
         rng = np.random.default_rng(seed)
-        found: list[Any] = []
-        for i, (x, carries) in enumerate(zip(self.shapes, self.carries, strict=True)):
-            mask = rng.random(x.shape) < density[i % len(density)]
-            found.append(mask if carries else None)
-        return jax.tree.unflatten(self.structure, found)
+        drawn = [
+            rng.random(x.shape) < density[i % len(density)]
+            for i, x in enumerate(self.leaves)
+        ]
+        pairs = zip(drawn, self.carries, strict=True)
+        return self.treedef.unflatten([m if c else None for m, c in pairs])
 
 
-class Reference:
-    """The inner optimizer, compiled apart: an optimizer for `oracle.Trainer`.
+class InnerOptimizer:
+    """The inner optimizer, compiled by itself, for `ReferenceTraining`."""
 
-    Attributes:
-      state: of the inner optimizer.
-    """
-
-    def __init__(self, lab: Lab, params: PyTree):
+    def __init__(self, lab: Lab, params: PyTree) -> None:
         self.lab = lab
-        self.state: Any = lab.reference_init(params)
-
-    def _tree(self, arrays: list[Any]) -> PyTree:
-        return jax.tree.unflatten(self.lab.structure, arrays)
+        self.state: Any = lab.inner_init(params)
 
     def step(self, grads: list, params: list) -> list:
+        unflatten = self.lab.treedef.unflatten
         updates, self.state = jax.device_get(
-            self.lab.reference_step(self._tree(grads), self.state, self._tree(params))
+            self.lab.inner_step(unflatten(grads), self.state, unflatten(params))
         )
         return jax.tree.leaves(updates)
 
-    def _matches(self, x: Any) -> bool:
-        return jax.tree.structure(x) == self.lab.structure
-
     def keep(self, keeps: list) -> None:
-        everything = [
-            np.ones(x.shape, bool) if k is None else k
-            for x, k in zip(self.lab.shapes, keeps, strict=True)
-        ]
-        tree = self._tree(everything)
-
         def kept(x: Any) -> Any:
-            if not self._matches(x):
+            if not self._is_moments(x):
                 return x
-            return jax.tree.map(lambda a, k: oracle.zeroed(np.asarray(a), k), x, tree)
+            pairs = zip(jax.tree.leaves(x), keeps, strict=True)
+            zeroed = [numpy_reference.zeroed(np.asarray(a), k) for a, k in pairs]
+            return self.lab.treedef.unflatten(zeroed)
 
-        self.state = jax.tree.map(kept, self.state, is_leaf=self._matches)
+        self.state = jax.tree.map(kept, self.state, is_leaf=self._is_moments)
 
     def restart(self, params: list) -> None:
-        fresh = jax.device_get(self.lab.reference_init(self._tree(params)))
+        fresh = jax.device_get(self.lab.inner_init(self.lab.treedef.unflatten(params)))
         self.state = jax.tree.map(
-            lambda x, new: new if self._matches(x) else x,
+            lambda x, new: new if self._is_moments(x) else x,
             self.state,
             fresh,
-            is_leaf=self._matches,
+            is_leaf=self._is_moments,
         )
+
+    def _is_moments(self, x: Any) -> bool:
+        return jax.tree.structure(x) == self.lab.treedef
 
 
 class Run:
-    """A run of the library and of the oracle, side by side."""
+    """A run of the library and of the reference, side by side."""
 
-    def __init__(self, lab: Lab, method: int, seed: int, kind: str, apply_first: bool):
+    def __init__(
+        self, lab: Lab, method: int, seed: int, kind: str, apply_first: bool
+    ) -> None:
         self.lab, self.devices = lab, 1
         self.params = jax.tree.map(jnp.asarray, lab.values(seed, kind))
-        self.begin(method, None)
-        if apply_first and self.now.recipe.weights != "dense":
+        self.begin(method, InnerOptimizer(lab, jax.device_get(self.params)))
+        if apply_first and self.compiled.reference.weights != "dense":
             masks = granet_jax.get_masks(self.state)
             self.params = granet_jax.apply_masks(self.params, masks)
-            self.trainer.params = self.host(self.params)
-
-    def host(self, tree: PyTree) -> list[np.ndarray]:
-        return [np.asarray(x) for x in jax.tree.leaves(tree)]
+            self.training.params = host(self.params)
 
     def host_masks(self, masks: PyTree) -> list[np.ndarray | None]:
-        """One for each parameter, None where there is none."""
-        found = jax.tree.leaves(
-            masks, is_leaf=lambda x: x is None or isinstance(x, optax.MaskedNode)
+        """Returns a mask for each parameter, None where it carries none."""
+        leaves = jax.tree.leaves(
+            masks, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
         )
-        # The tree's own None is no parameter.
-        found = [x for x in found if x is not None]
-        assert [not isinstance(x, optax.MaskedNode) for x in found] == self.lab.carries
+        carries = [not isinstance(x, optax.MaskedNode) for x in leaves]
+        assert carries == self.lab.carries
         return [
-            None if isinstance(x, optax.MaskedNode) else np.asarray(x) for x in found
+            np.asarray(x) if c else None for x, c in zip(leaves, carries, strict=True)
         ]
 
-    def begin(self, method: int, reference: Reference | None) -> None:
+    def begin(self, method: int, optimizer: InnerOptimizer) -> None:
         """Starts a method from the present parameters."""
-        lab = self.lab
-        self.now = now = lab.compiled(method)
-        here = jax.tree.map(jnp.asarray, jax.device_get(self.params))
-        state: Any = now.init(here)
-        drawn = self.host(self.params)
-        recipe = now.recipe
-        pairs = list(zip(drawn, lab.carries, strict=True))
-        chosen = iter(
-            oracle.initial_masks(recipe, lab.luck(0), [p for p, c in pairs if c])
+        lab, params = self.lab, host(self.params)
+        self.compiled, self.optimizer = lab.compiled(method), optimizer
+        state: Any = self.compiled.tx.init(placed(jax.device_get(self.params), 1))
+        drawn = lab.luck(0), lab.masked(params)
+        chosen = iter(numpy_reference.initial_masks(self.compiled.reference, *drawn))
+        masks = [next(chosen) if c else None for c in lab.carries]
+        if self.compiled.reference.draws_boxes:
+            # Norms of random integers are rounded, by the order in which XLA adds them.
+            masks = self.host_masks(granet_jax.get_masks(state))
+        self.training = numpy_reference.ReferenceTraining(
+            self.compiled.reference, params, masks, optimizer, steers=lab.steers
         )
-        masks = [next(chosen) if c else None for _, c in pairs]
-        reference = reference or Reference(lab, jax.device_get(self.params))
-        self.trainer = oracle.Trainer(
-            recipe, drawn, masks, reference, steers=lab.steers
-        )
-        self.reference = reference
-        self.state = placed(state, mesh_of(self.devices))
+        self.state = placed(state, self.devices)
         self.check_masks()
 
     def sparse(self) -> granet_jax.SparseState:
@@ -308,38 +325,36 @@ class Run:
         self.state = new if self.lab.steers else (self.state[0], new)
 
     def switch(self, method: int) -> None:
-        """Another method goes on with the masks and moments of this one."""
+        """Continues with another method from the present masks and moments."""
         before, masks = self.state, granet_jax.get_masks(self.state)
-        wanted = self.trainer.masks
-        self.begin(method, self.reference)
+        wanted = self.training.masks
+        self.begin(method, self.optimizer)
         if self.lab.steers:
             self.replace(inner_state=before.inner_state)
         else:
             self.state = (before[0], self.state[1])
         self.state = granet_jax.set_masks(self.state, masks)
-        self.trainer.masks = wanted
+        self.training.masks = wanted
         self.check_masks()
 
     def set_masks(self, masks: PyTree) -> None:
         self.state = granet_jax.set_masks(self.state, masks)
-        given = iter(jax.tree.leaves(masks))
-        self.trainer.masks = [next(given) if c else None for c in self.lab.carries]
+        leaves = iter(jax.tree.leaves(masks))
+        self.training.masks = [next(leaves) if c else None for c in self.lab.carries]
         self.check_masks()
 
     def jump(self, count: int) -> None:
-        """As if so many steps had been done."""
-        self.replace(count=placed(np.int32(count), mesh_of(self.devices)))
-        # What the last step, which is another one now, updated.
-        self.state = granet_jax.set_masks(self.state, granet_jax.get_masks(self.state))
-        self.trainer.step_count = count
+        """Sets the step count."""
+        self.replace(count=placed(np.int32(count), self.devices))
+        self.training.step_count = count
 
     def reshard(self, devices: int) -> None:
         self.devices = devices
         before = jax.device_get((self.params, self.state))
-        self.params, self.state = placed(before, mesh_of(devices))
+        self.params, self.state = placed(before, devices)
 
     def save_and_restore(self) -> None:
-        """By orbax, onto types alone and where the arrays lie."""
+        """Saves with Orbax, and restores from types and shardings alone."""
         point = (self.params, self.state)
         # Orbax refuses empty arrays.
         content = jax.tree.map(lambda x: x if x.size else None, point)
@@ -364,255 +379,198 @@ class Run:
             assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
         self.params, self.state = restored
         if self.devices == 1:
-            # An array that is bound to its device is another argument to jit.
+            # To jit, an array that is bound to its device is another type of argument.
             self.reshard(1)
 
     def step(self, seed: int, kind: str) -> None:
-        """A step of both, and all that is to hold after it."""
-        now, trainer, lab = self.now, self.trainer, self.lab
+        """Takes a step with both, and checks all that must hold after it."""
+        compiled, training, lab = self.compiled, self.training, self.lab
         grads = lab.values(seed, kind)
-        old, before = trainer.masks, trainer.params
-        advances = trainer.step_count < oracle.LAST_STEP
-        now.devices.add(self.devices)
+        old, before = training.masks, training.params
+        advances = training.step_count < numpy_reference.LAST_STEP
+        compiled.devices.add(self.devices)
         types = trees.types((self.params, self.state))
-        placed_grads = placed(grads, mesh_of(self.devices))
         self.params, self.state, updates = jax.block_until_ready(
-            now.step(self.params, self.state, placed_grads)
+            compiled.step(self.params, self.state, placed(grads, self.devices))
         )
         new = self.host_masks(granet_jax.get_masks(self.state))
-
-        def given(grown: list[int], room: list[int]) -> None:
-            # In single precision a share may round to another integer.
-            pairs = zip(old, new, strict=True)
-            found = [(o, n) for o, n in pairs if o is not None and n is not None]
-            exact = [
-                int(n.sum() - o.sum()) + d
-                for (o, n), d in zip(found, self.dropped(old), strict=True)
-            ]
-            assert sum(exact) == sum(grown)
-            for e, g, r in zip(exact, grown, room, strict=True):
-                assert abs(e - g) <= len(grown)
-                assert e <= r
-            grown[:] = exact
-
-        trainer.step(self.host(grads), lab.luck, given)
-        # Nothing is compiled anew, and nothing changes its type.
-        assert now.step._cache_size() == len(now.devices)
+        training.step(host(grads), lab.luck, functools.partial(self._adjust, old, new))
+        # Nothing is compiled again, and nothing changes its type.
+        assert compiled.step._cache_size() == len(compiled.devices)
         assert trees.types((self.params, self.state)) == types
         self.check_masks()
         if advances:
-            self.check_numbers(old, before)
+            self.check_invariants(old, before)
+        self._check_values(host(updates), before)
+
+    def _adjust(self, old: list, new: list, grown: list[int], room: list[int]) -> None:
+        """Accepts shares of the library that single precision rounds differently."""
+        method, t = self.compiled.reference, self.training.step_count
+        before, after = (method.active(self.lab.masked(m)) for m in (old, new))
+        sizes = method.sizes([m.shape for m in self.lab.masked(old)])
+        left = [n - r for n, r in zip(sizes, room, strict=True)]
+        assert method.threshold is not None or left == [
+            a - numpy_reference.number_dropped(method.fractions[t], a) for a in before
+        ]
+        exact = [a - n for a, n in zip(after, left, strict=True)]
+        assert sum(exact) == sum(grown)
+        for e, g, r in zip(exact, grown, room, strict=True):
+            assert abs(e - g) <= len(grown)
+            assert e <= r
+        grown[:] = exact
+
+    def _check_values(self, updates: list, before: list) -> None:
+        """Checks parameters, updates, moments and averages."""
+        lab, training = self.lab, self.training
         for x, u, expected, update, p, keep in zip(
-            self.host(self.params),
-            self.host(updates),
-            trainer.params,
-            trainer.updates,
+            host(self.params),
+            updates,
+            training.params,
+            training.updates,
             before,
-            trainer.keeps,
+            training.keeps,
             strict=True,
         ):
             assert x.dtype == p.dtype
             assert_equal(u, update)
-            # A weight that goes on has the inner optimizer's update, zero's sign too.
+            # Weights that continue have the inner optimizer's update, signed zeros too.
             kept = ~np.isnan(u) if keep is None else keep & ~np.isnan(u)
             assert u[kept].tobytes() == update[kept].tobytes()
             assert_equal(x, expected)
-        state = self.sparse()
-        inner = state.inner_state if lab.steers else self.state[0]
-        for x, expected in zip(
-            self.host(inner), self.host(self.reference.state), strict=True
-        ):
+        inner = self.sparse().inner_state if lab.steers else self.state[0]
+        for x, expected in zip(host(inner), host(self.optimizer.state), strict=True):
             assert_equal(x, expected)
-        if now.recipe.decay is not None:
-            found = self.host(state.accumulator)
-            for x, a in zip(found, trainer.masked(trainer.accumulators), strict=True):
-                assert x.dtype == np.float32
+        if self.compiled.reference.decay is not None:
+            averages = training.masked(training.averages)
+            for x, a in zip(host(self.sparse().average), averages, strict=True):
                 assert_equal(x, a)
 
-    def dropped(self, masks: list[np.ndarray | None]) -> list[int]:
-        fraction = self.now.recipe.fractions[self.trainer.step_count]
-        active = [int(m.sum()) for m in masks if m is not None]
-        return [oracle.number_dropped(fraction, a) for a in active]
-
     def check_masks(self) -> None:
-        """The masks are the oracle's, and the state counts as it does."""
-        state = self.sparse()
-        assert int(state.count) == self.trainer.step_count
-        assert (jax.tree.leaves(state.marked) != []) == (
-            self.now.recipe.marked is not None
-        )
-        found = [(granet_jax.get_masks(self.state), self.trainer.masks)]
-        if self.now.recipe.marked is not None:
-            marked = granet_jax.unpack_masks(state.marked)
-            found.append((marked, self.trainer.marked))
-        for masks, wanted in found:
+        """Checks that masks and step count are those of the reference."""
+        state, training = self.sparse(), self.training
+        marks = self.compiled.reference.marked is not None
+        assert int(state.count) == training.step_count
+        assert (jax.tree.leaves(state.marked) != []) == marks
+        pairs = [(granet_jax.get_masks(self.state), training.masks)]
+        if marks:
+            pairs.append((granet_jax.unpack_masks(state.marked), training.marked))
+        for masks, wanted in pairs:
             for m, w in zip(self.host_masks(masks), wanted, strict=True):
                 if w is not None:
                     assert m is not None
                     assert m.dtype == bool
                     np.testing.assert_array_equal(m, w)
 
-    def check_numbers(self, old: list[np.ndarray | None], before: list) -> None:
-        """What holds by definition, whatever the oracle does."""
-        recipe, t = self.now.recipe, self.trainer.step_count
+    def check_invariants(self, old: list[np.ndarray | None], before: list) -> None:
+        """Checks what holds by definition, whatever the reference does."""
+        method, t = self.compiled.reference, self.training.step_count
         masks = self.host_masks(granet_jax.get_masks(self.state))
-        for p, b, m, o in zip(self.host(self.params), before, masks, old, strict=True):
+        for p, b, m, o in zip(host(self.params), before, masks, old, strict=True):
             if m is None or o is None:
                 continue
-            if recipe.weights != "dense":
-                # Nothing can be added to NaN, or to infinity, that makes it zero.
+            if method.weights != "dense":
+                # No addition makes NaN or infinity zero.
                 assert not np.any(p[~m & np.isfinite(b)])
-            if recipe.weights == "sparse" and t not in recipe.update_steps:
+            if method.weights == "sparse" and t not in method.update_steps:
                 np.testing.assert_array_equal(m, o)
-        active = [int(m.sum()) for m in masks if m is not None]
-        was = [int(o.sum()) for o in old if o is not None]
-        sizes = [m.size for m in masks if m is not None]
-        target = oracle.total_count(sum(sizes), recipe.sparsity(t))
-        number, change = self.trainer.plan.get(t, ([], 0))
-        if recipe.weights != "sparse":
-            if t % recipe.refresh == 0 or t in recipe.update_steps:
-                assert sum(active) == target
-        elif change and any(c > 0 for _, c in self.trainer.plan.values()):
-            assert sum(active) == target
-        elif change and recipe.scope == "global":
-            assert sum(active) == min(target, sum(was))
-        elif change:
-            assert sum(number) == target
-            present = [min(n, w) for n, w in zip(number, was, strict=True)]
-            assert active == present
-        elif t not in recipe.targets:
+        masked = self.lab.masked(masks)
+        active, was = method.active(masked), method.active(self.lab.masked(old))
+        if method.ranks_across:
+            active, was = [sum(active)], [sum(was)]
+        if method.weights != "sparse":
+            if t % method.refresh == 0 or t in method.update_steps:
+                shapes = [m.shape for m in masked]
+                expected = method.numbers(shapes, method.sparsity(t))
+                assert method.structure is not None or active == expected
+        elif method.targets and t in self.training.plan:
+            number = self.training.plan[t]
+            few = [min(n, w) for n, w in zip(number, was, strict=True)]
+            expected = few if method.revive is None else number
+            assert method.structure is not None or active == expected
+        else:
             assert sum(active) == sum(was)
 
 
-# --- Labs ---------------------------------------------------------------------------
+def run_schedule(lab: Lab, method: int = 0) -> tuple[int, Run]:
+    """Runs the whole schedule of a method twice, masked at first and not, with ties.
+
+    Returns:
+      The number of steps that changed masks, and the second run.
+    """
+    reference = lab.compiled(method).reference
+    last = max([*reference.update_steps, 5])
+    changed = 0
+    for seed, kind in enumerate(("normal", "ties")):
+        run = Run(lab, method, seed, kind, apply_first=seed == 0)
+        for t in range(last + 3):
+            before = lab.masked(run.training.masks)
+            run.step(1000 * seed + t, kind)
+            after = lab.masked(run.training.masks)
+            changed += any(map(np.any, map(np.not_equal, before, after)))
+    return changed, run
 
 
-def recorded(function: str, *args: Any, **kwargs: Any) -> Recorded:
-    return Recorded(function, args, kwargs)
+# --- Random labs --------------------------------------------------------------------
 
 
-def drawn_method(
-    rng: random.Random,
-    *,
-    steers: bool = True,
-    penalised: bool = True,
-    updates: int = 1,
-) -> Recorded:
-    """A method with random arguments, of about so many updates or a few more.
+def drawn_method(rng: random.Random, *, steers: bool, penalised: bool) -> MethodSpec:
+    """Draws a method and its arguments.
 
-    steers: whether it is to steer the optimizer, or be the last link after it.
-    penalised: whether it may add a penalty to the gradient.
+    Args:
+      rng: Random numbers.
+      steers: Whether the method may need to wrap the optimizer.
+      penalised: Whether the method may add a penalty to the gradient.
     """
 
     def number(*special: float) -> float:
         return rng.choice([*special, round(rng.uniform(0, 0.99), 3)])
 
-    sparsity = number(0.9, 0.5, 0.0)
-    start = sparsity * rng.choice([0.0, 0.5, 1.0])
-    interval, begin = rng.randint(1, 4), rng.randint(0, 4)
-    end = begin + interval * updates + rng.randint(0, 12)
-    both = {
-        "scope": rng.choice(["global", "layer"]),
-        "distribution": rng.choice(["erk", "er", "uniform"]),
-    }
-    rise = {
-        "initial_sparsity": start,
-        "begin_step": begin,
-        "interval": interval,
-        **both,
-    }
-    exchange = {
-        "interval": interval,
-        "fraction": number(0.5, 0.0, 1.0),
-        "distribution": both["distribution"],
-    }
-    total = interval * (updates + 2) + rng.randint(0, 12)
-    period = interval * (updates + 1) + rng.randint(0, 6)
+    sparsity, share, last = number(0.9, 0.5, 0.0), number(0.5, 0.0, 1.0), number(0.0)
+    start = {"initial_sparsity": sparsity * rng.choice([0.0, 0.5, 1.0])}
+    begin, interval = rng.randint(0, 4), {"interval": rng.randint(1, 4)}
+    length = interval["interval"]
+    end = begin + length + rng.randint(0, 12)
+    total = 3 * length + rng.randint(0, 12)
+    cycle = 2 * length + rng.randint(0, 6)
+    uniform = {"distribution": rng.choice(["erk", "er", "uniform"]), **interval}
+    ranking = {"scope": rng.choice(["global", "layer"]), **uniform}
+    rise = {**start, "begin_step": begin, **ranking}
+    later = {"end_step": end, "grow": rng.choice(["gradient", "random"]), **rise}
+    cycles = {"cycles": 3, "ramp": 0.5, **start, **ranking}
+    recovery = rng.choice(["hard", "projected", "straight_through"])
+    without = {k: v for k, v in ranking.items() if k != "interval"}
     drawn = [
-        recorded(
-            "granet",
-            sparsity,
-            end + rng.randint(0, 6),
-            end_step=end,
-            fraction=number(0.5, 0.0, 1.0),
-            final_fraction=number(0.0, 1.0),
-            grow=rng.choice(["gradient", "random"]),
-            **rise,
-        ),
-        recorded("gmp", sparsity, end, **rise),
-        recorded("rigl", sparsity, total, stop=rng.choice([1.0, 0.75]), **exchange),
-        recorded("set_", sparsity, total, **exchange),
-        recorded("snfs", sparsity, total, decay=0.5, **exchange),
-        recorded("static", sparsity, distribution=both["distribution"]),
-        recorded(
-            "cyclical",
-            sparsity,
-            3 * period,
-            cycles=3,
-            initial_sparsity=start,
-            ramp=0.5,
-            interval=interval,
-            recovery=rng.choice(["hard", "projected", "straight_through"]),
-            **both,
-        ),
-        recorded("straight_through", sparsity, end, **rise),
+        spec("granet", sparsity, end + 6, fraction=share, final_fraction=last, **later),
+        spec("gmp", sparsity, end, **rise),
+        spec("rigl", sparsity, total, fraction=share, **uniform),
+        spec("set_", sparsity, total, fraction=share, **uniform),
+        spec("snfs", sparsity, total, fraction=share, decay=0.5, **uniform),
+        spec("static", sparsity, distribution=uniform["distribution"]),
+        spec("cyclical", sparsity, 3 * cycle, recovery=recovery, **cycles),
+        spec("straight_through", sparsity, end, **rise),
     ]
     if steers:
-        switches = sorted(rng.sample(range(1, 20 * updates), updates // 2 * 2 + 5))
+        switches = tuple(sorted(rng.sample(range(1, 20), 5)))
         drawn += [
-            recorded("acdc", sparsity, tuple(switches), **both),
-            recorded(
-                "sculpt", sparsity, 3 * period, cycles=2, initial_sparsity=start, **both
-            ),
-            recorded(
-                "straight_through",
-                sparsity,
-                end,
-                penalty=2.0 ** -rng.randint(1, 6),
-                **rise,
-            ),
-            recorded(
-                "top_kast",
-                0.75,
-                backward_sparsity=rng.choice([0.5, 0.25, 0.75]),
-                interval=interval,
-                penalty=rng.choice([0.0, 2.0**-5]),
-                **both,
-            ),
-            recorded(
-                "greg1",
-                sparsity,
-                interval=interval,
-                growth=0.125,
-                ceiling=0.25,  # (A product with 3/8 is rounded.)
-                settle_steps=rng.randint(0, 3),
-                **both,
-            ),
-            recorded(
-                "greg2",
-                sparsity,
-                interval=interval,
-                growth=0.25,
-                ceiling=0.5,
-                settle_steps=rng.randint(0, 3),
-                pick_growth=0.125,
-                pick_ceiling=0.25,
-                weight_decay=2.0**-4,
-                **both,
-            ),
+            spec("acdc", sparsity, switches, **without),
+            spec("sculpt", sparsity, 3 * cycle, cycles=2, **start, **without),
         ]
-    if not penalised:
-        penalties = ("greg1", "greg2")
-        drawn = [
-            m
-            for m in drawn
-            if m.function not in penalties and not m.kwargs.get("penalty")
+    if steers and penalised:
+        # Products of a coefficient of one bit are exact.
+        kast = {"backward_sparsity": rng.choice([0.5, 0.25, 0.75]), **ranking}
+        greg = {"growth": 0.25, "settle_steps": rng.randint(0, 3), **ranking}
+        pick = {"pick_growth": 0.125, "pick_ceiling": 0.25, "weight_decay": 2.0**-4}
+        drawn += [
+            spec("straight_through", sparsity, end, penalty=2.0**-4, **rise),
+            spec("top_kast", 0.75, penalty=rng.choice([0.0, 2.0**-5]), **kast),
+            spec("greg1", sparsity, ceiling=0.25, **greg),
+            spec("greg2", sparsity, ceiling=0.5, **greg, **pick),
         ]
     return rng.choice(drawn)
 
 
 def drawn_tree(rng: random.Random) -> PyTree:
-    """A tree of any containers, with one leaf of two axes at least."""
+    """Draws a tree of any containers that has a leaf with two axes or more."""
 
     def array() -> jax.ShapeDtypeStruct:
         shape = [rng.choice([2, 3, 1, 5, 8, 0]) for _ in range(rng.randint(0, 4))]
@@ -622,12 +580,11 @@ def drawn_tree(rng: random.Random) -> PyTree:
         kind = rng.choice(["leaf", "leaf", "dict", "list", "tuple", "pair"])
         if depth == 0 or kind == "leaf":
             return array()
-        number = rng.randint(1, 3)
-        if kind == "dict":
-            return {name: subtree(depth - 1) for name in "abc"[:number]}
         if kind == "pair":
             return Pair(subtree(depth - 1), rng.choice([None, array()]))
-        parts = [subtree(depth - 1) for _ in range(number)]
+        parts = [subtree(depth - 1) for _ in range(rng.randint(1, 3))]
+        if kind == "dict":
+            return dict(zip("abc", parts, strict=False))
         return tuple(parts) if kind == "tuple" else parts
 
     kernel = [rng.randint(2, 4) for _ in range(rng.randint(2, 3))]
@@ -635,17 +592,16 @@ def drawn_tree(rng: random.Random) -> PyTree:
 
 
 def drawn_lab(seed: int, methods: int = 4) -> Lab:
-    """Everything at random."""
+    """Draws a lab."""
     rng = random.Random(seed)
     tree = drawn_tree(rng)
     flags = None
     if rng.random() < 0.5:
         flags = [bool(x.shape) and rng.random() < 0.5 for x in jax.tree.leaves(tree)]
-        flags[0] = True  # That of the kernel.
+        flags[0] = True  # The kernel always carries a mask.
     steers = rng.random() < 0.75
     inner = rng.choice(list(INNERS))
-    # A gradient with a penalty has more than eight bits: its square is rounded, or not
-    # before it is added to something.
+    # A gradient with a penalty has more than eight bits, so its square is rounded.
     penalised = inner not in ("adam", "adamw", "rmsprop")
     return Lab(
         tree,

@@ -1,27 +1,18 @@
-"""The library's random scores, which the oracle takes as an input."""
+"""The library's random scores, computed here so that the reference can take them."""
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from granet_jax import choices, scores
-
 
 def random_scores(
     shapes: Sequence[tuple[int, ...]], seed: int, count: jax.Array | int
 ) -> list[jax.Array]:
-    """Those of a step, for the leaves of `shapes` that carry a mask."""
-    key = choices.step_key(seed, count)
-    return [
-        scores.random(
-            scores.ScoreInputs(
-                param=jnp.zeros(shape),
-                grad=None,
-                mask=jnp.ones(shape, bool),
-                accumulator=None,
-                key=jax.random.fold_in(key, i),
-            )
-        )
-        for i, shape in enumerate(shapes)
+    """Returns 31 random bits for every weight of the masks of `shapes`, at one step."""
+    step = jax.random.fold_in(jax.random.key(seed), count)
+    keys = [jax.random.fold_in(step, i) for i in range(len(shapes))]
+    bits = [
+        jax.random.bits(k, s, jnp.uint32) for k, s in zip(keys, shapes, strict=True)
     ]
+    return [(b >> 1).astype(jnp.int32) for b in bits]

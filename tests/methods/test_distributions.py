@@ -8,9 +8,9 @@ import hypothesis.strategies as st
 import jax
 import pytest
 
-from benchmarks.tools import parameter_trees
+from benchmarks import resnet50
 from granet_jax import distributions
-from tests.helpers import oracle
+from tests.helpers import numpy_reference
 
 shapes = st.lists(
     st.lists(st.integers(0, 12), min_size=1, max_size=4).map(tuple),
@@ -26,13 +26,13 @@ def test_counts_sum_to_the_total_exactly(
     shapes: Any, sparsity: float, distribution: str
 ) -> None:
     sizes = [math.prod(s) for s in shapes]
-    found = distributions.counts(shapes, sparsity, distribution)
-    assert sum(found) == math.floor((1.0 - sparsity) * sum(sizes) + 0.5)
-    assert all(0 <= n <= size for n, size in zip(found, sizes, strict=True))
-    assert all(isinstance(n, int) for n in found)
-    # Within one weight of the distribution's own real number, where there is room.
+    actual = distributions.counts(shapes, sparsity, distribution)
+    assert sum(actual) == math.floor((1.0 - sparsity) * sum(sizes) + 0.5)
+    assert all(0 <= n <= size for n, size in zip(actual, sizes, strict=True))
+    assert all(isinstance(n, int) for n in actual)
+    # Each is within one weight of the distribution's own real number.
     densities = distributions.densities(shapes, sparsity, distribution)
-    for n, density, size in zip(found, densities, sizes, strict=True):
+    for n, density, size in zip(actual, densities, sizes, strict=True):
         assert abs(n - density * size) < 1 + 1e-6 * size
 
 
@@ -43,15 +43,15 @@ def test_densities_satisfy_their_definition(
 ) -> None:
     shapes = [s for s in shapes if math.prod(s)]
     sizes = [math.prod(s) for s in shapes]
-    found = distributions.densities(shapes, sparsity, distribution)
-    active = sum(d * n for d, n in zip(found, sizes, strict=True))
+    actual = distributions.densities(shapes, sparsity, distribution)
+    active = sum(d * n for d, n in zip(actual, sizes, strict=True))
     assert math.isclose(active, (1 - sparsity) * sum(sizes), rel_tol=1e-9)
-    # Proportional to the rule, or dense where that asks for more than 1.
+    # Densities are proportional to the rule, or 1 where it asks for more.
     dims = [s if distribution == "erk" else s[-2:] for s in shapes]
     raw = [sum(d) / math.prod(d) for d in dims]
-    ratios = [d / p for d, p in zip(found, raw, strict=True)]
+    ratios = [d / p for d, p in zip(actual, raw, strict=True)]
     epsilon = max(ratios)
-    for density, p in zip(found, raw, strict=True):
+    for density, p in zip(actual, raw, strict=True):
         assert math.isclose(density, min(1.0, epsilon * p), rel_tol=1e-9)
 
 
@@ -59,11 +59,13 @@ def test_densities_satisfy_their_definition(
     shapes, st.floats(0.0, 0.99), st.sampled_from(distributions.DISTRIBUTIONS)
 )
 @hypothesis.settings(max_examples=300)
-def test_against_the_oracle(shapes: Any, sparsity: float, distribution: str) -> None:
+def test_densities_follow_the_reference(
+    shapes: Any, sparsity: float, distribution: str
+) -> None:
     shapes = [s for s in shapes if math.prod(s)]
-    expected = oracle.densities(shapes, sparsity, distribution)
-    found = distributions.densities(shapes, sparsity, distribution)
-    for a, b in zip(found, expected, strict=True):
+    expected = numpy_reference.densities(shapes, sparsity, distribution)
+    actual = distributions.densities(shapes, sparsity, distribution)
+    for a, b in zip(actual, expected, strict=True):
         assert math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
 
 
@@ -78,7 +80,7 @@ def test_erk_by_hand() -> None:
 
 
 def test_erk_epsilon_loop_by_hand() -> None:
-    # At 0.5 the small layer would exceed density 1: dense, and the rest shares
+    # At 0.5 the small layer would exceed density 1. So it is dense, and the other has
     # 0.5 * 309 - 9 = 145.5 of 300.
     first, second = distributions.densities([(3, 3), (10, 30)], 0.5, "erk")
     assert first == 1.0
@@ -86,18 +88,16 @@ def test_erk_epsilon_loop_by_hand() -> None:
 
 
 def test_er_takes_the_last_two_dimensions() -> None:
-    first, second = distributions.densities([(3, 3, 8, 16), (8, 16)], 0.8, "er")
+    shapes = [(3, 3, 8, 16), (8, 16)]
+    first, second = distributions.densities(shapes, 0.8, "er")
     assert math.isclose(first, second)
-    first, second = distributions.densities([(3, 3, 8, 16), (8, 16)], 0.8, "erk")
+    first, second = distributions.densities(shapes, 0.8, "erk")
     assert first < second
-
-
-def test_uniform_is_the_same_everywhere() -> None:
-    assert distributions.densities([(3, 3), (10, 30)], 0.75, "uniform") == [0.25, 0.25]
+    assert distributions.densities(shapes, 0.75, "uniform") == [0.25, 0.25]
 
 
 def test_largest_remainder_serves_the_first_of_equals() -> None:
-    # 0.5 of 1 weight each: two of four leaves get theirs.
+    # Half a weight each: the first two of four leaves have one.
     assert distributions.counts([(1,)] * 4, 0.5, "uniform") == [1, 1, 0, 0]
     # 0.5 of 1 and 0.5 of 4: the remainders are 0.5 and 0, the total 2.5 rounds to 3.
     assert distributions.counts([(4,), (1,)], 0.5, "uniform") == [2, 1]
@@ -112,12 +112,28 @@ def test_caps_are_kept_and_the_others_take_the_rest() -> None:
         distributions.counts(shapes, 0.5, "uniform", caps=[2, 2, 4])
 
 
+@hypothesis.given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=5), st.floats(0, 1), st.data()
+)
+def test_counts_above_floors(sizes: Any, sparsity: float, data: Any) -> None:
+    floors = [data.draw(st.integers(0, n)) for n in sizes]
+    shapes = [(n, 1) for n in sizes]
+    total = distributions.total_count(sum(sizes), sparsity)
+    if sum(floors) > total:
+        with pytest.raises(ValueError, match=r"keep .* at least"):
+            distributions.counts(shapes, sparsity, floors=floors)
+        return
+    actual = distributions.counts(shapes, sparsity, floors=floors)
+    assert sum(actual) == total
+    assert all(f <= c <= n for f, c, n in zip(floors, actual, sizes, strict=True))
+
+
 def test_a_function_as_distribution() -> None:
     def last_dense(shapes: Any, sparsity: float) -> list[float]:
         return [0.0] * (len(shapes) - 1) + [1.0]
 
     assert distributions.counts([(6,), (6,)], 0.5, last_dense) == [0, 6]
-    # Too much or too little asked for: the total is met all the same.
+    # The total is met even if the densities ask for too much or too little.
     assert sum(distributions.counts([(6,), (6,)], 0.5, lambda s, _: [1, 1])) == 6
     assert sum(distributions.counts([(6,), (6,)], 0.5, lambda s, _: [0, 0])) == 6
     for wrong in ([0.5], [0.5, 1.5], [0.5, -0.1], [0.5, math.nan]):
@@ -133,25 +149,21 @@ def test_total_count_rounds_half_up() -> None:
 
 
 def test_resnet50_tree_is_the_published_one() -> None:
-    tree = parameter_trees.resnet50()
-    assert (
-        parameter_trees.size(tree) == parameter_trees.RESNET50_PARAMETERS == 25_557_032
-    )
+    tree = resnet50.shapes()
+    assert resnet50.size(tree) == resnet50.PARAMETERS == 25_557_032
 
 
 def test_erk_on_resnet50() -> None:
     """The ERK densities of ResNet-50 at 80%: small layers dense, the total exact."""
-    shapes = jax.tree.leaves(
-        parameter_trees.resnet50(), is_leaf=lambda x: isinstance(x, tuple)
-    )
+    shapes = jax.tree.leaves(resnet50.shapes(), is_leaf=lambda x: isinstance(x, tuple))
     kernels = [s for s in shapes if len(s) >= 2]
-    assert len(kernels) == parameter_trees.RESNET50_KERNELS
-    found = distributions.counts(kernels, 0.8, "erk")
+    assert len(kernels) == resnet50.KERNELS
+    actual = distributions.counts(kernels, 0.8, "erk")
     sizes = [math.prod(s) for s in kernels]
-    assert sum(found) == distributions.total_count(sum(sizes), 0.8)
-    expected = oracle.counts(kernels, 0.8, "erk")
-    assert found == expected
+    assert sum(actual) == distributions.total_count(sum(sizes), 0.8)
+    expected = numpy_reference.counts(kernels, 0.8, "erk")
+    assert actual == expected
     # Each 3x3 convolution is sparser than the 1x1 ones around it, as ERK intends.
-    density = {s: n / math.prod(s) for s, n in zip(kernels, found, strict=True)}
+    density = {s: n / math.prod(s) for s, n in zip(kernels, actual, strict=True)}
     assert density[(3, 3, 512, 512)] < density[(1, 1, 512, 2048)] < 0.5
     assert density[(1, 1, 64, 64)] == 1.0

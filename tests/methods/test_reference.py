@@ -1,13 +1,12 @@
 """The library against runs recorded from the authors' PyTorch implementation.
 
-The reference counts in its own way: at update j of n it keeps int(N d) - 1 weights,
-since it keeps those *strictly above* the value of rank int(N d), and it stops pruning
-at j = n - 1. Fed with these integers, our prune and regrow must reproduce every mask
-exactly, and the parameters to float32 rounding. Our own schedule rounds to nearest and
-reaches the final sparsity exactly instead: by decision.
+The reference counts differently. At update j of n it keeps the weights *strictly above*
+the value of rank int(N d), which are int(N d) - 1, and it stops pruning at j = n - 1.
+With these integers our prune and regrow must reproduce every mask exactly, and the
+parameters up to float32 rounding. Our own schedule rounds to nearest and reaches the
+final sparsity exactly; that is a decision.
 """
 
-import dataclasses
 import functools
 import math
 import pathlib
@@ -19,7 +18,9 @@ import optax
 import pytest
 
 import granet_jax
-from granet_jax import distributions, methods, schedules, updates
+from granet_jax import distributions, schedules, selection
+from tests.helpers import numpy_reference
+from tests.methods.records import fraction_of, with_schedules
 
 DATA = pathlib.Path(__file__).parent / "data" / "granet_reference.npz"
 RUNS = ("granet_st", "granet", "gmp", "rigl_itop")
@@ -61,7 +62,7 @@ def update_steps(run):
 
 
 def reference_keep(run, step):
-    """How many weights the reference's pruning keeps at a step; None: no pruning."""
+    """The number of weights that the reference keeps at a step, None if all."""
     m = meta(run)
     j, n = step // m["interval"], m["end"] // m["interval"]
     if run == "rigl_itop" or j > n - 1:
@@ -74,8 +75,13 @@ def regrows(run):
     return run != "gmp"
 
 
-def our_method(run, **kwargs):
-    """Our own record with the run's hyperparameters."""
+def cosine(run):
+    # The ITOP code has GraNet's final fraction of 0.005 as well.
+    return schedules.cosine(meta(run)["fraction"], 0.005, steps=meta(run)["steps"])
+
+
+def our_method(run):
+    """Our method with the run's hyperparameters."""
     m = meta(run)
     if run == "rigl_itop":
         return granet_jax.rigl(
@@ -87,14 +93,13 @@ def our_method(run, **kwargs):
         )
     shared = {"initial_sparsity": 1.0 - m["initial"], "interval": m["interval"]}
     if run == "gmp":
-        return granet_jax.gmp(1.0 - m["final"], m["end"], **shared, **kwargs)
+        return granet_jax.gmp(1.0 - m["final"], m["end"], **shared)
     return granet_jax.granet(
         1.0 - m["final"],
         m["steps"],
         end_step=m["end"],
         fraction=m["fraction"],
         **shared,
-        **kwargs,
     )
 
 
@@ -120,6 +125,13 @@ def assert_params(params, run, step, leaves):
             assert (np.asarray(params[leaf])[pruned] == 0.0).all()
 
 
+def best(scores, number, *, among, scope):
+    chosen = selection.top_k(
+        list(scores.values()), number, among=list(among.values()), scope=scope
+    )
+    return dict(zip(scores, map(np.asarray, chosen), strict=True))
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_prune_and_regrow_reproduce_every_mask(run):
     rate = np.float32(meta(run)["rate"])
@@ -140,8 +152,8 @@ def test_prune_and_regrow_reproduce_every_mask(run):
         old = masks
         keep = reference_keep(run, step)
         if keep is not None:
-            masks = updates.prune(masks, size, keep, scope="global")
-            # For good: what regrowth takes back starts at zero, without momentum.
+            masks = best(size, keep, among=masks, scope="global")
+            # A pruned weight that regrowth takes back starts at zero, without momentum.
             for k, m in masks.items():
                 params[k], moments[k] = params[k] * m, moments[k] * m
         if regrows(run):
@@ -150,14 +162,10 @@ def test_prune_and_regrow_reproduce_every_mask(run):
             dropped = [math.ceil(fraction * a) for a in active]
             left = [a - d for a, d in zip(active, dropped, strict=True)]
             dense = {k: np.abs(g) for k, g in grads.items()}
-            both = updates.prune_and_regrow(
-                masks, size, dense, jnp.uint32(schedules.fixed_point(fraction))
-            )
-            masks = updates.prune(masks, size, left, scope="layer")
-            masks = updates.regrow(masks, dense, dropped)
-            for k, m in masks.items():
-                np.testing.assert_array_equal(both[k], m)
-        masks = {k: np.asarray(m) for k, m in masks.items()}
+            masks = best(size, left, among=masks, scope="layer")
+            inactive = {k: ~m for k, m in masks.items()}
+            grown = best(dense, dropped, among=inactive, scope="layer")
+            masks = {k: masks[k] | grown[k] for k in masks}
         assert_masks(masks, run, step)
         moved += sum(int((masks[k] != old[k]).sum()) for k in masks)
         for k, m in masks.items():
@@ -168,7 +176,7 @@ def test_prune_and_regrow_reproduce_every_mask(run):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_transform_reproduces_every_mask(run):
-    """The whole transform, with the reference's counts as its sparsity."""
+    # The sparsity is the reference's own count.
     method, size = our_method(run), size_of(run)
 
     def sparsity(step):
@@ -176,14 +184,12 @@ def test_transform_reproduces_every_mask(run):
         keeps = [k for k in keeps if k is not None]
         if keeps:
             return 1.0 - keeps[-1] / size
-        # Before any pruning: whatever the given masks have.
+        # Before any pruning the masks keep the sparsity that they start with.
         return 0.0
 
     steps = schedules.every(meta(run)["interval"], last=meta(run)["steps"])
-    # The ITOP code has GraNet's floor of 0.005 under its cosine as well.
-    fraction = schedules.cosine(meta(run)["fraction"], 0.005, steps=meta(run)["steps"])
-    method = dataclasses.replace(
-        method, sparsity=sparsity, updates=steps, fraction=fraction
+    method = with_schedules(
+        method, sparsity=sparsity, updates=steps, fraction=cosine(run)
     )
     params = {k: jnp.asarray(v) for k, v in tree(run, "init", LEAVES).items()}
     masks = {"bias": None, **tree(run, "mask0")}
@@ -212,12 +218,7 @@ def test_transform_reproduces_every_mask(run):
 
 @pytest.mark.parametrize("run", [run for run in RUNS if regrows(run)])
 def test_prune_fraction(run):
-    if run == "rigl_itop":
-        # The ITOP code has GraNet's floor of 0.005 under its cosine as well.
-        m = meta(run)
-        fraction = schedules.cosine(m["fraction"], 0.005, steps=m["steps"])
-    else:
-        fraction = our_method(run).fraction
+    fraction = cosine(run) if run == "rigl_itop" else fraction_of(our_method(run))
     for step in update_steps(run):
         theirs = float(recorded(run)[f"rate/{step}"])
         assert fraction(step) == pytest.approx(theirs, rel=0, abs=1e-15)
@@ -237,11 +238,11 @@ def test_our_schedule_differs_from_the_reference_only_where_decided(run):
         if step <= before:
             density = 1.0 - method.sparsity(step)
             assert theirs == int(size * density) - 1 == reference_keep(run, step)
-            # Rounded to nearest; the reference: down, and one less.
+            # Ours is rounded to nearest; the reference's down, less one.
             assert ours == math.floor(size * density + 0.5)
             assert ours - theirs in (1, 2)
         else:
-            # Ours is at the final sparsity; the reference stays at that of j = n - 1.
+            # Ours has the final sparsity; the reference keeps that of j = n - 1.
             assert method.sparsity(step) == 1.0 - m["final"]
             assert ours == math.floor(size * m["final"] + 0.5) == 199
             assert theirs == reference_keep(run, before)
@@ -261,27 +262,14 @@ def test_our_own_run_reaches_the_final_sparsity_exactly(run):
     assert granet_jax.sparsity(granet_jax.get_masks(state)).active == 199
 
 
-def epsilon_loop(shapes, density):
-    """ERK written out by hand: the loop of the RigL code, on NumPy arrays."""
-    n = np.asarray([math.prod(s) for s in shapes], float)
-    p = np.asarray([sum(s) / math.prod(s) for s in shapes])
-    dense = np.zeros(len(shapes), bool)
-    while True:
-        rhs = np.sum((density * n)[~dense]) - np.sum(((1 - density) * n)[dense])
-        epsilon = rhs / np.sum((p * n)[~dense])
-        if epsilon * p[~dense].max() <= 1:
-            return np.where(dense, 1.0, epsilon * p)
-        dense |= p == p[~dense].max()
-
-
 @pytest.mark.parametrize("run", ["granet_st", "rigl_itop"])
 def test_erk_densities(run):
     shapes = [x.shape for x in tree(run, "init").values()]
     density = meta(run)["initial"]
-    expected = epsilon_loop(shapes, density)
+    expected = numpy_reference.densities(shapes, 1.0 - density, "erk")
     ours = distributions.densities(shapes, 1.0 - density, "erk")
     np.testing.assert_allclose(ours, expected, rtol=1e-14)
-    # At density 0.5 the last leaf is dense; the reference's is too.
+    # At density 0.5 the last leaf is dense, as in the reference.
     assert (ours[3] == 1.0) == (run == "granet_st")
     for p, mask in zip(ours, tree(run, "mask0").values(), strict=True):
         # One Bernoulli draw per weight.
@@ -289,11 +277,11 @@ def test_erk_densities(run):
         assert abs(int(mask.sum()) - p * mask.size) <= 3.0 * deviation
 
 
-def test_given_initial_masks_are_taken_as_they_are():
+def test_chosen_initial_masks_stay_as_they_are():
     masks = {"bias": None, **tree("rigl_itop", "mask0")}
     params = tree("rigl_itop", "init", LEAVES)
-    state = granet_jax.transform(methods.static(0.8), optax.sgd(0.1), masks=masks).init(
-        params
-    )
+    state = granet_jax.transform(
+        granet_jax.static(0.8), optax.sgd(0.1), masks=masks
+    ).init(params)
     report = granet_jax.sparsity(granet_jax.get_masks(state))
     assert report.active == 414

@@ -1,0 +1,418 @@
+"""Every method against the NumPy reference, bit for bit after every step.
+
+Labs compile each method once, for whole schedules and for random runs. In a random run
+a state machine steps, saves and restores, moves between devices, sets masks, changes
+the method and the step count. Every step compares parameters, updates, masks, moments
+and counters with the reference, and checks by themselves:
+
+1. Pruned weights and their moments are exactly zero.
+2. The number of active weights is the method's target, to the unit, and masks do not
+   change between updates.
+3. Active weights, and leaves without a mask, get the inner optimizer's update.
+4. Masks do not depend on the number of devices.
+5. The step compiles once for each number of devices, and keeps its types.
+6. Parameters that nobody masked are exactly sparse after the first step.
+"""
+
+import functools
+import itertools
+import math
+import random
+import zlib
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import stateful
+
+from tests.helpers import fuzzing, luck, numpy_reference
+from tests.helpers.compiler_options import DEFAULT, QUICK
+from tests.helpers.fuzzing import (
+    KERNELS,
+    Lab,
+    MethodSpec,
+    Run,
+    rich_tree,
+    run_schedule,
+    spec,
+)
+from tests.methods.records import fraction_of
+
+T = 100  # Steps of a long schedule.
+
+
+# Scores of users' own methods. The library and the reference call the same functions.
+def saliency(x: Any) -> Any:
+    return abs(x.param * x.grad)
+
+
+def descent(x: Any) -> Any:
+    return -x.grad
+
+
+def crowded(x: Any) -> Any:
+    """The number of active inputs of the weight's output, an integer."""
+    axes = tuple(range(x.mask.ndim - 1))
+    return x.mask.sum(axes, keepdims=True, dtype="int32") + x.mask * 0
+
+
+def strength(x: Any) -> Any:
+    """The sum of the output's weights: it also reads weights that are pruned."""
+    axes = tuple(range(x.param.ndim - 1))
+    return abs(x.param).sum(axes, keepdims=True) + abs(x.param) / 32
+
+
+def smallest(x: Any) -> Any:
+    return -abs(x.param)
+
+
+def kernels_first(x: Any) -> Any:
+    return abs(x.param) + (100 if x.param.ndim == 2 else 0)
+
+
+def average(x: Any) -> Any:
+    return x.average * 2
+
+
+def first_leaf_first(shapes: Any, sparsity: float) -> list[float]:
+    """A distribution that prunes the first leaf until it is empty."""
+    first, second = (float(np.prod(shape)) for shape in shapes)
+    wanted = (1 - sparsity) * (first + second)
+    return [max(wanted - second, 0) / first, min(wanted / second, 1)]
+
+
+STAIRS = {3: 0.3, 5: 0.2, 7: 0.77}  # The sparsity falls at step 5: none return.
+PRUNE: dict[str, Any] = {"start": 0.0, "targets": STAIRS}
+EXCHANGE: dict[str, Any] = {"start": 0.5, "fractions": dict.fromkeys((2, 4, 6, 8), 0.5)}
+BOTH: dict[str, Any] = {**PRUNE, "fractions": dict.fromkeys(STAIRS, 0.5)}
+REVIVE: dict[str, Any] = {"start": 0.2, "targets": {2: 0.5, 4: 0.3, 6: 0.8}}
+LAYER: dict[str, Any] = {"scope": "layer"}
+UNIFORM: dict[str, Any] = {"distribution": "uniform"}
+CYCLES: dict[str, Any] = {"cycles": 5, "interval": 2}
+SHORT: dict[str, Any] = {"cycles": 2, "interval": 1, "ramp": 0.5}
+EVERY: dict[str, Any] = {"interval": 1}
+FAN_IN: dict[str, Any] = {"structure": ("constant_fan_in",), **UNIFORM}
+BLOCKS: dict[str, Any] = {"structure": ("block", 2, 2)}
+GREG: dict[str, Any] = {"interval": 2, "growth": 0.25, "settle_steps": 1}
+PICK: dict[str, Any] = {"pick_growth": 0.125, "pick_ceiling": 0.25}
+
+LABS: dict[str, dict[str, Any]] = {
+    "kernels": {"tree": KERNELS, "inner": "momentum", "options": DEFAULT},
+    "mixed dtypes": {
+        "tree": rich_tree("float32", "bfloat16", "float16"),
+        "inner": "clipped",
+    },
+    "packed": {
+        "tree": rich_tree("float32"),
+        "inner": "adam",
+        "packed": True,
+        "options": DEFAULT,
+    },
+    "bfloat16": {
+        "tree": rich_tree("bfloat16", "float32"),
+        # After the first step of Adam all magnitudes nearly tie: nothing is revived.
+        "inner": "adamw",
+        # The bias carries a mask, and the kernel of one weight does not.
+        "flags": [True, False, True, False, False, True, True, False],
+    },
+    "last link": {"tree": rich_tree("float16"), "inner": "lion", "steers": False},
+    "structures": {"tree": KERNELS, "inner": "sgd", "coarse": True, "options": QUICK},
+    "own": {"tree": KERNELS, "inner": "sgd", "coarse": True, "options": QUICK},
+}
+METHODS: dict[str, list[MethodSpec]] = {
+    "kernels": [
+        spec("granet", 0.9, T, interval=2),
+        spec("gmp", 0.95, T, interval=2, begin_step=1),
+        spec("set_", 0.6, T, interval=3, distribution="er"),
+        spec("snfs", 0.15, T, interval=3, decay=0.5, fraction=0.9),
+        spec("static", 0.8),
+        spec("cyclical", 0.9, T, **CYCLES),
+        spec("cyclical", 0.9, T, recovery="projected", **CYCLES, **LAYER),
+        spec(
+            "cyclical",
+            0.9,
+            T,
+            initial_sparsity=0.2,
+            recovery="straight_through",
+            **CYCLES,
+        ),
+        spec("straight_through", 0.9, T, interval=3, penalty=2.0**-6),
+        spec(
+            "top_kast",
+            0.75,
+            backward_sparsity=0.2,
+            penalty=0.0,
+            scope="global",
+            **EVERY,
+        ),
+    ],
+    "mixed dtypes": [
+        spec("granet", 0.8, 14, begin_step=1, end_step=8, interval=3),
+        spec("acdc", 0.75, (2, 4, 5, 7, 9)),
+        spec("cyclical", 0.8, 12, initial_sparsity=0.2, **SHORT),
+        # The density divides the penalty: a quarter, so that products are exact.
+        spec("top_kast", 0.75, backward_sparsity=0.5, interval=2, penalty=2.0**-5),
+        spec("greg1", 0.75, ceiling=0.25, **GREG),
+    ],
+    "packed": [
+        spec(
+            "granet",
+            0.8,
+            11,
+            interval=2,
+            end_step=8,
+            initial_sparsity=0.4,
+            grow="random",
+            **LAYER,
+        ),
+        spec("snfs", 0.7, 9, interval=2, decay=0.5),
+        spec("sculpt", 0.75, 9, cycles=2, initial_sparsity=0.5),
+        spec("dsr", 0.7, 9, interval=2, fraction=0.125, threshold=0.125, **UNIFORM),
+    ],
+    "bfloat16": [
+        spec("gmp", 0.9, 9, interval=2),
+        spec("rigl", 0.7, 12, interval=2),
+        spec("greg2", 0.75, ceiling=0.5, weight_decay=2.0**-4, **GREG, **PICK),
+    ],
+    "last link": [
+        spec("gmp", 0.8, 9, initial_sparsity=0.3, **LAYER, **EVERY),
+        spec("granet", 0.8, 10, interval=2, initial_sparsity=0.5),
+        spec("cyclical", 0.8, 12, recovery="projected", **SHORT),
+        spec("mest", 0.7, 12, interval=2, gradient_weight=0.5),
+    ],
+    "structures": [
+        spec("gmp", 0.75, 9, interval=2, structure=("n_of_m", 1, 4), **LAYER),
+        spec(
+            "straight_through",
+            0.5,
+            8,
+            penalty=0.25,
+            structure=("n_of_m", 2, 4),
+            **EVERY,
+        ),
+        spec("cyclical", 0.5, 16, structure=("n_of_m", 4, 8), **SHORT, **LAYER),
+        spec("granet", 0.75, 10, **EVERY, **FAN_IN, **LAYER),
+        spec("acdc", 0.5, (2, 4, 6, 8, 9), structure=("channel",), **LAYER),
+        spec("granet", 0.75, 10, **EVERY, **BLOCKS),
+        spec("snfs", 0.5, 10, decay=0.5, **EVERY, **BLOCKS),
+        spec("top_kast", 0.75, backward_sparsity=0.5, penalty=0.0, **EVERY, **BLOCKS),
+    ],
+    "own": [
+        spec("own", drop=crowded, grow=descent, **EXCHANGE),
+        spec("own", drop=saliency, grow=crowded, **EXCHANGE),
+        spec("own", drop=smallest, grow=average, decay=0.5, **EXCHANGE),
+        # What pruning has removed is zero to `drop`, and is not yet to `grow`.
+        spec("own", prune=saliency, drop=strength, grow=strength, **BOTH),
+        spec("own", prune=smallest, distribution=first_leaf_first, **LAYER, **PRUNE),
+        spec("own", prune=kernels_first, revive=descent, **REVIVE),
+    ],
+}
+lab_of = functools.cache(lambda name: Lab(methods=METHODS[name], **LABS[name]))
+SINGLE = [
+    pytest.param(name, i, id=f"{name}-{method.function}-{i}")
+    for name, methods in METHODS.items()
+    for i, method in enumerate(methods)
+]
+# Random runs set other masks, which have no structure.
+RANDOM = [name for name in LABS if name not in ("structures", "own")]
+# Only runs of these methods move between devices: each number of devices compiles the
+# step again.
+MOVING = {"mixed dtypes": (0,)}
+SEED = st.integers(0, 2**20)
+KIND = st.sampled_from(["normal", "ties", "zeros"])
+
+
+def test_schedules_follow_the_reference() -> None:
+    trained = ("granet", "gmp", "rigl", "set_", "snfs", "mest", "dsr", "cyclical")
+    defaults = [
+        *(spec(name, 0.9, 9000) for name in trained),
+        *(spec(name, 0.9) for name in ("static", "greg1", "greg2")),
+        spec("sculpt", 0.9, 9000, cycles=2),
+        spec("straight_through", 0.9, 9000),
+        spec("top_kast", 0.9, backward_sparsity=0.5),
+    ]
+    drawn = [
+        fuzzing.drawn_method(random.Random(seed), steers=True, penalised=True)
+        for seed in range(100)
+    ]
+    for method in [*defaults, *itertools.chain(*METHODS.values()), *drawn]:
+        ours, reference = method.build()
+        for name in ("weights", "scope", "distribution", "refresh"):
+            assert getattr(ours, name) == getattr(reference, name)
+        assert ours.marked_sparsity == reference.marked
+        assert set(ours.resets.steps()) == reference.resets
+        assert set(ours.marks.steps()) <= reference.marks
+        assert list(ours.updates.steps()) == reference.update_steps
+        for t in (0, *reference.update_steps):
+            assert math.isclose(ours.sparsity(t), reference.sparsity(t), abs_tol=1e-12)
+        if reference.fractions and reference.threshold is None:
+            fraction = fraction_of(ours)
+            for t, expected in reference.fractions.items():
+                assert math.isclose(fraction(t), expected, abs_tol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "method"), SINGLE)
+def test_every_method_follows_the_reference(name: str, method: int) -> None:
+    changed, run = run_schedule(lab_of(name), method)
+    # Nearly every update changes masks in nearly every run.
+    assert changed >= len(run.compiled.reference.update_steps)
+
+
+class Machine(stateful.RuleBasedStateMachine):
+    """A random run.
+
+    Attributes:
+      lab: Lab of the run.
+      moving: Methods whose runs may move between devices.
+    """
+
+    lab: Lab
+    moving: tuple[int, ...] = ()
+    saved = False
+
+    @stateful.initialize(
+        data=st.data(), seed=SEED, kind=KIND, apply_first=st.booleans()
+    )
+    def begin(self, data: Any, seed: int, kind: str, apply_first: bool) -> None:
+        self.method = data.draw(st.integers(0, len(self.lab.methods) - 1))
+        self.run = Run(self.lab, self.method, seed, kind, apply_first)
+
+    @stateful.rule(seed=SEED, kind=KIND | st.just("bad"))
+    def step(self, seed: int, kind: str) -> None:
+        self.run.step(seed, kind)
+
+    @stateful.rule(number=st.integers(2, 8), seed=SEED, kind=KIND)
+    def steps(self, number: int, seed: int, kind: str) -> None:
+        for i in range(number):
+            self.run.step(seed + i, kind)
+
+    # It takes as long as ten steps, so it happens once.
+    @stateful.precondition(lambda self: not self.saved)
+    @stateful.rule()
+    def save_and_restore(self) -> None:
+        self.saved = True
+        self.run.save_and_restore()
+
+    @stateful.rule(devices=st.sampled_from([8, 2, 4, 1]))
+    def reshard(self, devices: int) -> None:
+        if self.method in self.moving:
+            self.run.reshard(devices)
+            self.run.step(devices, "ties")
+
+    @stateful.rule(
+        density=st.lists(st.sampled_from([0.5, 0.1, 1.0, 0.0]), min_size=1, max_size=3),
+        seed=SEED,
+    )
+    def set_masks(self, density: list[float], seed: int) -> None:
+        self.run.set_masks(self.lab.masks(density, seed))
+
+    @stateful.rule(data=st.data())
+    def switch(self, data: st.DataObject) -> None:
+        self.method = data.draw(st.integers(0, len(self.lab.methods) - 1))
+        if self.method not in self.moving:
+            self.run.reshard(1)
+        self.run.switch(self.method)
+
+    @stateful.rule(count=st.integers(0, 16) | st.integers(2**31 - 4, 2**31 - 1))
+    def jump(self, count: int) -> None:
+        self.run.jump(count)
+
+
+def check_runs(name: str, lab: Lab, number: int, steps: int = 10, **parts: Any) -> None:
+    machine = type("Machine", (Machine,), {"lab": lab, **parts})
+    default = hypothesis.settings()
+    settings = hypothesis.settings(
+        max_examples=number,
+        stateful_step_count=steps,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        # Shrinking a failure takes long. Without it the run is printed as it was.
+        phases=[hypothesis.Phase.generate] if default.derandomize else default.phases,
+    )
+    if default.derandomize:
+        # Each lab draws other runs.
+        hypothesis.seed(zlib.crc32(name.encode()))(machine)
+    stateful.run_state_machine_as_test(machine, settings=settings)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_runs_follow_the_reference(name: str) -> None:
+    check_runs(name, lab_of(name), 20, moving=MOVING.get(name, ()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RANDOM)
+def test_many_long_random_runs_follow_the_reference(name: str) -> None:
+    moving = (0, 2) if name in MOVING else ()
+    check_runs(f"{name}, long", lab_of(name), 500, 20, moving=moving)
+
+
+@pytest.mark.parametrize(
+    ("seed", "methods", "number"),
+    [
+        (0, 1, 10),
+        *(pytest.param(i, 4, 100, marks=pytest.mark.slow) for i in range(1, 80)),
+    ],
+)
+def test_random_labs_follow_the_reference(seed: int, methods: int, number: int) -> None:
+    check_runs(f"lab {seed}", fuzzing.drawn_lab(seed, methods), number)
+
+
+# --- The reference itself, by hand --------------------------------------------------
+
+
+def test_random_scores_depend_on_leaf_seed_and_step() -> None:
+    rows = [
+        luck.random_scores([(4,), (4,)], seed, step)
+        for seed, step in ((0, 1), (0, 2), (1, 1))
+    ]
+    assert len({tuple(x.tolist()) for row in rows for x in row}) == 6
+
+
+def test_reference_selects_as_by_hand() -> None:
+    score = np.float32([1, np.nan, 0.0, -0.0, np.inf, 1, -np.inf])
+    ranks = [4, 0, 5, 2, 3, 6, 1]
+    for k in range(8):
+        chosen = numpy_reference.best(score, np.ones(7, bool), k)
+        assert np.flatnonzero(chosen).tolist() == sorted(ranks[:k])
+    some = np.arange(7) > 3
+    assert np.flatnonzero(numpy_reference.best(score, some, 9)).tolist() == [4, 5, 6]
+    parts = ([score[:2], score[2:]], [some[:2], some[2:]])
+    first, second = numpy_reference.best_across(*parts, 1)
+    assert [*first, *second] == [False] * 4 + [True] + [False] * 2
+
+
+def test_reference_counts_as_by_hand() -> None:
+    assert numpy_reference.total_count(10, 0.75) == 3  # 2.5 is rounded up.
+    dropped = [(0.1, 10, 1), (0.1, 11, 2), (1.0, 7, 7), (0.0, 7, 0)]
+    for fraction, active, expected in dropped:
+        assert numpy_reference.number_dropped(fraction, active) == expected
+    method = numpy_reference.gmp(0.8, 20, interval=5)
+    assert list(method.targets) == [5, 10, 15, 20]
+    assert method.targets[10] == pytest.approx(0.8 - 0.8 / 8)
+    assert method.targets[20] == 0.8
+
+
+def test_reference_trains_as_by_hand() -> None:
+    # RigL on one leaf of four weights, with one exchange of half of them at step 1.
+    method = numpy_reference.ReferenceMethod(start=0.5, fractions={1: 0.5})
+    params = [np.float32([[4, 1, 0, 0]])]
+    optimizer = numpy_reference.Sgd(params, rate=0.5, momentum=0.5)
+    mask = np.array([[True, True, False, False]])
+    training = numpy_reference.ReferenceTraining(method, params, [mask], optimizer)
+    training.step([np.float32([[2, 1, -4, 8]])])
+    # Stepped to 3 and 0.5: 0.5 is dropped, and the last has the largest gradient.
+    assert training.masks[0].tolist() == [[True, False, False, True]]
+    assert training.params[0].tolist() == [[3, 0, 0, 0]]
+    assert optimizer.moments[0].tolist() == [[2, 0, 0, 0]]
+    training.step([np.float32([[0, 1, 1, 8]])])
+    assert training.params[0].tolist() == [[2.5, 0, 0, -4]]
+    assert optimizer.moments[0].tolist() == [[1, 0, 0, 8]]
+
+
+def test_reference_boxes_as_by_hand() -> None:
+    leaf = np.arange(16).reshape(4, 4)
+    rows = numpy_reference.boxed(leaf, (2, 2))
+    assert rows.tolist()[:2] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    np.testing.assert_array_equal(numpy_reference.unboxed(rows, (4, 4), (2, 2)), leaf)

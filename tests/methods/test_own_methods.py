@@ -1,0 +1,125 @@
+"""Users' own methods, by hand; `test_methods` compares whole trainings of them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import granet_jax
+from tests.methods.records import own
+from tests.methods.test_methods import smallest
+
+
+def exchange(**parts: Any) -> granet_jax.Method:
+    return own(start=1 / 3, fractions={1: 0.5}, **parts)
+
+
+def gaps(inputs: Any) -> Any:
+    """A score that is NaN where the weight is positive."""
+    return jnp.where(inputs.param > 0, jnp.nan, inputs.param)
+
+
+@pytest.mark.parametrize(
+    ("drop", "weights", "gradient", "mask", "after"),
+    [
+        # Stepped to 4, 1, 1.5, 2: the two of largest magnitude go, and the two largest
+        # gradients come.
+        (
+            smallest,
+            [4.0, 1.0, 3.0, 2.0, 0.0, 0.0],
+            [0.0, 0.0, 6.0, 0.0, 5.0, -7.0],
+            [0, 1, 1, 0, 1, 1],
+            [0.0, 1.0, 1.5, 0.0, 0.0, 0.0],
+        ),
+        # A score of NaN goes first.
+        (
+            gaps,
+            [-1.0, 3.0, -2.0, 9.0, 0.0, 0.0],
+            [0.0, 0.0, 0.0, 0.0, 1.0, 1.0],
+            [1, 0, 1, 0, 1, 1],
+            [-1.0, 0.0, -2.0, 0.0, 0.0, 0.0],
+        ),
+    ],
+)
+def test_own_drop_score_by_hand(
+    drop: Any, weights: Any, gradient: Any, mask: Any, after: Any
+) -> None:
+    params, grads = ({"w": np.float32([x])} for x in (weights, gradient))
+    masks = {"w": params["w"] != 0}
+    tx = granet_jax.transform(exchange(drop=drop), optax.sgd(0.25), masks=masks)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    assert granet_jax.get_masks(state)["w"].astype(int).tolist() == [mask]
+    assert optax.apply_updates(params, updates)["w"].tolist() == [after]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_own_average(dtype: Any) -> None:
+    params = {"w": jnp.asarray([[4.0, 1.0, 2.0]], dtype)}
+    without = granet_jax.transform(exchange()).init(params)
+    assert without.average == ()
+    method = exchange(grow=lambda x: x.average, decay=0.5)
+    tx = granet_jax.transform(method, optax.sgd(0.5))
+    grads = {"w": jnp.asarray([[1.0, -2.0, 3.0]], dtype)}
+    _, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    # In float32 whatever the dtype of the parameters is.
+    average = state.average["w"]
+    assert average.dtype == np.float32
+    assert average.tolist() == [[0.5, -1.0, 1.5]]
+
+
+def test_own_random_score_has_a_key_per_leaf_step_and_seed() -> None:
+    def uniform(inputs: granet_jax.ScoreInputs) -> Any:
+        return jax.random.uniform(inputs.key, inputs.param.shape)
+
+    method = own(
+        start=0.5,
+        fractions=dict.fromkeys((1, 2), 0.5),
+        drop=uniform,
+        grow=smallest,
+        needs_gradient=False,
+    )
+    # Both leaves have the same weights and masks: only the keys tell them apart.
+    params = {"a": jnp.ones((4, 8)), "b": jnp.ones((4, 8))}
+    half = np.zeros((4, 8), bool)
+    half[:, :4] = True
+
+    def masks_after(seed: int, counts: tuple[int, ...]) -> Any:
+        tx = granet_jax.transform(method, masks={"a": half, "b": half}, seed=seed)
+        state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+        update = jax.jit(tx.update)
+        for count in counts:
+            _, after = update(zeros, state._replace(count=jnp.int32(count)), params)
+            yield [m.tobytes() for m in jax.device_get(after.masks).values()]
+
+    first, second, again = masks_after(0, (0, 1, 0))
+    (other,) = masks_after(1, (0,))
+    assert len({*first, *second, *other}) == 6
+    assert again == first
+
+
+def test_own_method_without_gradient_as_the_last_link() -> None:
+    # The scores read weights only, so that `update` needs no gradient.
+    method = exchange(grow=smallest, needs_gradient=False)
+    params = {"w": jnp.asarray([[4.0, 1.0, 2.0, 8.0, 0.0, 0.0]])}
+    masks = {"w": params["w"] != 0}
+    tx = optax.chain(optax.sgd(0.5), granet_jax.transform(method, masks=masks))
+    updates, state = jax.jit(tx.update)(
+        {"w": jnp.asarray([[0.0, 0.0, 0.0, 0.0, 2.0, 2.0]])}, tx.init(params), params
+    )
+    # 1 and 2 are dropped; of the weights that are then inactive, the zeros come.
+    expected = [[True, False, False, True, True, True]]
+    assert granet_jax.get_masks(state)["w"].tolist() == expected
+    new = optax.apply_updates(params, updates)
+    assert new["w"].tolist() == [[4.0, 0.0, 0.0, 8.0, 0.0, 0.0]]
+
+
+def test_records_do_not_change() -> None:
+    method = own(start=0.5, fractions={1: 0.5})
+    other = dataclasses.replace(method, name="other")
+    assert (method.name, other.name, other.phases) == ("own", "other", method.phases)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.name = "changed"  # pyright: ignore
