@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import jax
 import pytest
 
-from benchmarks import resnet50
+from benchmarks.tools import parameter_trees
 from granet_jax import distributions
 from tests.helpers import numpy_reference
 
@@ -149,15 +149,19 @@ def test_total_count_rounds_half_up() -> None:
 
 
 def test_resnet50_tree_is_the_published_one() -> None:
-    tree = resnet50.shapes()
-    assert resnet50.size(tree) == resnet50.PARAMETERS == 25_557_032
+    tree = parameter_trees.resnet50()
+    assert (
+        parameter_trees.size(tree) == parameter_trees.RESNET50_PARAMETERS == 25_557_032
+    )
 
 
 def test_erk_on_resnet50() -> None:
     """The ERK densities of ResNet-50 at 80%: small layers dense, the total exact."""
-    shapes = jax.tree.leaves(resnet50.shapes(), is_leaf=lambda x: isinstance(x, tuple))
+    shapes = jax.tree.leaves(
+        parameter_trees.resnet50(), is_leaf=lambda x: isinstance(x, tuple)
+    )
     kernels = [s for s in shapes if len(s) >= 2]
-    assert len(kernels) == resnet50.KERNELS
+    assert len(kernels) == parameter_trees.RESNET50_KERNELS
     actual = distributions.counts(kernels, 0.8, "erk")
     sizes = [math.prod(s) for s in kernels]
     assert sum(actual) == distributions.total_count(sum(sizes), 0.8)
