@@ -150,7 +150,9 @@ def test_total_count_rounds_half_up() -> None:
 
 def test_resnet50_tree_is_the_published_one() -> None:
     tree = parameter_trees.resnet50()
-    assert parameter_trees.size(tree) == 25_557_032
+    assert (
+        parameter_trees.size(tree) == parameter_trees.RESNET50_PARAMETERS == 25_557_032
+    )
 
 
 def test_erk_on_resnet50() -> None:
@@ -159,7 +161,7 @@ def test_erk_on_resnet50() -> None:
         parameter_trees.resnet50(), is_leaf=lambda x: isinstance(x, tuple)
     )
     kernels = [s for s in shapes if len(s) >= 2]
-    assert len(kernels) == 54
+    assert len(kernels) == parameter_trees.RESNET50_KERNELS
     actual = distributions.counts(kernels, 0.8, "erk")
     sizes = [math.prod(s) for s in kernels]
     assert sum(actual) == distributions.total_count(sum(sizes), 0.8)
