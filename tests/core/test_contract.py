@@ -278,7 +278,7 @@ QUICK = {
     *(("snfs", "rmsprop"), ("static", "lion"), ("dense", "apply_if_finite")),
     *(("cyclical", "schedule_free"), ("cyclical_projected", "momentum")),
     *(("acdc", "adamw"), ("straight_through", "muon"), ("top_kast", "adafactor")),
-    *(("sculpt", "momentum")),
+    ("sculpt", "momentum"),
 }
 
 
