@@ -104,6 +104,8 @@ def test_methods_are_configured_as_documented():
         ("rigl", {}, 0.9, range(15, 901, 15)),
         ("set", {}, 0.9, range(15, 901, 15)),
         ("set", {"stop": 0.5}, 0.9, range(15, 601, 15)),
+        ("mest", {}, 0.9, range(15, 1201, 15)),
+        ("dsr", {}, 0.9, range(15, 901, 15)),
         ("snfs", {}, 0.9, range(15, 1201, 15)),
         ("static", {"distribution": "uniform"}, 0.9, ()),
         ("cyclical", cycles, 0.3, [*range(15, 451, 15), 600, *range(615, 1051, 15)]),
