@@ -81,9 +81,9 @@ def accuracy(params):
 # %% [markdown]
 # ## A mask is an array
 #
-# `init_masks` draws the masks that a method starts from. A leaf without a mask, here
-# the biases, holds `MaskedNode()`, which has no leaves of its own: `jax.tree.map` over
-# masks passes it by.
+# `init_masks` creates the masks that a method starts from. A leaf without a mask, here
+# each bias, holds `MaskedNode()`. It has no leaves of its own, so `jax.tree.map` over
+# masks skips it.
 
 # %%
 params = network.init(jax.random.key(0), x[:1])["params"]
@@ -102,9 +102,9 @@ assert all(jax.tree.leaves(same))
 # %% [markdown]
 # ## Five trainings
 #
-# Masks lie in the optimizer's state, where `get_masks` finds them. This loop keeps a
-# copy after each update, with step 0 for those at the start. The seed draws the initial
-# weights, the initial masks and the batches.
+# The optimizer's state holds the masks, and `get_masks` returns them. This loop keeps a
+# copy of the initial masks and of the masks after each update. The seed determines the
+# initial weights, the initial masks and the batches.
 
 
 # %%
