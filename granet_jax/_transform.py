@@ -179,7 +179,7 @@ def init(setup: Setup, params: PyTree) -> SparseState:
 def update(
     setup: Setup,
     updates: PyTree,
-    state: optax.OptState,
+    state: Any,
     params: PyTree | None = None,
     **extra: Any,
 ) -> tuple[PyTree, SparseState]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from granet_jax import targets
@@ -38,7 +37,7 @@ from granet_jax.step import (
 def update(
     setup: Setup,
     updates: PyTree,
-    state: optax.OptState,
+    state: Any,
     params: PyTree | None = None,
     **extra: Any,
 ) -> tuple[PyTree, SparseState]:
