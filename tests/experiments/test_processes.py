@@ -119,7 +119,7 @@ def test_a_process_that_cannot_start_stops_the_other(cache, tmp_path):
         start_pair(cache, out), seconds=120
     )
     assert (status, other_status) == (2, 2)
-    assert error.startswith(f"error: out: {out} exists already")
+    assert error.startswith(f"error: out: {out} already exists")
     assert other_error == "error: process 0 cannot start: see its message.\n"
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 

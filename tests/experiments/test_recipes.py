@@ -333,8 +333,8 @@ def test_it_needs_no_data_and_takes_other_options(capsys, tmp_path, monkeypatch)
 def test_options_of_the_command_line_change_a_recipe(monkeypatch):
     configs: list[Config] = []
     monkeypatch.setattr(train, "run", configs.append)
-    recipe = ("--recipe", "granet-imagenet-resnet50-90-mini", "--steps", "40")
+    recipe = ("--recipe", "granet-imagenet-resnet50-90-mini", "--steps", "4000")
     assert train.main([*recipe, "--masks.interval", "4"]) == 0
     expected = ALL["granet-imagenet-resnet50-90-mini"].config
     masks = dataclasses.replace(expected.masks, interval=4)
-    assert configs == [dataclasses.replace(expected, steps=40, masks=masks)]
+    assert configs == [dataclasses.replace(expected, steps=4000, masks=masks)]
