@@ -12,7 +12,6 @@ import granet_jax
 from granet_jax.moments import matching_masks, zero_moments
 from tests.core.test_contract import DTYPES, INNERS
 from tests.helpers import trees
-from tests.helpers.training import mask_list
 
 PyTree = Any
 
@@ -71,11 +70,20 @@ def test_moments_of_every_inner_optimizer(inner: str, dtype: str) -> None:
     # No shape occurs twice in this tree, so the shape says whose moment it is.
     masks = {m.shape: np.asarray(m) for m in jax.tree.leaves(keep)}
     found = dict.fromkeys(masks, 0)
-    matched = mask_list(matching_masks(state, keep))
-    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(zeroed), matched, strict=True)
-    for before, after, match in pairs:
+    matched = jax.tree.map(
+        lambda _, mask: not isinstance(mask, optax.MaskedNode),
+        state,
+        matching_masks(state, keep),
+    )
+    pairs = zip(
+        jax.tree.leaves(state),
+        jax.tree.leaves(zeroed),
+        jax.tree.leaves(matched),
+        strict=True,
+    )
+    for before, after, has_mask in pairs:
         mask = masks.get(before.shape)
-        assert (match is None) == (mask is None)
+        assert has_mask == (mask is not None)
         if mask is not None:
             found[before.shape] += 1
             before = np.where(mask, before, np.zeros_like(before))
