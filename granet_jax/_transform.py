@@ -214,14 +214,14 @@ def update(
         # Zeros that go into the optimizer come out of it as zeros. (To mask what comes
         # out would be the same, but XLA would copy parameters and moments for it.)
         moved, inner_state = optimizer.update(
-            zero_outside(kept, gradient_of(setup, step, load(state.masks))),
+            zero_outside(kept, gradient_of(setup, step, step.masks)),
             zero_moments(step.inner_state, kept),
             zero_outside(kept, params),
             **extra,
         )
     else:
-        before = load(state.masks)
-        grads = zero_outside(before, gradient_of(setup, step, before))
+        grads = gradient_of(setup, step, step.masks)
+        grads = zero_outside(step.masks, grads)
         moved, inner_state = optimizer.update(grads, step.inner_state, params, **extra)
         inner_state = zero_moments(inner_state, kept)
     moved = map_masked(update_or_zero, kept, moved, params)

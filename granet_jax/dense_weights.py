@@ -45,8 +45,7 @@ def update(
     method, optimizer = setup.method, setup.optimizer
     step = begin_step(setup, updates, state, params, extra)
     load, store = storage(state, params)
-    before = load(state.masks)
-    grads = gradient_of(setup, step, before)
+    grads = gradient_of(setup, step, step.masks)
 
     # With dense weights, a gradient reaches the marked weights only, if there are any.
     limited = method.weights == "dense" and bool(jax.tree.leaves(step.marked))
@@ -55,7 +54,7 @@ def update(
     moved, inner_state = optimizer.update(grads, step.inner_state, params, **extra)
     if limited:
         moved = zero_outside(step.marked, moved)
-    after = stepped(before, params, moved)
+    after = stepped(step.masks, params, moved)
 
     def choose(now: tuple[PyTree, PyTree], step: Step) -> tuple[PyTree, PyTree]:
         masks = load(now[0])

@@ -46,9 +46,10 @@ class Setup(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step reads, apart from the masks that it may change.
+    """What a step reads.
 
     Attributes:
+      masks: The masks before the step, boolean arrays.
       params: The parameters before the step.
       updates: The gradients; without an inner optimizer, the updates to mask.
       dense: The dense gradient, or None.
@@ -59,6 +60,7 @@ class Step(NamedTuple):
       count: int32 scalar, the number of this step, 1 for the first.
     """
 
+    masks: PyTree
     params: PyTree
     updates: PyTree
     dense: PyTree | None
@@ -101,6 +103,7 @@ def begin_step(
     if method.average_decay is not None:
         average = _averaged(method.average_decay, average, dense)
     return Step(
+        masks=unpacked_like(params, state.masks),
         params=params,
         updates=updates,
         dense=dense,
@@ -225,9 +228,22 @@ def run_once_if(
         return change(value, step) if due else value
 
     def body(carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-        # Without the barrier, XLA would move what does not depend on `value` out of the
-        # loop, and so compute it in every step.
-        value, held = lax.optimization_barrier((carry[1], step))
-        return jnp.zeros_like(due), change(value, held)
+        return jnp.zeros_like(due), change(*_held(carry[1], step))
 
     return lax.while_loop(lambda carry: carry[0], body, (due, value))[1]
+
+
+def _held(value: PyTree, step: Step) -> tuple[PyTree, Step]:
+    """`value` and `step` as they are, behind a barrier.
+
+    Without it, XLA would move what does not depend on `value` out of the loop, and so
+    compute it in every step. Only arrays in the shapes of masks are held, since others
+    are not read by an update, and XLA would copy them.
+    """
+    shapes = {m.shape for m in jax.tree.leaves(step.masks)}
+    leaves, treedef = jax.tree.flatten(step._replace(masks=()))
+    held = [i for i, x in enumerate(leaves) if jnp.shape(x) in shapes]
+    value, behind = lax.optimization_barrier((value, [leaves[i] for i in held]))
+    for i, x in zip(held, behind, strict=True):
+        leaves[i] = x
+    return value, treedef.unflatten(leaves)

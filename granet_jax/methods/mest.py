@@ -6,7 +6,7 @@ the inactive; r(t) = r_0/2 (1 + cos(pi t / T)).
 """
 
 from granet_jax import schedules, scores
-from granet_jax.checks import check_number, check_steps
+from granet_jax.checks import check_fraction, check_number, check_steps
 from granet_jax.distributions import Distribution
 from granet_jax.methods.arguments import constant_sparsity
 from granet_jax.methods.method import Method
@@ -51,6 +51,7 @@ def mest(
     """
     check_steps("total_steps", total_steps)
     check_number("gradient_weight", gradient_weight, least=0.0)
+    check_fraction("fraction", fraction)
     decaying = schedules.cosine(fraction, 0.0, steps=total_steps)
     drop = scores.weight_and_gradient(gradient_weight)
     return Method(

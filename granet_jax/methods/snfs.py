@@ -6,7 +6,7 @@ abs(momentum) of their active weights; regrow there by abs(momentum).
 """
 
 from granet_jax import schedules, scores
-from granet_jax.checks import check_decay, check_steps
+from granet_jax.checks import check_decay, check_fraction, check_steps
 from granet_jax.distributions import Distribution
 from granet_jax.methods.arguments import constant_sparsity
 from granet_jax.methods.method import Method
@@ -52,6 +52,7 @@ def snfs(
     """
     check_steps("total_steps", total_steps, least=1)
     check_decay("decay", decay)
+    check_fraction("fraction", fraction)
     decaying = schedules.cosine(fraction, 0.0, steps=total_steps)
     return Method(
         name="snfs",

@@ -73,7 +73,7 @@ def test_the_gradient_is_taken_at_the_sparse_view(method: Any) -> None:
         for x, p, m in zip(kernels(actual), training.params[1:], masks, strict=True):
             np.testing.assert_array_equal(x, np.where(m, p, np.float32(0)))
             # The parameters themselves stay dense.
-            assert np.count_nonzero(p[~m]) > 0.9 * np.sum(~m)
+            assert np.count_nonzero(p[~m]) >= 0.9 * np.sum(~m)
         np.testing.assert_array_equal(actual["bias"], params["bias"])
 
 
@@ -83,11 +83,11 @@ def test_top_kast_moves_only_the_backward_weights(scope: Any, numbers: Any) -> N
         0.5, backward_sparsity=0.25, interval=3, penalty=0.0, scope=scope
     )
     tx = granet_jax.transform(method, optax.sgd(0.25))
-    params: Any = draw(0)
+    params: Any = jax.tree.map(jnp.asarray, draw(0))
     state: Any = tx.init(params)
     active = [int(m.sum()) for m in kernels(state.masks)]
     assert (active if scope == "layer" else [sum(active)]) == numbers
-    updates, _ = tx.update(draw(1), state, params)
+    updates, _ = tx.update(jax.tree.map(jnp.asarray, draw(1)), state, params)
     for u, m, b in zip(
         *map(kernels, (updates, state.masks, state.marked)), strict=True
     ):
