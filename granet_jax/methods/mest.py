@@ -46,7 +46,7 @@ def mest(
 
     References:
       Yuan et al., MEST: Accurate and Fast Memory-Economic Sparse Training Framework on
-      the Edge, NeurIPS 2021. (The schedule of r is that of RigL. The paper's elastic
+      the Edge, NeurIPS 2021. (We take the schedule of r from RigL. The paper's elastic
       variant, which starts denser than it ends, is not included.)
     """
     check_steps("total_steps", total_steps)

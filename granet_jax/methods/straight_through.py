@@ -2,7 +2,7 @@
 
 The forward pass uses m * w, where the mask m holds the weights of largest magnitude
 among all weights, and the gradient there moves all weights. For SGD:
-w <- w - eta (grad L(m * w) + lambda (1 - m) w), with lambda = 0, or that of SR-STE.
+w <- w - eta (grad L(m * w) + lambda (1 - m) w), where lambda > 0 gives SR-STE.
 """
 
 from granet_jax import penalties
