@@ -1,4 +1,4 @@
-"""Checks of arguments: each error names the argument, the value, and what it may be."""
+"""Checks of arguments. Every error names the argument, its value and valid values."""
 
 import math
 import numbers
@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 
 def got(value: Any) -> str:
-    """What a message says of a value: what it is, or that it is traced."""
+    """Describe a value in an error message."""
     if isinstance(value, Tracer):
         kind = value.aval.str_short()
         return f"a traced {kind}: hand over a value known before jit"
@@ -25,7 +25,7 @@ def is_number(x: Any) -> bool:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises ValueError unless `value` is one of `choices`."""
+    """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(
             f"{name} must be one of {', '.join(map(repr, choices))}, got {got(value)}."
@@ -41,15 +41,15 @@ def check_number(
     most: float = math.inf,
     finite: bool = True,
 ) -> None:
-    """Raises TypeError or ValueError unless `value` is a number in the range.
+    """Raise TypeError or ValueError unless `value` is a number in a range.
 
     Args:
-      name: of the argument, for the message.
-      value: what was given.
-      above: it must be larger than this; or
-      least: it must be this or larger.
-      most: it must be this or smaller.
-      finite: whether infinity is refused.
+      name: Name of the argument, for the message.
+      value: Value of the argument.
+      above: Exclusive lower bound, or None.
+      least: Inclusive lower bound, or None.
+      most: Inclusive upper bound.
+      finite: Whether the value must be finite.
     """
     if not is_number(value):
         raise TypeError(f"{name} must be a number, got {got(value)}.")
@@ -66,12 +66,12 @@ def check_number(
             "" if math.isinf(most) else f"at most {most:g}",
             "finite" if finite and math.isinf(most) else "",
         ]
-        wanted = " and ".join(bound for bound in bounds if bound)
-        raise ValueError(f"{name} must be {wanted}, got {value}.")
+        requirement = " and ".join(bound for bound in bounds if bound)
+        raise ValueError(f"{name} must be {requirement}, got {value}.")
 
 
 def check_sparsity(name: str, value: Any) -> None:
-    """Raises TypeError or ValueError unless `value` is a number in [0, 1)."""
+    """Raise TypeError or ValueError unless `value` is a number in [0, 1)."""
     if not is_number(value):
         raise TypeError(f"{name} must be a number in [0, 1), got {got(value)}.")
     if not 0.0 <= value < 1.0:
@@ -82,7 +82,7 @@ def check_sparsity(name: str, value: Any) -> None:
 
 
 def check_fraction(name: str, value: Any) -> None:
-    """Raises TypeError or ValueError unless `value` is a number in [0, 1]."""
+    """Raise TypeError or ValueError unless `value` is a number in [0, 1]."""
     if not is_number(value):
         raise TypeError(f"{name} must be a number in [0, 1], got {got(value)}.")
     if not 0.0 <= value <= 1.0:
@@ -90,7 +90,7 @@ def check_fraction(name: str, value: Any) -> None:
 
 
 def check_decay(name: str, value: Any) -> None:
-    """Raises TypeError or ValueError unless `value` is a number in [0, 1)."""
+    """Raise TypeError or ValueError unless `value` is a number in [0, 1)."""
     if not is_number(value):
         raise TypeError(f"{name} must be a number in [0, 1), got {got(value)}.")
     if not 0.0 <= value < 1.0:
@@ -98,7 +98,7 @@ def check_decay(name: str, value: Any) -> None:
 
 
 def check_steps(name: str, value: Any, *, least: int = 1) -> None:
-    """Raises TypeError or ValueError unless `value` is an integer from `least` on."""
+    """Raise TypeError or ValueError unless `value` is a number of steps >= `least`."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer number of steps, got {got(value)}.")
     if not least <= value < 2**31:
@@ -108,7 +108,7 @@ def check_steps(name: str, value: Any, *, least: int = 1) -> None:
 
 
 def check_integer(name: str, value: Any, *, least: int | None = None) -> None:
-    """Raises TypeError or ValueError unless `value` is an integer from `least` on."""
+    """Raise TypeError or ValueError unless `value` is an integer >= `least`."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {got(value)}.")
     if least is not None and value < least:
@@ -116,25 +116,25 @@ def check_integer(name: str, value: Any, *, least: int | None = None) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raises TypeError unless `value` is True or False."""
+    """Raise TypeError unless `value` is True or False."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {got(value)}.")
 
 
 def check_function(name: str, value: Any, what: str = "a function") -> None:
-    """Raises TypeError unless `value` can be called; `what` says with what."""
+    """Raise TypeError unless `value` can be called; `what` describes valid values."""
     if not callable(value):
         raise TypeError(f"{name} must be {what}, got {value!r}.")
 
 
 def check_type(name: str, value: Any, kind: Any, what: str) -> None:
-    """Raises TypeError unless `value` is of a type; `what` says where to have one."""
+    """Raise TypeError unless `value` is a `kind`; `what` describes valid values."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}, got {got(value)}.")
 
 
 def check_key(key: Any) -> None:
-    """Raises TypeError unless `key` is one random key."""
+    """Raise TypeError unless `key` is a single random key, typed or legacy."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not (typed and shape == ()) and not (dtype == jnp.uint32 and shape == (2,)):
@@ -142,7 +142,7 @@ def check_key(key: Any) -> None:
 
 
 def check_seed(seed: Any) -> None:
-    """Raises TypeError unless `seed` is an integer, or an integer scalar array."""
+    """Raise TypeError unless `seed` is an integer, or an integer scalar array."""
     scalar = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jnp.integer)
     if isinstance(seed, bool) or not (
         isinstance(seed, int | np.integer) or (scalar and seed.ndim == 0)
@@ -151,7 +151,7 @@ def check_seed(seed: Any) -> None:
 
 
 def check_axis_name(axis_name: Any) -> None:
-    """Raises TypeError unless `axis_name` is a name, some names, or None."""
+    """Raise TypeError unless `axis_name` is a name, a tuple of names, or None."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if axis_name is not None and not all(isinstance(name, str) for name in names):
         raise TypeError(

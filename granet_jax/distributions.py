@@ -1,6 +1,6 @@
-"""How a density is split over the leaves: uniform, ER, ERK; exact integer counts.
+"""Distributions of a sparsity over leaves (uniform, ER, ERK), in exact counts.
 
-Plain Python on shapes, in float64: nothing here is traced.
+All functions are plain Python on shapes, in float64. Nothing here is traced.
 """
 
 import math
@@ -9,16 +9,17 @@ from collections.abc import Callable, Sequence
 from granet_jax.checks import check_fraction, check_integer, got
 
 Shape = tuple[int, ...]
-# Densities per leaf from shapes and an overall sparsity.
+# A name, or a function from shapes and an overall sparsity to a density per leaf.
 Distribution = str | Callable[[Sequence[Shape], float], Sequence[float]]
 DISTRIBUTIONS: tuple[str, ...] = ("uniform", "er", "erk")
 
 
 def total_count(size: int, sparsity: float) -> int:
-    """Number of active weights among `size` at `sparsity`, rounded half up.
+    """The number of active weights among `size` at `sparsity`, rounded half up.
 
     Raises:
-      TypeError, ValueError: no number of weights; a sparsity that is none in [0, 1].
+      TypeError, ValueError: `size` is not a number of weights, or `sparsity` is not a
+        number in [0, 1].
     """
     check_integer("size", size, least=0)
     check_fraction("sparsity", sparsity)
@@ -28,21 +29,21 @@ def total_count(size: int, sparsity: float) -> int:
 def densities(
     shapes: Sequence[Shape], sparsity: float, distribution: Distribution = "erk"
 ) -> list[float]:
-    """Density of every leaf, so that the whole has density 1 - `sparsity`.
+    """The density of every leaf, at an overall density of 1 - `sparsity`.
 
-    - "uniform": the same density in every leaf.
-    - "er": proportional to (n_in + n_out) / (n_in n_out), the last two dimensions of
-      the shape (Mocanu et al. 2018).
-    - "erk": proportional to sum(shape) / prod(shape), kernel dimensions included
-      (Evci et al. 2020).
+    - "uniform": Every leaf has the same density.
+    - "er": The density is proportional to (n_in + n_out) / (n_in n_out), with the last
+      two dimensions of the shape (Mocanu et al. 2018).
+    - "erk": The density is proportional to sum(shape) / prod(shape), with all
+      dimensions of the shape (Evci et al. 2020).
 
-    Where the proportional rule asks for more than 1, the leaves with the largest
-    excess become dense and the others share what is left; repeated until none exceeds
-    1 (the epsilon loop of the RigL code).
+    If densities exceed 1, the leaves of largest density become dense and the other
+    leaves share the rest. This is repeated until no density exceeds 1, as in the
+    epsilon loop of the RigL code.
 
     Args:
-      shapes: shapes of the maskable leaves.
-      sparsity: overall sparsity in [0, 1].
+      shapes: Shapes of the maskable leaves.
+      sparsity: Overall sparsity, in [0, 1].
       distribution: "uniform", "er", "erk", or a function of (shapes, sparsity) that
         returns the densities.
 
@@ -50,21 +51,21 @@ def densities(
       One density in [0, 1] per leaf.
 
     Raises:
-      ValueError: unknown distribution, or a function that returned densities that are
-        not one number in [0, 1] per leaf; a sparsity out of range.
-      TypeError: what is no shape, or no number.
+      ValueError: The distribution is unknown, or is a function that does not return one
+        density in [0, 1] per leaf; or the sparsity is out of range.
+      TypeError: An argument has the wrong type.
     """
     _check_shapes(shapes)
     check_fraction("sparsity", sparsity)
     check_distribution(distribution)
     if callable(distribution):
-        given = [float(d) for d in distribution(shapes, sparsity)]
-        if len(given) != len(shapes) or not all(0.0 <= d <= 1.0 for d in given):
+        values = [float(d) for d in distribution(shapes, sparsity)]
+        if len(values) != len(shapes) or not all(0.0 <= d <= 1.0 for d in values):
             raise ValueError(
                 "distribution must return one density in [0, 1] for each of the "
-                f"{len(shapes)} leaves, got {given}."
+                f"{len(shapes)} leaves, got {values}."
             )
-        return given
+        return values
     if distribution == "uniform":
         return [1.0 - sparsity] * len(shapes)
     raw = [_erdos_renyi(shape, kernel=distribution == "erk") for shape in shapes]
@@ -78,37 +79,37 @@ def counts(
     caps: Sequence[int] | None = None,
     floors: Sequence[int] | None = None,
 ) -> list[int]:
-    """Number of active weights in every leaf; they sum to the total exactly.
+    """The number of active weights in every leaf.
 
-    The densities of `densities`, rounded by the largest-remainder rule (ties: the
-    first leaf) so that the sum is `total_count` of all weights. The reference draws
-    a Bernoulli mask instead, which hits the total only on average.
+    The numbers follow the `densities`, rounded by the largest-remainder rule (the first
+    leaf wins ties), so that they sum exactly to the `total_count` of all weights. The
+    GraNet code draws a Bernoulli mask instead, which has this total only on average.
 
     Args:
-      shapes: shapes of the maskable leaves.
-      sparsity: overall sparsity in [0, 1].
-      distribution: see `densities`.
-      caps: most weights that each leaf may keep (those active now, say); default the
-        leaf's size.
-      floors: fewest weights that each leaf must keep (those active now, where weights
-        are only to be added); default none.
+      shapes: Shapes of the maskable leaves.
+      sparsity: Overall sparsity, in [0, 1].
+      distribution: Distribution of the sparsity over leaves, see `densities`.
+      caps: Largest number for each leaf, such as its present number; None for the size
+        of the leaf.
+      floors: Smallest number for each leaf, such as its present number; None for 0.
 
     Returns:
       One integer per leaf.
 
     Raises:
-      ValueError: as `densities`; or the caps leave less room than the total, or the
-        floors ask for more.
+      ValueError: As `densities`; or the total exceeds the sum of the caps, or is less
+        than the sum of the floors.
+      TypeError: An argument has the wrong type.
     """
     _check_shapes(shapes)
     sizes = [math.prod(s) for s in shapes]
-    for name, given in (("caps", caps), ("floors", floors)):
-        if given is not None and len(given) != len(sizes):
+    for name, bounds in (("caps", caps), ("floors", floors)):
+        if bounds is not None and len(bounds) != len(sizes):
             raise ValueError(
-                f"{name} must be one for each of the {len(sizes)} leaves, got {given}."
+                f"{name} must be one for each of the {len(sizes)} leaves, got {bounds}."
             )
-        for number in () if given is None else given:
-            check_integer(name, number, least=0)
+        for bound in () if bounds is None else bounds:
+            check_integer(name, bound, least=0)
     limits = (
         sizes if caps is None else [min(c, n) for c, n in zip(caps, sizes, strict=True)]
     )
@@ -126,25 +127,25 @@ def counts(
         )
     shares = densities(shapes, sparsity, distribution)
     ideal = [d * n for d, n in zip(shares, sizes, strict=True)]
-    kept = [
+    numbers = [
         max(min(math.floor(x), limit), low)
         for x, limit, low in zip(ideal, limits, least, strict=True)
     ]
-    # A stable sort: among equal remainders the first leaf is served first.
-    by_remainder = sorted(range(len(sizes)), key=lambda i: kept[i] - ideal[i])
-    missing = total - sum(kept)
+    # The sort is stable, so the first of two leaves with equal remainders comes first.
+    by_remainder = sorted(range(len(sizes)), key=lambda i: numbers[i] - ideal[i])
+    missing = total - sum(numbers)
     while missing > 0:
         for i in by_remainder:
-            if missing > 0 and kept[i] < limits[i]:
-                kept[i] += 1
+            if missing > 0 and numbers[i] < limits[i]:
+                numbers[i] += 1
                 missing -= 1
-    # A user's densities may ask for more than the total, and so may floors.
+    # Floors, or the densities of a user's function, may sum to more than the total.
     while missing < 0:
         for i in reversed(by_remainder):
-            if missing < 0 and kept[i] > least[i]:
-                kept[i] -= 1
+            if missing < 0 and numbers[i] > least[i]:
+                numbers[i] -= 1
                 missing += 1
-    return kept
+    return numbers
 
 
 def _check_shapes(shapes: Sequence[Shape]) -> None:
@@ -158,7 +159,7 @@ def _check_shapes(shapes: Sequence[Shape]) -> None:
 
 
 def check_distribution(distribution: Distribution) -> None:
-    """Raises ValueError unless `distribution` is a known name or a function."""
+    """Raise ValueError unless `distribution` is a known name or a function."""
     if not callable(distribution) and distribution not in DISTRIBUTIONS:
         raise ValueError(
             f"distribution must be one of {', '.join(map(repr, DISTRIBUTIONS))} or a "
@@ -169,23 +170,23 @@ def check_distribution(distribution: Distribution) -> None:
 def _erdos_renyi(shape: Shape, *, kernel: bool) -> float:
     dims = shape if kernel else shape[-2:]
     if math.prod(shape) == 0 or not dims:
-        return 1.0  # An empty or a scalar leaf: any value does.
+        return 1.0  # Any value is right for an empty or a scalar leaf.
     return sum(dims) / math.prod(dims)
 
 
 def _scale_to_density(
     raw: Sequence[float], sizes: Sequence[int], density: float
 ) -> list[float]:
-    """The epsilon loop: densities min(1, epsilon * raw) with the exact overall mean."""
+    """Densities min(1, epsilon * raw), with epsilon such that the mean is `density`."""
     dense = [False] * len(raw)
     while True:
-        wanted = density * sum(sizes) - sum(
+        budget = density * sum(sizes) - sum(
             n for n, d in zip(sizes, dense, strict=True) if d
         )
         room = sum(p * n for p, n, d in zip(raw, sizes, dense, strict=True) if not d)
         if room <= 0:
             return [1.0 if d else density for d in dense]
-        epsilon = max(wanted, 0.0) / room
+        epsilon = max(budget, 0.0) / room
         largest = max(p for p, d in zip(raw, dense, strict=True) if not d)
         if epsilon * largest <= 1.0:
             return [1.0 if d else epsilon * p for p, d in zip(raw, dense, strict=True)]

@@ -1,7 +1,7 @@
-"""Masks as pytrees: which leaves carry one, applying, packing, counting.
+"""Masks as pytrees: choose the leaves that carry one; apply, count and pack masks.
 
-A tree of masks has the structure of the parameters, with a boolean array (True =
-active) at every maskable leaf and `optax.MaskedNode()` at every dense leaf.
+A tree of masks has the structure of the parameters. It holds a boolean array (True for
+active weights) at every maskable leaf and `optax.MaskedNode()` at every dense leaf.
 """
 
 import dataclasses
@@ -17,18 +17,19 @@ from jax import Array, lax
 from jax.core import Tracer
 
 PyTree = Any
-# Which leaves carry a mask: a rule, or a tree of bools of the structure of params.
+# Which leaves carry a mask: a function of (name, leaf), or a pytree of bools.
 Where = Callable[[str, Any], bool] | PyTree | None
 
 
 class Sparsity(NamedTuple):
-    """How sparse a tree of masks is: numbers on the host.
+    """The sparsity of a tree of masks, in Python numbers.
 
     Attributes:
-      overall: share of maskable weights that are pruned (0 if there are none).
-      leaves: the same for every maskable leaf, by its name ("dense/kernel").
-      active: number of active weights.
-      total: number of maskable weights.
+      overall: The share of maskable weights that are pruned; 0 if there are no weights.
+      leaves: The share of pruned weights of every maskable leaf, by name
+        ("dense/kernel").
+      active: The number of active weights.
+      total: The number of maskable weights.
     """
 
     overall: float
@@ -40,18 +41,17 @@ class Sparsity(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedMask:
-    """A mask at 1 bit a weight.
+    """A mask of 1 bit per weight.
 
-    Eight neighbours along one axis are a byte, the first of them its highest bit, and
-    where their number is no multiple of eight the last byte is padded with zeros: so a
-    packed mask is sharded as its parameter is, and neither packing nor reading it moves
-    anything between devices (as long as the shards of that axis hold multiples of
-    eight).
+    A byte holds eight neighbours along one axis, the first in its highest bit. Zeros
+    pad the last byte of the axis. So a packed mask has the sharding of its parameter,
+    and devices exchange nothing to pack or read it, as long as the length of their
+    shards along that axis is a multiple of eight.
 
     Attributes:
-      bits: uint8, of the mask's shape with ceil(n / 8) for the length n of that axis;
-        (1,) for a scalar.
-      shape: the mask's shape (static).
+      bits: uint8 array of the mask's shape, except that the axis of length n has length
+        ceil(n / 8); of shape (1,) for a scalar.
+      shape: The shape of the mask (static).
     """
 
     bits: Array
@@ -59,13 +59,13 @@ class PackedMask:
 
     @property
     def axis(self) -> int:
-        """The axis whose neighbours share bytes: -2, or -1 where that is smaller."""
+        """The axis along which neighbours share bytes: -2, or -1 if that takes less."""
         return _packed_axis(self.shape)
 
 
 def _packed_axis(shape: tuple[int, ...]) -> int:
-    # Weights that lie side by side, along the last axis, then have the same bit of
-    # bytes that do: a step reads them with vector instructions, from the cache.
+    # Packing along axis -2 puts neighbours along the last axis into neighbouring bytes,
+    # at the same bit. So a step can unpack them with vector instructions.
     if len(shape) < 2:
         return -1
     *_, rows, columns = shape
@@ -73,7 +73,7 @@ def _packed_axis(shape: tuple[int, ...]) -> int:
 
 
 def is_explicit(sharding: Any) -> bool:
-    """Whether a sharding is part of its array's type: some mesh axis is Explicit."""
+    """Whether an array's type includes its sharding: some mesh axis is Explicit."""
     types = getattr(sharding.mesh, "axis_types", ())
     return jax.sharding.AxisType.Explicit in types
 
@@ -88,31 +88,32 @@ def _is_absent(x: Any) -> bool:
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """Name of a leaf: its keys joined by slashes, "dense/kernel"."""
+    """The name of a leaf: its keys joined by slashes, such as "dense/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def default_where(name: str, leaf: Any) -> bool:
-    """Every floating leaf with two or more dimensions: not biases, not norms."""
+    """Whether a leaf is floating and has two or more dimensions, unlike a bias."""
     del name
     return leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def maskable(params: PyTree, where: Where = None) -> PyTree:
-    """Tree of bools: which leaves of `params` carry a mask.
+    """Which leaves of `params` carry a mask.
 
     Args:
-      params: pytree of arrays or `jax.ShapeDtypeStruct`.
-      where: None for every floating leaf with ndim >= 2; or a function of (name,
-        leaf), the name as in `leaf_name`; or a pytree of bools of the structure of
+      params: Pytree of arrays or `jax.ShapeDtypeStruct`.
+      where: None for every floating leaf with ndim >= 2; a function of (name, leaf),
+        with names as from `leaf_name`; or a pytree of bools of the structure of
         `params`.
 
     Returns:
       Pytree of Python bools of the structure of `params`.
 
     Raises:
-      ValueError: no leaves, none selected, or `where` of another structure.
-      TypeError: a leaf selected that is not floating.
+      ValueError: `params` has no leaves, no leaf is selected, or `where` has another
+        structure.
+      TypeError: A selected leaf is not floating.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     if not leaves:
@@ -138,7 +139,7 @@ def maskable(params: PyTree, where: Where = None) -> PyTree:
                 "floating leaves can carry a mask; exclude it in `where`."
             )
     if not any(chosen):
-        found = ", ".join(
+        listing = ", ".join(
             f"{leaf_name(path)!r} {leaf.dtype}{list(leaf.shape)}"
             for path, leaf in leaves[:8]
         )
@@ -149,7 +150,7 @@ def maskable(params: PyTree, where: Where = None) -> PyTree:
                 if where is None
                 else "`where` selects none"
             )
-            + f", and params has {found}{', ...' if len(leaves) > 8 else ''}. "
+            + f", and params has {listing}{', ...' if len(leaves) > 8 else ''}. "
             "Pass `where=` to choose leaves."
         )
     return jax.tree.unflatten(treedef, chosen)
@@ -158,7 +159,7 @@ def maskable(params: PyTree, where: Where = None) -> PyTree:
 def map_masked(
     f: Callable[..., Any], masks: PyTree, tree: PyTree, *rest: PyTree
 ) -> Any:
-    """`f(mask, x, *others)` at maskable leaves; elsewhere the leaf of `tree`."""
+    """`f(mask, x, *others)` at maskable leaves; the leaf of `tree` at dense leaves."""
     return jax.tree.map(
         lambda mask, x, *others: x if is_masked_node(mask) else f(mask, x, *others),
         masks,
@@ -193,18 +194,18 @@ def flags(tree: PyTree, masks: PyTree) -> list[bool]:
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
-    """Parameters with every pruned weight exactly zero.
+    """Set all pruned weights to exactly zero.
 
     Args:
-      params: pytree of arrays.
-      masks: pytree of masks of the same structure (`optax.MaskedNode()` or None at
-        leaves to leave alone).
+      params: Pytree of arrays.
+      masks: Pytree of masks of the same structure, with `optax.MaskedNode()` or None at
+        dense leaves.
 
     Returns:
       Pytree of the structure, shapes and dtypes of `params`.
 
     Raises:
-      ValueError: masks of another structure or shape.
+      ValueError: The masks have another structure or shape.
     """
     return map_masked(
         lambda mask, x: jnp.where(placed_like(mask, x), x, jnp.zeros_like(x)),
@@ -214,28 +215,29 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
 
 
 def placed_like(mask: Array, leaf: Any) -> Array:
-    """The mask in the sharding of the array `leaf`, of the same shape."""
+    """The mask in the sharding of `leaf`, an array of the same shape."""
     return mask | jnp.zeros_like(leaf, bool)
 
 
 def check_masks(masks: PyTree, params: PyTree, argument: str = "params") -> PyTree:
-    """Given masks as boolean arrays with `MaskedNode` at dense leaves, checked.
+    """Check masks from the user against the parameters, and make them boolean.
 
     Args:
-      masks: pytree of boolean (or 0/1) arrays, packed or not; None or
+      masks: Pytree of boolean or 0/1 arrays, packed or not, with None or
         `optax.MaskedNode()` at dense leaves.
-      params: pytree of arrays or `jax.ShapeDtypeStruct`.
-      argument: name of the latter, for messages.
+      params: Pytree of arrays or `jax.ShapeDtypeStruct`.
+      argument: Name of `params` in error messages.
 
     Returns:
-      Pytree of boolean arrays and `optax.MaskedNode()`.
+      Pytree of boolean arrays, with `optax.MaskedNode()` at dense leaves.
 
     Raises:
-      ValueError: another structure or shape, values other than 0 and 1, no mask.
-      TypeError: a mask that is neither boolean nor numeric, or at a leaf that is not
+      ValueError: The masks have another structure or shape, or values other than 0 and
+        1; or there is no mask.
+      TypeError: A mask is neither boolean nor numeric, or is at a leaf that is not
         floating.
     """
-    given, treedef = jax.tree_util.tree_flatten_with_path(
+    entries, treedef = jax.tree_util.tree_flatten_with_path(
         _unpack(masks), is_leaf=_is_absent
     )
     try:
@@ -247,7 +249,7 @@ def check_masks(masks: PyTree, params: PyTree, argument: str = "params") -> PyTr
         ) from error
     checked = [
         _check_mask(leaf_name(path), mask, leaf, argument)
-        for (path, mask), leaf in zip(given, leaves, strict=True)
+        for (path, mask), leaf in zip(entries, leaves, strict=True)
     ]
     if all(map(_is_absent, checked)):
         raise ValueError(f"masks holds no mask, got {masks!r}.")
@@ -256,7 +258,7 @@ def check_masks(masks: PyTree, params: PyTree, argument: str = "params") -> PyTr
 
 def _check_mask(name: str, mask: Any, leaf: Any, argument: str) -> Any:
     if _is_absent(mask):
-        # A None of the parameters' own is no leaf, and stays.
+        # A None in the parameters is not a leaf, and stays None.
         return None if leaf is None else optax.MaskedNode()
     if is_masked_node(leaf):
         raise ValueError(
@@ -296,14 +298,17 @@ def _as_bool(name: str, mask: Any) -> Array:
 
 
 def given_masks(masks: PyTree) -> PyTree:
-    """Given masks, packed or not, as boolean arrays: `check_masks` without params.
+    """Check masks from the user as `check_masks` does, without the parameters.
 
     Args:
-      masks: pytree of boolean (or 0/1) arrays, or of `PackedMask` records.
+      masks: Pytree of boolean or 0/1 arrays, or of `PackedMask` records.
+
+    Returns:
+      Pytree of boolean arrays.
 
     Raises:
-      ValueError: values other than 0 and 1.
-      TypeError: what is no array, or neither boolean nor numeric.
+      ValueError: A mask has values other than 0 and 1.
+      TypeError: A leaf is not an array, or is neither boolean nor numeric.
     """
     unpacked = _unpack(masks)
     check_arrays("masks", unpacked)
@@ -313,14 +318,14 @@ def given_masks(masks: PyTree) -> PyTree:
 
 
 def check_arrays(argument: str, tree: PyTree) -> None:
-    """Raises TypeError unless every leaf is an array, or the shape of one."""
+    """Raise TypeError unless every leaf has a shape and a dtype."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             raise TypeError(f"{argument} must hold arrays, got {leaf!r}{_at(path)}.")
 
 
 def check_concrete(argument: str, tree: PyTree) -> None:
-    """Raises TypeError for values that are traced, and so not known."""
+    """Raise TypeError if a leaf is traced, so that its values are unknown."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(leaf, Tracer):
             raise TypeError(
@@ -334,7 +339,10 @@ def _at(path: tuple[Any, ...]) -> str:
 
 
 def active_counts(masks: PyTree) -> list[Array]:
-    """Number of active weights of every maskable leaf: uint32 (uint64 if larger)."""
+    """The number of active weights of every maskable leaf.
+
+    The numbers are uint32, or uint64 for leaves of 2**32 weights or more.
+    """
     check_arrays("masks", masks)
     return [
         jnp.sum(m, dtype=jnp.uint32 if m.size < 2**32 else jnp.uint64)
@@ -343,14 +351,16 @@ def active_counts(masks: PyTree) -> list[Array]:
 
 
 def sparsity(masks: PyTree) -> Sparsity:
-    """How sparse masks are, overall and per leaf (see `Sparsity`).
+    """The sparsity of masks, overall and per leaf.
 
     Args:
-      masks: pytree of masks, packed or not. Must be concrete: the numbers are exact
-        Python ones.
+      masks: Pytree of masks, packed or not. They must not be traced.
+
+    Returns:
+      A `Sparsity` record of exact Python numbers.
 
     Raises:
-      TypeError, ValueError: what is no mask; traced masks.
+      TypeError, ValueError: A leaf is not a mask, or is traced.
     """
     masks = given_masks(masks)
     check_concrete("masks", masks)
@@ -375,14 +385,17 @@ def sparsity(masks: PyTree) -> Sparsity:
 
 
 def pack_masks(masks: PyTree) -> PyTree:
-    """Masks at 1 bit a weight, for storage, transport, and states.
+    """Pack masks to 1 bit per weight, to store or to send them.
 
     Args:
-      masks: pytree of masks.
+      masks: Pytree of masks.
 
     Returns:
-      The same tree with a `PackedMask` for every mask; `unpack_masks` gives the masks
-      back exactly.
+      The same tree with a `PackedMask` for every mask. `unpack_masks` restores the
+      masks exactly.
+
+    Raises:
+      TypeError, ValueError: A leaf is not a mask.
     """
 
     def pack(mask: Array) -> PackedMask:
@@ -391,7 +404,7 @@ def pack_masks(masks: PyTree) -> PyTree:
         if is_explicit(sharding) and mask.ndim:
             shard = sharding.shard_shape(mask.shape)[axis]
             if shard < mask.shape[axis] and shard % 8:
-                # On Explicit mesh axes, the eight of a byte must be in one shard.
+                # With Explicit mesh axes, a byte cannot span two shards.
                 axes = list(sharding.spec)
                 axes[axis] = None
                 spec = jax.sharding.PartitionSpec(*axes)
@@ -404,10 +417,17 @@ def pack_masks(masks: PyTree) -> PyTree:
 
 
 def unpack_masks(packed: PyTree) -> PyTree:
-    """The masks that `pack_masks` packed; others as they are.
+    """Unpack masks from `pack_masks`.
+
+    Args:
+      packed: Pytree of `PackedMask` records. Masks that are not packed are returned as
+        they are.
+
+    Returns:
+      Pytree of boolean arrays.
 
     Raises:
-      TypeError: what is no array.
+      TypeError: A leaf is not an array.
     """
     check_arrays("packed", packed)
     return _unpack(packed)
@@ -420,8 +440,8 @@ def _unpack(packed: PyTree) -> PyTree:
 
 
 def _pack_leaf(mask: Array, axis: int) -> Array:
-    # (Not `jnp.packbits`: along the axis -2 it transposes, XLA then lays out the bits
-    # that a state holds in that order, and every step reads them across.)
+    # `jnp.packbits` along axis -2 would transpose. XLA would then store the bits of the
+    # state in transposed order, and every step would read them with large strides.
     padding = [(0, 0)] * mask.ndim
     padding[axis] = (0, -mask.shape[axis] % 8)
     shape = list(mask.shape)
@@ -431,19 +451,20 @@ def _pack_leaf(mask: Array, axis: int) -> Array:
 
 
 def _places(ndim: int, axis: int) -> Array:
-    """The places of eight neighbours in their byte, along an axis of their own."""
+    """The bit positions of the eight weights of a byte, along one axis."""
     shape = [1] * ndim
     shape[axis] = 8
     return jnp.arange(7, -1, -1, dtype=jnp.uint8).reshape(shape)
 
 
-# Compiled: outside jit it would be several operations a leaf.
+# Compiled, because outside jit it would dispatch several operations for every leaf.
 @jax.jit
 def _unpack_leaf(x: PackedMask) -> Array:
     axis = x.axis
     digits = jnp.expand_dims(x.bits, axis)
     digits = (digits >> _places(digits.ndim, axis)) & 1
-    # (Counted from the end: under `vmap`, bits of all lanes come in one array.)
+    # The axis counts from the end, because states from a vmapped `init` have leading
+    # axes in `bits` that `x.shape` lacks.
     shape = list(x.bits.shape)
     shape[axis] *= 8
     mask = digits.astype(bool).reshape(shape)

@@ -1,11 +1,11 @@
 """Zeroing the optimizer's moments at pruned weights, for any optimizer.
 
-A leaf of the optimizer's state belongs to a parameter when the tail of its key path is
-the parameter's key path (the longest tail first) and the shapes are equal. That holds
-in every optax optimizer tried, also inside `masked`, `multi_transform`,
-`inject_hyperparams` and `nnx.Optimizer`. Factored statistics (adafactor's rows and
-columns, sm3's axes) have other shapes, are shared by many weights, and stay as they
-are.
+A leaf of the optimizer's state belongs to a parameter if its key path ends in the key
+path of the parameter and both have the same shape. If the paths of several parameters
+match, the longest one counts. This rule holds in every optax optimizer that we tried,
+also inside `masked`, `multi_transform`, `inject_hyperparams` and `nnx.Optimizer`.
+Factored statistics (the rows and columns of adafactor, the axes of sm3) have other
+shapes and belong to many weights. They stay as they are.
 """
 
 import math
@@ -23,15 +23,15 @@ PyTree = Any
 
 
 def zero_moments(inner_state: PyTree, keep: PyTree) -> PyTree:
-    """Sets parameter-shaped leaves of an optimizer's state to zero outside `keep`.
+    """Set the moments in an optimizer's state to zero outside `keep`.
 
     Args:
-      inner_state: the state of any optax optimizer.
-      keep: pytree of booleans of the structure of the parameters,
+      inner_state: State of any optax optimizer.
+      keep: Pytree of boolean arrays with the structure of the parameters, and
         `optax.MaskedNode()` at dense leaves.
 
     Returns:
-      The state, with structure, shapes and dtypes as they were.
+      The state, with the same structure, shapes and dtypes.
     """
 
     def zero(x: Any, mask: Any) -> Any:
@@ -43,7 +43,7 @@ def zero_moments(inner_state: PyTree, keep: PyTree) -> PyTree:
 def matching_masks(inner_state: PyTree, masks: PyTree) -> PyTree:
     """For every leaf of an optimizer's state, the mask of its parameter.
 
-    Leaves that belong to no parameter with a mask get `optax.MaskedNode()`.
+    A leaf that belongs to no masked parameter gets `optax.MaskedNode()`.
     """
     return _map_matched(lambda _, m: m, inner_state, masks)
 
@@ -51,19 +51,20 @@ def matching_masks(inner_state: PyTree, masks: PyTree) -> PyTree:
 def restart_moments(
     inner_state: PyTree, fresh: PyTree, params: PyTree, restart: Array
 ) -> PyTree:
-    """Parameter-shaped leaves of an optimizer's state as new, where `restart` holds.
+    """Reset the moments in an optimizer's state if `restart` is true.
 
-    Of all parameters, dense leaves included. Counters and factored statistics go on:
-    learning-rate schedules live by the former.
+    This resets the moments of all parameters, dense leaves included. Counters stay as
+    they are, because learning-rate schedules depend on them, and so do factored
+    statistics.
 
     Args:
-      inner_state: the state of any optax optimizer.
-      fresh: the state that its `init` makes.
-      params: pytree of the parameters.
-      restart: boolean scalar.
+      inner_state: State of any optax optimizer.
+      fresh: State from the optimizer's `init`.
+      params: Pytree of the parameters.
+      restart: Boolean scalar.
 
     Returns:
-      The state, with structure, shapes and dtypes as they were.
+      The state, with the same structure, shapes and dtypes.
     """
     moments = _map_matched(lambda _, p: not is_masked_node(p), inner_state, params)
     return jax.tree.map(
@@ -77,7 +78,7 @@ def restart_moments(
 def _map_matched(
     f: Callable[[Any, Any], Any], inner_state: PyTree, masks: PyTree
 ) -> PyTree:
-    """f(leaf, mask) over an optimizer's state; `MaskedNode` where no mask belongs."""
+    """f(leaf, mask) for every leaf of the state; `MaskedNode` where it has no mask."""
     leaves = jax.tree_util.tree_leaves_with_path(masks, is_leaf=is_masked_node)
     by_path = {_names(path): mask for path, mask in leaves}
 
@@ -98,10 +99,10 @@ def _map_matched(
 def refuse_flattened(
     inner_state: PyTree, params: PyTree, argument: str = "inner"
 ) -> None:
-    """Raises ValueError for `optax.flatten`, whose moments cannot be told apart.
+    """Raise ValueError for `optax.flatten`, whose moments belong to no parameter.
 
-    Its moments are one vector over all parameters, and no parameter's path is part of
-    theirs.
+    Each of its moments is a single vector over all parameters, and its key path
+    contains the path of no parameter.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     size = sum(math.prod(x.shape) for _, x in leaves)
@@ -109,8 +110,8 @@ def refuse_flattened(
 
     def names_a_parameter(path: tuple[str, ...]) -> bool:
         return any(
-            own and path[start : start + len(own)] == own
-            for own in paths
+            names and path[start : start + len(names)] == names
+            for names in paths
             for start in range(len(path))
         )
 
@@ -124,6 +125,6 @@ def refuse_flattened(
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    # By name, whatever container holds it: a restored checkpoint may be a dict where
-    # the optimizer had a NamedTuple.
+    # Keys compare by name, because a restored checkpoint may hold a dict where the
+    # optimizer had a NamedTuple.
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

@@ -1,8 +1,9 @@
-"""Extra L2 penalties of single weights: one leaf in, its coefficients out.
+"""Extra L2 penalties, with a coefficient for every weight.
 
-A penalty lambda adds lambda w to the gradient of a weight w (that of lambda/2 w^2)
-before the optimizer sees it, on top of any weight decay of the optimizer's own. A
-user's own penalty is any function of `PenaltyInputs`.
+A penalty of coefficient lambda adds lambda w, the gradient of lambda/2 w^2, to the
+gradient of a weight w before the optimizer sees it. It comes on top of the optimizer's
+own weight decay. Any function from `PenaltyInputs` of a leaf to the coefficients of its
+weights is a penalty.
 """
 
 import math
@@ -20,13 +21,13 @@ from granet_jax.masking import PyTree
 
 
 class PenaltyInputs(NamedTuple):
-    """What a penalty may look at: one maskable leaf.
+    """The arguments of a penalty, for one maskable leaf.
 
     Attributes:
-      param: the weights before the optimizer's step.
-      mask: the mask that the gradient was taken under, boolean.
-      marked: the second mask of a method with `marked_sparsity`, boolean; else None.
-      count: int32 scalar, steps done before this one.
+      param: The weights before the optimizer's step.
+      mask: The boolean mask under which the gradient was computed.
+      marked: The second boolean mask of a method with `marked_sparsity`; else None.
+      count: int32 scalar, the number of steps before this one.
     """
 
     param: Array
@@ -46,7 +47,7 @@ def penalised(
     params: PyTree,
     count: Array,
 ) -> PyTree:
-    """Gradients with the gradient of a penalty, at leaves that carry a mask.
+    """Add the gradient of a penalty to the gradients of the maskable leaves.
 
     Args:
       penalty: The penalty; None leaves the gradients as they are.
@@ -54,7 +55,10 @@ def penalised(
       masks: Pytree of boolean masks, `optax.MaskedNode()` at dense leaves.
       marked: The second tree of masks of a method with `marked_sparsity`; else empty.
       params: Pytree of parameters.
-      count: int32 scalar, the steps done before this one.
+      count: int32 scalar, the number of steps before this one.
+
+    Returns:
+      Pytree of the structure, shapes and dtypes of `grads`.
     """
     if penalty is None:
         return grads
@@ -74,19 +78,30 @@ def penalised(
 
 
 def outside(size: float) -> Penalty:
-    """`size`, from 0 on, at weights outside the mask (SR-STE, Zhou et al. 2021)."""
+    """A penalty of weights outside the mask (SR-STE, Zhou et al. 2021).
+
+    Args:
+      size: Coefficient, 0 or larger.
+
+    Raises:
+      TypeError, ValueError: `size` is not a finite number of 0 or more.
+    """
     check_number("size", size, least=0.0)
     return lambda inputs: jnp.where(inputs.mask, 0.0, size)
 
 
 def exploration(size: float, density: float) -> Penalty:
-    """`size` at active weights, `size` / `density` at the others that are marked.
+    """The exploration penalty of Top-KAST (Jayakumar et al. 2020).
 
-    The further down a weight that the gradient reaches has been left out, the harder it
-    is held back (Top-KAST, Jayakumar et al. 2020). Elsewhere none.
+    The coefficient is `size` at active weights, `size` / `density` at marked weights
+    that are not active, and 0 at all others.
+
+    Args:
+      size: Coefficient of active weights, 0 or larger.
+      density: Density of the active weights, in (0, 1].
 
     Raises:
-      TypeError, ValueError: `size` below 0, or `density` not in (0, 1].
+      TypeError, ValueError: An argument is out of range or of the wrong type.
     """
     check_number("size", size, least=0.0)
     check_number("density", density, above=0.0, most=1.0)
@@ -108,15 +123,23 @@ def growing(
     start: float = 0.0,
     kept: float = 0.0,
 ) -> Penalty:
-    """Grows at unmarked weights, from step `first` on: growing regularisation.
+    """A penalty of unmarked weights that grows from step `first` to step `last`.
 
-    start + step * j in the j-th interval of `interval` steps, j from 1, for as many as
-    begin before step `last`, and no more after. (An integer counts them: accumulated in
-    floats, the end would shift.) The marked weights have `kept` from then on. Before
-    `first` it is none.
+    Before `first` all coefficients are 0. From then on they are start + step * j at
+    unmarked weights and `kept` at marked weights, where j = 1, 2, ... numbers the
+    intervals of `interval` steps. j stops at the last interval that begins before
+    `last`.
+
+    Args:
+      interval: Steps between increases.
+      step: Increase of the coefficient, larger than 0.
+      first: Step at which the penalty begins.
+      last: Step from which the penalty no longer grows, after `first`.
+      start: Value to which the increases add, 0 or larger.
+      kept: Coefficient of marked weights, of any sign.
 
     Raises:
-      TypeError, ValueError: an argument of the wrong type or out of range.
+      TypeError, ValueError: An argument is out of range or of the wrong type.
 
     References:
       Wang et al., Neural Pruning via Growing Regularization, ICLR 2021.
@@ -129,6 +152,7 @@ def growing(
     check_number("kept", kept, least=-math.inf)
     most = -(-(last - first) // interval)
 
+    # An integer counts the increases. A sum of floats would accumulate rounding errors.
     def penalty(inputs: PenaltyInputs) -> Array:
         elapsed = inputs.count - first
         grown = jnp.clip(elapsed // interval + 1, 1, most).astype(jnp.float32)
@@ -139,10 +163,17 @@ def growing(
 
 
 def picking(*, interval: int, step: float, last: int) -> Penalty:
-    """Grows at all weights alike: step * j in the j-th interval, until step `last`.
+    """A penalty that grows at all weights until step `last`, and is 0 after.
+
+    In the j-th interval of `interval` steps the coefficient is step * j, from j = 1 on.
+
+    Args:
+      interval: Steps between increases.
+      step: Increase of the coefficient, larger than 0.
+      last: Step at which the penalty ends.
 
     Raises:
-      TypeError, ValueError: an argument of the wrong type or out of range.
+      TypeError, ValueError: An argument is out of range or of the wrong type.
     """
     check_steps("interval", interval)
     check_number("step", step, above=0.0)

@@ -1,4 +1,4 @@
-"""How SNFS moves freed weights between leaves: shares by mean score, exactly."""
+"""Exact division of freed weights among leaves, for SNFS and DSR."""
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -7,16 +7,17 @@ from granet_jax.selection import sum_before
 
 
 def redistribute(number: Array, weights: Array, room: Array) -> Array:
-    """Splits `number` over leaves in proportion to `weights`, within their `room`.
+    """Divide `number` among leaves in proportion to `weights`, within their `room`.
 
-    What a full leaf cannot take goes to the others, again in proportion; what is left
-    by rounding down, fewer than one per leaf, goes to the first leaves with room.
-    Leaves without weight are served only when the others are full.
+    The excess of a full leaf goes to the other leaves, again in proportion. Rounding
+    down leaves a rest of fewer than one per leaf, which goes to the first leaves with
+    room. A leaf of weight 0 gets a share only when all others are full.
 
     Args:
-      number: unsigned integer, at most the sum of `room`.
-      weights: float32, non-negative, one per leaf; what is not finite counts as 0.
-      room: unsigned integers, most that each leaf can take.
+      number: Unsigned integer, at most the sum of `room`.
+      weights: Non-negative float32 vector, one weight per leaf. NaN and infinite
+        weights count as 0.
+      room: Vector of unsigned integers, the most that each leaf can take.
 
     Returns:
       Integers of the dtype and shape of `room` that sum to `number` exactly.
@@ -27,50 +28,53 @@ def redistribute(number: Array, weights: Array, room: Array) -> Array:
     def total(x: Array) -> Array:
         return jnp.sum(x, dtype=count_type)
 
-    def pour(_: int, given: Array) -> Array:
-        left = number - total(given)
-        space = room - given
+    def pour(_: int, shares: Array) -> Array:
+        rest = number - total(shares)
+        space = room - shares
         open_weights = jnp.where(space > 0, weights, 0.0)
         mass = jnp.sum(open_weights)
-        # Without any weight left, by room.
+        # If all leaves with room have weight 0, divide in proportion to the room.
         open_weights = jnp.where(mass > 0, open_weights, space.astype(jnp.float32))
         mass = jnp.maximum(jnp.sum(open_weights), jnp.finfo(jnp.float32).tiny)
-        share = open_weights / mass * left.astype(jnp.float32)
-        # In float32 a share may round above what is left: serve in order, within it.
-        poured = jnp.minimum(share.astype(count_type), space)
-        before = sum_before(poured)
-        allowed = jnp.where(left > before, left - before, 0)
-        return given + jnp.minimum(poured, allowed)
+        ideal = open_weights / mass * rest.astype(jnp.float32)
+        portion = jnp.minimum(ideal.astype(count_type), space)
+        # In float32, the portions may sum to more than the rest. So the leaves take
+        # their portions one after the other, until the rest is used up.
+        before = sum_before(portion)
+        allowed = jnp.where(rest > before, rest - before, 0)
+        return shares + jnp.minimum(portion, allowed)
 
     # Each round fills at least one leaf or leaves less than one weight per leaf.
-    given = lax.fori_loop(0, room.shape[0] + 1, pour, jnp.zeros_like(room))
+    shares = lax.fori_loop(0, room.shape[0] + 1, pour, jnp.zeros_like(room))
 
-    def unfinished(given: Array) -> Array:
-        # Under `vmap` this also runs, for nothing, on numbers that no room can take.
-        return (total(given) < number) & jnp.any(given < room)
+    def unfinished(shares: Array) -> Array:
+        # Under `vmap`, the loop also runs in lanes that do not update the masks, where
+        # `number` may exceed the room. The second condition ends it there.
+        return (total(shares) < number) & jnp.any(shares < room)
 
-    def top_up(given: Array) -> Array:
-        open_leaf = (given < room).astype(count_type)
+    def top_up(shares: Array) -> Array:
+        open_leaf = (shares < room).astype(count_type)
         earlier = sum_before(open_leaf)
-        return given + jnp.where(earlier < number - total(given), open_leaf, 0)
+        return shares + jnp.where(earlier < number - total(shares), open_leaf, 0)
 
-    return lax.while_loop(unfinished, top_up, given)
+    return lax.while_loop(unfinished, top_up, shares)
 
 
 def mean_score(masks: list[Array], scores: list[Array]) -> Array:
     """Mean score of the active weights of every leaf, the same under any sharding.
 
-    Sums of floats depend on their order, and so on the number of devices; here every
-    score is rounded down to a fraction of the power of two above the largest of all,
-    and those integers are summed, in limbs that cannot overflow 32 bits.
+    A sum of floats depends on the order of its terms, and so on the number of devices.
+    A sum of integers does not. So every score is divided by a power of two above the
+    largest score, rounded down to a fixed-point number, and summed digit by digit, with
+    digits so short that no sum overflows 32 bits.
 
     Args:
-      masks: pytree of masks.
-      scores: one array per mask, non-negative. NaN and infinite ones count as 0.
+      masks: One boolean array per leaf.
+      scores: One non-negative array per leaf. NaN and infinite scores count as 0.
 
     Returns:
-      float32 vector, one per leaf, up to a common positive factor; 0 for a leaf
-      without active weights.
+      float32 vector of the means, one per leaf, times a positive factor that all leaves
+      share. It is 0 for a leaf without active weights.
     """
     values = [
         jnp.where(m & jnp.isfinite(s), s, 0).astype(jnp.float32)

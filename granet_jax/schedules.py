@@ -1,8 +1,8 @@
-"""Sparsity and prune fraction as functions of the step, and which steps update.
+"""Schedules of sparsity and prune fraction, and the steps that update masks.
 
-The schedules are plain functions of a step, evaluated on the host in float64 before
-training; inside the step only their integer tables are indexed. A step is the number
-of optimizer steps done, 1 after the first.
+A schedule is a plain function of the step. It is evaluated on the host, in float64,
+before training; a training step only indexes tables of integers. The first optimizer
+step is step 1, and step 0 is the state before it.
 """
 
 import itertools
@@ -26,9 +26,9 @@ Schedule = Callable[[int], float]
 
 
 class UpdateSteps(NamedTuple):
-    """The steps that update the masks: first, first + interval, ..., up to last.
+    """Regular steps: first, first + interval, and so on, up to last.
 
-    No step at all where last < first.
+    There are no steps if last < first.
     """
 
     first: int
@@ -40,7 +40,7 @@ class UpdateSteps(NamedTuple):
         return range(self.first, self.last + 1, self.interval)
 
     def contains(self, step: Array) -> Array:
-        """Whether `step` (an int32 scalar, traced or not) is an update step."""
+        """Whether `step`, an int32 scalar, is an update step."""
         return (
             (step >= self.first)
             & (step <= self.last)
@@ -48,20 +48,21 @@ class UpdateSteps(NamedTuple):
         )
 
     def update_index(self, step: Array) -> Array:
-        """Which update `step` is, from 0; a valid index of `steps()` at every step."""
+        """The index of the last update up to `step`, clipped to a valid index."""
         index = (step - self.first) // self.interval
         return jnp.clip(index, 0, max(len(self.steps()) - 1, 0))
 
     def done(self, step: Array) -> Array:
-        """How many update steps there are up to `step`, itself included."""
-        done = (step - self.first) // self.interval + 1
-        return jnp.clip(done, 0, len(self.steps()))
+        """The number of update steps up to and including `step`."""
+        number = (step - self.first) // self.interval + 1
+        return jnp.clip(number, 0, len(self.steps()))
 
 
 class ListedSteps(NamedTuple):
-    """The steps `at` update the masks: any increasing ones, made by `listed`.
+    """Steps from a list, as `listed` returns them.
 
-    It serves wherever `UpdateSteps` does.
+    Attributes:
+      at: The steps, in increasing order.
     """
 
     at: tuple[int, ...]
@@ -78,7 +79,7 @@ class ListedSteps(NamedTuple):
 
     @property
     def interval(self) -> int:
-        """The fewest steps from one to the next; the first itself, of only one."""
+        """The smallest distance between two steps; the step itself if there is one."""
         gaps = (b - a for a, b in itertools.pairwise(self.at))
         return min(gaps, default=self.first)
 
@@ -87,15 +88,15 @@ class ListedSteps(NamedTuple):
         return self.at
 
     def contains(self, step: Array) -> Array:
-        """Whether `step` (an int32 scalar, traced or not) is an update step."""
+        """Whether `step`, an int32 scalar, is an update step."""
         return jnp.any(jnp.asarray(self.at, jnp.int32) == step)
 
     def update_index(self, step: Array) -> Array:
-        """Which update `step` is, from 0; a valid index of `steps()` at every step."""
+        """The index of the last update up to `step`, clipped to a valid index."""
         return jnp.maximum(self.done(step) - 1, 0)
 
     def done(self, step: Array) -> Array:
-        """How many update steps there are up to `step`, itself included."""
+        """The number of update steps up to and including `step`."""
         return jnp.sum(jnp.asarray(self.at, jnp.int32) <= step, dtype=jnp.int32)
 
 
@@ -103,16 +104,20 @@ Steps = UpdateSteps | ListedSteps
 
 
 def listed(steps: Sequence[int]) -> ListedSteps:
-    """The steps given: one or more, from 1 on, increasing.
+    """The steps of a list.
+
+    Args:
+      steps: One or more positive integers, in increasing order.
 
     Raises:
-      TypeError, ValueError: no steps; no integers; not increasing.
+      TypeError, ValueError: `steps` is empty, does not increase, or does not consist of
+        positive integers.
     """
     return increasing("steps", steps)
 
 
 def increasing(name: str, steps: Sequence[int]) -> ListedSteps:
-    """As `listed`, of an argument of this name."""
+    """`listed`, with the name of the argument in error messages."""
     if not isinstance(steps, Iterable):
         raise TypeError(f"{name} must be a sequence of steps, got {got(steps)}.")
     at = tuple(steps)
@@ -129,10 +134,10 @@ NEVER = UpdateSteps(first=1, last=0, interval=1)
 
 
 def every(interval: int, *, begin: int = 0, last: int) -> UpdateSteps:
-    """The steps from 1 to `last` that lie a multiple of `interval` from `begin`.
+    """The steps from 1 to `last` whose distance to `begin` is a multiple of `interval`.
 
     Raises:
-      TypeError, ValueError: an argument that is no number of steps.
+      TypeError, ValueError: An argument is not a number of steps.
     """
     check_steps("interval", interval)
     check_steps("begin", begin, least=0)
@@ -141,7 +146,7 @@ def every(interval: int, *, begin: int = 0, last: int) -> UpdateSteps:
 
 
 def constant(value: float) -> Schedule:
-    """The same value at every step; a finite number."""
+    """The same finite value at every step."""
     check_number("value", value, least=-math.inf)
     return lambda step: value
 
@@ -149,16 +154,23 @@ def constant(value: float) -> Schedule:
 def cubic(
     initial: float, final: float, *, begin: int, end: int, interval: int
 ) -> Schedule:
-    """Cubic sparsity schedule of Zhu & Gupta (2017), in steps of `interval`.
+    """Cubic sparsity schedule of Zhu & Gupta (2017).
 
-    s(t) = final + (initial - final) (1 - j/n)^3 with j = (t - begin) // interval,
-    n = (end - begin) // interval, and j held within [0, n]. At j = n the value is
-    `final` to the bit. The GraNet code stops at j = n - 1 and so never quite reaches
-    the final sparsity; we do, on purpose.
+    s(t) = final + (initial - final) (1 - j/n)^3 with n = (end - begin) // interval and
+    j = (t - begin) // interval, clipped to [0, n]. At j = n the value is `final` to the
+    bit. The GraNet code stops at j = n - 1 and never quite reaches the final sparsity.
+    We reach it on purpose.
+
+    Args:
+      initial: Sparsity at the start, in [0, 1).
+      final: Sparsity from the last update on, in [0, 1).
+      begin: Step at which the sparsity begins to change.
+      end: Last step at which it may change.
+      interval: Steps between changes.
 
     Raises:
-      TypeError, ValueError: sparsities that are no numbers in [0, 1), steps that are
-        none, or an interval that does not fit between them.
+      TypeError, ValueError: An argument is out of range or of the wrong type, or
+        `interval` does not fit between `begin` and `end`.
     """
     check_sparsity("initial", initial)
     check_sparsity("final", final)
@@ -173,21 +185,22 @@ def cubic(
     updates = (end - begin) // interval
 
     def sparsity(step: int) -> float:
-        done = min(max((step - begin) // interval, 0), updates)
-        if done == updates:
+        index = min(max((step - begin) // interval, 0), updates)
+        if index == updates:
             return final
-        return final + (initial - final) * (1.0 - done / updates) ** 3
+        return final + (initial - final) * (1.0 - index / updates) ** 3
 
     return sparsity
 
 
 def cosine(initial: float, final: float, *, steps: float) -> Schedule:
-    """Cosine from `initial` at step 0 to `final` at `steps`, and `final` after.
+    """Cosine from `initial` at step 0 to `final` at step `steps`; `final` from then on.
 
     f(t) = final + (initial - final) (1 + cos(pi t / steps)) / 2.
 
     Raises:
-      TypeError, ValueError: an argument that is no finite number; `steps` not above 0.
+      TypeError, ValueError: An argument is not a finite number, or `steps` is not
+        larger than 0.
     """
     check_number("initial", initial, least=-math.inf)
     check_number("final", final, least=-math.inf)
@@ -201,19 +214,19 @@ def cosine(initial: float, final: float, *, steps: float) -> Schedule:
 
 
 def repeated(schedule: Schedule, *, period: int, cycles: int) -> Schedule:
-    """A schedule that starts anew every `period` steps, `cycles` times over.
+    """Repeat a schedule every `period` steps, for `cycles` cycles.
 
-    s(t) = schedule(t mod period), but after the last cycle, and so at its end
-    t = cycles * period, the schedule goes on: it does not start once more.
+    s(t) = schedule(t mod period) before the last cycle. The last cycle does not end: at
+    t = cycles * period and after, the schedule continues instead of starting again.
 
     Args:
-      schedule: of one cycle, from step 0 on.
-      period: steps of a cycle.
-      cycles: how often the schedule runs.
+      schedule: Schedule of one cycle, from step 0 on.
+      period: Steps of a cycle.
+      cycles: Number of cycles.
 
     Raises:
-      TypeError, ValueError: `schedule` is no function; a period or a number of cycles
-        that is no integer from 1 on.
+      TypeError, ValueError: `schedule` is not a function, or `period` or `cycles` is
+        not a positive integer.
 
     References:
       Srinivas et al., Cyclical Pruning for Sparse Neural Networks, 2022.
@@ -231,29 +244,29 @@ def repeated(schedule: Schedule, *, period: int, cycles: int) -> Schedule:
 def restarted(
     schedule: Callable[[Array], ArrayLike], period: int
 ) -> Callable[[ArrayLike], ArrayLike]:
-    """An optax schedule, of the learning rate say, that starts anew every `period`.
+    """Restart an optax schedule, such as a learning rate, every `period` steps.
 
-    eta(t) = schedule(t mod period), with t the steps taken before, as optax counts
-    them: 0 in the first step of each cycle. So a cosine per cycle of P steps is::
+    eta(t) = schedule(t mod period), where t counts the steps before the present one, as
+    in optax: 0 in the first step of a cycle. A cosine for each cycle of P steps is::
 
         restarted(optax.cosine_decay_schedule(0.1, decay_steps=P), period=P)
 
-    and SCULPT's triangle, from 0.2 to 1 to 0 of the rate, is::
+    The triangle of SCULPT, from 0.2 to 1 to 0 of the learning rate, is::
 
         up = optax.linear_schedule(0.02, 0.1, P // 5)
         down = optax.linear_schedule(0.1, 0.0, P - P // 5)
         restarted(optax.join_schedules([up, down], [P // 5]), period=P)
 
     Args:
-      schedule: from an int32 scalar array to a scalar; any optax schedule.
-      period: steps of a cycle.
+      schedule: Any optax schedule: a function from an int32 scalar array to a scalar.
+      period: Steps of a cycle.
 
     Returns:
-      A function of the step like `schedule`, for an optax optimizer.
+      An optax schedule.
 
     Raises:
-      TypeError, ValueError: `schedule` is no function; a period that is no integer
-        from 1 on.
+      TypeError, ValueError: `schedule` is not a function, or `period` is not a positive
+        integer.
     """
     if not callable(schedule):
         raise TypeError(
@@ -267,8 +280,9 @@ def restarted(
 def fixed_point(fraction: float) -> int:
     """`fraction` in [0, 1] as a multiple of 2**-32, rounded down; 1 becomes 2**32 - 1.
 
-    Rounding down keeps ceil(fraction * n) at the value meant where fraction * n is a
-    whole number but the nearest double lies just above: 0.1 of 10 is 1, not 2.
+    The double nearest to 0.1 lies just above 0.1, so that the ceiling of 0.1 * 10 in
+    exact arithmetic would be 2. Rounding down makes ceil(fraction * n) the whole number
+    that the user means, 1.
     """
     return min(math.floor(fraction * 2.0**32), 2**32 - 1)
 
@@ -277,20 +291,20 @@ def ceil_of(fraction: Array, count: Array) -> Array:
     """ceil(fraction * count / 2**32), exactly, in 32-bit integers.
 
     Args:
-      fraction: uint32, from `fixed_point`.
-      count: uint32 (or uint64, where 64-bit types are enabled), of any shape.
+      fraction: uint32 scalar from `fixed_point`.
+      count: uint32 array of any shape; uint64 where 64-bit types are enabled.
 
     Returns:
       Integers of the dtype and shape of `count`.
     """
     if count.dtype == jnp.uint64:
-        # Split so that no product exceeds 64 bits.
+        # Halves of 32 bits keep every product within 64 bits.
         fraction = fraction.astype(jnp.uint64)
         high = (count >> 32) * fraction
         low = (count & 0xFFFFFFFF) * fraction
         return high + (low >> 32) + ((low & 0xFFFFFFFF) != 0).astype(jnp.uint64)
     count = count.astype(jnp.uint32)
-    # Schoolbook product of 16-bit halves: high and low word of the 64-bit product.
+    # Long multiplication by 16-bit halves gives both words of the 64-bit product.
     a1, a0 = fraction >> 16, fraction & 0xFFFF
     b1, b0 = count >> 16, count & 0xFFFF
     low = a0 * b0

@@ -1,7 +1,9 @@
-"""Scores by which weights are ranked: one leaf in, one array of its shape out.
+"""Scores by which weights are ranked.
 
-A larger score is kept (when dropping) or activated (when growing). Any real number is
-allowed; NaN ranks below all. A user's own score is any function of `ScoreInputs`.
+A score is any function from the `ScoreInputs` of a leaf to an array of its shape. When
+weights are pruned or dropped, the weights of larger score are kept; when weights are
+activated, the weights of larger score come first. Scores may be any real numbers; NaN
+ranks below all of them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,20 +19,23 @@ from granet_jax.masking import is_explicit
 
 
 class ScoreInputs(NamedTuple):
-    """What a score may look at: one maskable leaf.
+    """The arguments of a score, for one maskable leaf.
 
     Attributes:
-      param: the weights after the optimizer's step of this iteration, zero where they
-        are pruned (for `grow` and `revive`, where they were before this update).
-      grad: the dense gradient of this iteration; None without a gradient at hand
-        (initial masks, or a method with `needs_gradient=False` without `inner`).
-      mask: the mask that is being changed, boolean.
-      average: moving average of the dense gradient, for a method with
+      param: The weights after the optimizer's step. Weights outside the mask are zero,
+        except when the score ranks weights to activate: then a weight that was active
+        before this update keeps its value. A score that ranks all weights
+        (`Method.rank`) sees the values of all of them.
+      grad: The dense gradient of this step. None where there is no gradient: for
+        initial masks, or without `inner` for a method with `needs_gradient=False`.
+      mask: The mask before the change that the score decides, boolean.
+      average: The moving average of the dense gradient, for a method with
         `average_decay`; else None.
-      key: a typed random key of this leaf and step.
-      name: of this leaf ("dense/kernel").
-      weights: `param` of every maskable leaf by name, zero where pruned.
-      marked: the second mask of a method with `marked_sparsity`; else None.
+      key: A typed random key of this leaf and step.
+      name: The name of this leaf ("dense/kernel").
+      weights: The weights of all maskable leaves, by name: zero outside the masks,
+        except for a score that ranks all weights.
+      marked: The second mask of a method with `marked_sparsity`; else None.
     """
 
     param: Array
@@ -70,8 +75,11 @@ def momentum(inputs: ScoreInputs) -> Array:
 def weight_and_gradient(gradient_weight: float) -> Score:
     """abs(w) + gradient_weight abs(dL/dw) (MEST, Yuan et al. 2021).
 
+    Args:
+      gradient_weight: Weight of the gradient, 0 or larger.
+
     Raises:
-      TypeError, ValueError: `gradient_weight` is not a finite number from 0 on.
+      TypeError, ValueError: `gradient_weight` is not a finite number of 0 or more.
     """
     check_number("gradient_weight", gradient_weight, least=0.0)
 
@@ -82,39 +90,42 @@ def weight_and_gradient(gradient_weight: float) -> Score:
 
 
 def random(inputs: ScoreInputs) -> Array:
-    """Uniformly random (SET, Mocanu et al. 2018): 31 random bits, int32."""
+    """Uniformly random int32 numbers of 31 bits (SET, Mocanu et al. 2018)."""
     bits = jax.random.bits(inputs.key, inputs.param.shape, jnp.uint32)
     return (bits >> 1).astype(jnp.int32)
 
 
 def lookahead(order: Sequence[str]) -> Score:
-    """Magnitude with a look at the neighbouring layers (LAP, Park et al. 2020).
+    """Lookahead pruning: magnitude times the norms of adjacent weights.
 
-    abs(w) norm(W_in) norm(W_out), where W_in are the weights of the layer before into
-    the unit that w comes from, and W_out those of the layer after out of the unit that
-    w leads to (Frobenius norms; 1 at the ends of the chain): the change of the product
-    of the three layers when w alone becomes zero.
+    The score is abs(w) norm(W_in) norm(W_out), with Frobenius norms. Let w lead from
+    unit i to unit j. W_in are the weights of the previous layer that lead into i, and
+    W_out the weights of the next layer that lead out of j. At the ends of the chain the
+    missing norm is 1. The score is how much the product of the three layers changes
+    when only w becomes zero.
 
     Args:
-      order: names of the kernels of a chain, in network order ("dense_1/kernel"). The
-        last axis of a kernel is its outputs, the second to last its inputs. After a
-        flattened convolution these are a multiple of its channels, which are the
-        fastest axis. Other leaves are scored by plain magnitude.
+      order: Names of the kernels of a chain of layers, in network order, such as
+        "dense_1/kernel". The last axis of a kernel must be its outputs and the second
+        to last its inputs. The inputs of a dense layer after a flattened convolution
+        are a multiple of the channels, which are the fastest axis. Leaves that are not
+        in `order` are scored by plain magnitude.
 
     Returns:
-      A score, for a `Method` or for `mask_sources.from_score`. It raises ValueError
-      when traced for names that are no maskable leaf, or kernels that do not chain.
+      A score for a `Method` or for `mask_sources.from_score`. When it is traced, it
+      raises ValueError if a name does not belong to a maskable leaf, or if the shapes
+      of neighbouring kernels do not match.
 
     Raises:
       TypeError: `order` is not a sequence of names.
-      ValueError: fewer than two names, or one twice.
+      ValueError: `order` has fewer than two names, or one name twice.
 
     References:
       Park et al., Lookahead: A Far-Sighted Alternative of Magnitude-based Pruning, ICLR
       2020.
     """
-    several = isinstance(order, Iterable) and not isinstance(order, str)
-    if not several or not all(isinstance(name, str) for name in order):
+    is_sequence = isinstance(order, Iterable) and not isinstance(order, str)
+    if not is_sequence or not all(isinstance(name, str) for name in order):
         raise TypeError(f"order must be a sequence of leaf names, got {order!r}.")
     chain = tuple(order)
     if len(chain) < 2 or len(set(chain)) < len(chain):
@@ -155,7 +166,7 @@ def lookahead(order: Sequence[str]) -> Score:
 
 
 def _sum_of_squares(name: str, kernel: Array, axis: int) -> Array:
-    """Over all axes of a kernel but one, a vector in at least float32."""
+    """Sums of squares over all axes of a kernel but one, in at least float32."""
     if kernel.ndim < 2:
         raise ValueError(
             f"order names {name!r} of shape {kernel.shape}: a kernel has an axis of "
@@ -166,7 +177,8 @@ def _sum_of_squares(name: str, kernel: Array, axis: int) -> Array:
     squares = jnp.sum(jnp.square(kernel), axis=others)
     sharding = jax.typeof(squares).sharding
     if is_explicit(sharding):
-        # On Explicit mesh axes a product has one sharding, that of the leaf scored.
+        # With Explicit mesh axes, a product takes the sharding of its sharded factor.
+        # That must be the scored leaf, so the norms are replicated.
         whole = jax.sharding.PartitionSpec()
         squares = jax.sharding.reshard(
             squares, jax.sharding.NamedSharding(sharding.mesh, whole)
@@ -175,7 +187,7 @@ def _sum_of_squares(name: str, kernel: Array, axis: int) -> Array:
 
 
 def _repeats(before: str, units: int, after: str, kernel: Array) -> int:
-    """How many inputs of the kernel `after` each unit of the layer before feeds."""
+    """The number of inputs of the kernel `after` that one unit of `before` feeds."""
     inputs = kernel.shape[-2] if kernel.ndim > 1 else 0
     if units == 0 or inputs == 0 or inputs % units:
         raise ValueError(

@@ -1,21 +1,22 @@
 """Structured sparsity: N:M, constant fan-in, blocks and whole output units.
 
-A structure divides every leaf into boxes of equal shape. Either a box is kept or pruned
-as a whole (`block`, `channel`), and ranks by the norm of its scores; or all boxes of a
-leaf keep the same number of weights (`n_of_m`, `constant_fan_in`). It is an argument of
-methods and of mask sources::
+A structure divides every leaf into boxes of equal shape. There are two kinds. `block`
+and `channel` keep or prune a box as a whole, and rank boxes by the norm of their
+scores. With `n_of_m` and `constant_fan_in`, all boxes of a leaf keep the same number of
+weights. Methods and mask sources take a structure as an argument::
 
     method = granet_jax.gmp(0.9, 10_000, structure=structures.block(4, 4))
 
-Numbers are exact. Where weights compete across leaves (scope "global"), whole boxes do,
-and their number is (1 - sparsity) times all boxes, to the nearest. Within leaves, each
-leaf has the density that the distribution gives its shape, and keeps the nearest number
-of boxes, or of weights in a box (one at least). So the share of active *weights* may
-miss the sparsity by the rounding of each leaf; and with `channel`, across leaves, by
-the different sizes of their units.
+Numbers are exact. With scope "global", whole boxes compete across leaves, and the
+number of active boxes is (1 - sparsity) times the number of all boxes, rounded. With
+scope "layer", each leaf has the density that the distribution gives its shape, and
+keeps the nearest number of boxes, or of weights in a box (at least one). So the share
+of active *weights* can differ from the density by the rounding in each leaf. With
+`channel` and scope "global" it can also differ because units have different sizes.
 
-Nothing is sorted, and nothing gathered but where boxes of `block` or `n_of_m` lie
-across devices: along that axis each then has a copy while it chooses.
+Nothing is sorted. If boxes of `block` or `n_of_m` are divided among devices along an
+axis, every device gathers the leaf along that axis for the selection. Nothing else is
+gathered.
 """
 
 import dataclasses
@@ -41,17 +42,18 @@ NORMS: tuple[str, ...] = ("l1", "l2")
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """The form of masks, by boxes of weights; see `block` and the others.
+    """The structure of masks; see `block`, `channel`, `n_of_m` and `constant_fan_in`.
 
     Attributes:
-      name: for messages.
-      box: from the shape of a leaf to that of its boxes, of as many axes.
-      whole: whether a box is kept or pruned as a whole; or else all boxes of a leaf
-        keep the same number.
-      norm: of the (non-negative) scores in a box that is kept as a whole: "l1", their
-        mean, or "l2", the root of their mean square. (Means, so that boxes of different
-        sizes compare.)
-      density: the share of weights that the structure is named after; None for any.
+      name: The name for messages.
+      box: A function from the shape of a leaf to the shape of its boxes, which has the
+        same number of axes.
+      whole: Whether a box is kept or pruned as a whole. Otherwise all boxes of a leaf
+        keep the same number of weights.
+      norm: The norm of the non-negative scores in a box that is kept as a whole: "l1"
+        for their mean, "l2" for the root of their mean square. They are means, so that
+        boxes of different sizes compare.
+      density: The only final density that the structure allows; None for any.
     """
 
     name: str
@@ -65,16 +67,16 @@ def block(*shape: int, norm: Norm = "l1") -> Structure:
     """Blocks of weights, kept or pruned as a whole.
 
     Args:
-      *shape: sides of a block along the last axes of a leaf: `block(4, 1)` is of four
-        inputs of an output, for a dense kernel (in, out) as for a convolution (height,
-        width, in, out). The other axes have sides of 1.
-      norm: of the scores in a block, by which it ranks: "l1" or "l2".
+      *shape: Sides of a block along the last axes of a leaf; its sides along the other
+        axes are 1. A `block(4, 1)` holds four inputs of one output, in a dense kernel
+        (in, out) and in a convolution (height, width, in, out).
+      norm: Norm of the scores in a block by which it ranks, "l1" or "l2".
 
     Returns:
       A structure.
 
     Raises:
-      TypeError, ValueError: sides that are no positive integers; unknown norm.
+      TypeError, ValueError: A side is not a positive integer, or the norm is unknown.
 
     References:
       Gray et al., GPU Kernels for Block-Sparse Weights, 2017.
@@ -96,13 +98,14 @@ def channel(*, norm: Norm = "l1") -> Structure:
     """Output units (the last axis of a kernel), kept or pruned with all their inputs.
 
     Args:
-      norm: of a unit's scores, by which it ranks: "l1" or "l2".
+      norm: Norm of the scores of a unit by which it ranks, "l1" or "l2".
 
     Returns:
-      A structure. Biases and what follows the unit are left to the user.
+      A structure. It does not prune the bias of a unit, or the weights of the next
+      layer that read the unit.
 
     Raises:
-      ValueError: unknown norm.
+      ValueError: The norm is unknown.
 
     References:
       Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017 (filters by norm).
@@ -112,13 +115,13 @@ def channel(*, norm: Norm = "l1") -> Structure:
 
 
 def constant_fan_in() -> Structure:
-    """Every output unit of a leaf keeps the same number of inputs, one at least.
+    """Every output unit of a leaf keeps the same number of inputs, at least one.
 
-    An exchange drops the worst weights of the leaf, and every unit regrows as many as
-    it has lost (without the ablation of units of the paper).
+    An exchange drops the lowest weights of the leaf, and every unit regrows the number
+    of weights that it lost. The paper's ablation of whole units is not included.
 
     Returns:
-      A structure. What is ranked within layers needs scope "layer".
+      A structure. A method that prunes or chooses weights needs scope "layer" with it.
 
     References:
       Lasby et al., Dynamic Sparse Training with Structured Sparsity, ICLR 2024 (SRigL).
@@ -127,28 +130,30 @@ def constant_fan_in() -> Structure:
 
 
 def n_of_m(n: int, m: int, *, axis: int = -2) -> Structure:
-    """N:M sparsity: of every `m` neighbours along an axis the `n` best are active.
+    """N:M sparsity: of every `m` neighbours along an axis, the `n` best are active.
 
-    A method must end at sparsity 1 - n/m, the same in all maskable leaves. On the way
-    there every group has the same number too, the nearest to what the schedule says:
-    4:4, 3:4, 2:4. For SR-STE take `straight_through(penalty=2e-4)`.
+    The final sparsity of the method must be 1 - n/m, the same in all maskable leaves.
+    While the sparsity rises, all groups of a leaf also have the same number of active
+    weights, the nearest to the schedule: 4:4, 3:4, 2:4. For SR-STE use
+    `straight_through(penalty=2e-4)`.
 
     Args:
-      n: active weights of a group at the end, in [1, m).
-      m: neighbours that are a group.
-      axis: of a leaf, along which they are neighbours; -2, the inputs of a dense layer
-        (in, out) and the input channels of a convolution (height, width, in, out).
+      n: Active weights of a group at the end, in [1, m).
+      m: Weights of a group.
+      axis: Axis of a leaf along which a group lies. -2 means the inputs of a dense
+        layer (in, out), or the input channels of a convolution (height, width, in,
+        out).
 
     Returns:
-      A structure, for scope "layer" and distribution "uniform".
+      A structure for scope "layer" and distribution "uniform".
 
     Raises:
-      TypeError, ValueError: n, m or axis are no integers, or out of range.
+      TypeError, ValueError: n, m or axis is not an integer, or is out of range.
 
     References:
       Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From
-      Scratch, ICLR 2021 (along the input channels, as here). Kao et al., Training
-      Recipe for N:M Structured Sparsity with Decaying Pruning Mask, 2022 (by stages).
+      Scratch, ICLR 2021 (also along the input channels). Kao et al., Training Recipe
+      for N:M Structured Sparsity with Decaying Pruning Mask, 2022 (also in stages).
     """
     for name, value in (("n", n), ("m", m), ("axis", axis)):
         check_integer(name, value)
@@ -178,13 +183,13 @@ def check_use(
     scope: Scope,
     distribution: Distribution,
 ) -> None:
-    """Raises ValueError or TypeError for a structure that cannot be had so.
+    """Raise ValueError or TypeError unless a structure fits the other arguments.
 
     Args:
-      structure: what was given.
-      sparsity: that masks end with.
-      scope: within which they are ranked.
-      distribution: of the sparsity over leaves.
+      structure: Structure to check, or None.
+      sparsity: Final sparsity of the masks.
+      scope: Whether weights compete across leaves or within each leaf.
+      distribution: Distribution of the sparsity over leaves.
     """
     if structure is None:
         return
@@ -217,7 +222,12 @@ def check_use(
 def check_leaves(
     structure: Structure | None, leaves: Iterable[tuple[str, Shape]]
 ) -> None:
-    """Raises ValueError unless boxes divide all leaves, given by name and shape."""
+    """Raise ValueError unless the structure's boxes divide the shapes of all leaves.
+
+    Args:
+      structure: Structure of the masks, or None.
+      leaves: Name and shape of every maskable leaf.
+    """
     if structure is None:
         return
     for name, shape in leaves:
@@ -236,9 +246,11 @@ def check_leaves(
 def check_masks(
     structure: Structure | None, masks: Iterable[tuple[str, Array]]
 ) -> None:
-    """Raises ValueError for given masks, by leaf name, that have not the structure.
+    """Raise ValueError unless masks have the structure. Traced masks always pass.
 
-    Masks whose values are not at hand are taken as they are.
+    Args:
+      structure: Structure that the masks must have, or None.
+      masks: Name of the leaf and mask, for every maskable leaf.
     """
     for name, mask in masks:
         if structure is None or isinstance(mask, Tracer):
@@ -251,12 +263,16 @@ def check_masks(
         if not bool(jnp.all(fits)):
             raise ValueError(
                 f"masks must have the structure {structure.name} of the method, and "
-                f"the one at {name!r} has not."
+                f"the mask at {name!r} does not have it."
             )
 
 
 def parts(structure: Structure | None, shapes: Sequence[Shape]) -> list[int]:
-    """What numbers count of each leaf: its weights; its boxes; the weights of a box."""
+    """The number of parts of every leaf, the units in which masks are counted.
+
+    The parts of a leaf are its single weights without a structure, its boxes if they
+    are kept or pruned as a whole, and else the weights of one of its boxes.
+    """
     if structure is None:
         return [math.prod(s) for s in shapes]
     boxes = [math.prod(structure.box(s)) for s in shapes]
@@ -273,9 +289,10 @@ def counts(
     caps: Sequence[int] | None = None,
     floors: Sequence[int] | None = None,
 ) -> list[int]:
-    """Number of active parts (see `parts`) of every leaf; see `distributions.counts`.
+    """The number of active parts of every leaf; see `parts`.
 
-    With a structure each leaf's density is rounded by itself, half up.
+    The arguments are the same as of `distributions.counts`. With a structure, the
+    number of every leaf is rounded independently, half up.
     """
     if structure is None:
         return distributions.counts(shapes, sparsity, distribution, caps, floors)
@@ -297,17 +314,19 @@ def select(
     among: Sequence[Array] | None = None,
     scope: Scope,
 ) -> list[Array]:
-    """`selection.top_k`, with a structure: of its parts, see `parts`.
+    """Select the weights of largest score, as `selection.top_k`, in a structure.
 
     Args:
-      structure: of the masks.
-      scores: one array per leaf; larger is kept.
-      number: how many parts to select: of each leaf, or, with scope "global", of all.
-      among: boolean arrays; only True entries are candidates.
-      scope: whether weights, or whole boxes, compete across leaves or within.
+      structure: Structure of the selection; None for single weights.
+      scores: One array of scores per leaf.
+      number: Number of parts to select, see `parts`: one number per leaf, or a single
+        number for all leaves with scope "global".
+      among: One boolean array of candidates per leaf; None for all weights.
+      scope: "global" if weights or whole boxes compete across leaves, "layer" if they
+        compete within each leaf.
 
     Returns:
-      Boolean arrays of the shapes of `scores`.
+      One boolean array per leaf, of the shapes of `scores`.
     """
     if structure is None:
         return selection.top_k(scores, number, among=among, scope=scope)
@@ -328,33 +347,35 @@ def select(
 def fill(
     structure: Structure, masks: Sequence[Array], scores: Sequence[Array], number: Any
 ) -> list[Array]:
-    """Activates in every box the best of the inactive, up to its number of active ones.
+    """Activate the best inactive weights of every box, up to a number of active ones.
 
     Args:
-      structure: one whose boxes have equal numbers.
-      masks: boolean arrays.
-      scores: one array per mask; larger is activated.
-      number: for every leaf, an integer or an array from `box_counts`.
+      structure: Structure whose boxes all keep the same number of weights.
+      masks: One boolean array per leaf.
+      scores: One array of scores per leaf. Weights of larger score come first.
+      number: Number of active weights per box after the call: for every leaf an
+        integer, or an array as from `box_counts`.
 
     Returns:
-      Masks; supersets of `masks`.
+      One boolean array per leaf, which contains the weights of `masks`.
     """
     filled = []
     for i, (key, mask) in enumerate(zip(sort_keys(scores), masks, strict=True)):
-        first = jnp.asarray(jnp.iinfo(key.dtype).max, key.dtype)  # No score has it.
+        # No score has the largest key, so the active weights come first.
+        first = jnp.asarray(jnp.iinfo(key.dtype).max, key.dtype)
         best = _best_of_boxes(structure, jnp.where(mask, first, key), number[i])
         filled.append(best | mask)
     return filled
 
 
 def box_counts(structure: Structure, mask: Array) -> Array:
-    """Number of active weights of every box, uint32, its sides left as axes of 1."""
+    """The number of active weights of every box, uint32, with box axes of length 1."""
     boxes, axes = _boxed(structure, mask)
     return jnp.sum(boxes, axis=axes, keepdims=True, dtype=jnp.uint32)
 
 
 def merge(structure: Structure | None, score: Array) -> Array:
-    """The norm of the scores of every box, if they are kept whole; else the scores."""
+    """The norm of every box's scores, if boxes are kept as a whole; else the scores."""
     if structure is None or not structure.whole:
         return score
     wide = score.astype(jnp.promote_types(score.dtype, jnp.float32))
@@ -365,7 +386,7 @@ def merge(structure: Structure | None, score: Array) -> Array:
 
 
 def merge_mask(structure: Structure | None, mask: Array) -> Array:
-    """Which boxes are active, if they are so as a whole; else the mask itself."""
+    """The active boxes, if boxes are kept as a whole; else the mask itself."""
     if structure is None or not structure.whole:
         return mask
     boxes, axes = _boxed(structure, mask)
@@ -373,7 +394,7 @@ def merge_mask(structure: Structure | None, mask: Array) -> Array:
 
 
 def spread(structure: Structure | None, chosen: Array, like: Array) -> Array:
-    """The mask from what `merge_mask` makes of it, placed like the leaf `like`."""
+    """The inverse of `merge_mask`: a mask with the shape and sharding of `like`."""
     if structure is None or not structure.whole:
         return chosen
     split, axes = _split(structure, like.shape)
@@ -382,12 +403,12 @@ def spread(structure: Structure | None, chosen: Array, like: Array) -> Array:
 
 
 def _best_of_boxes(structure: Structure, keys: Array, number: ArrayLike) -> Array:
-    """The `number` largest keys of every box; equal ones by lowest index in it first.
+    """Select the `number` largest keys of every box. The lowest index wins ties.
 
     Args:
-      structure: one whose boxes have equal numbers.
-      keys: integers, from `sort_keys`, of a leaf's shape.
-      number: unsigned integer, or an array from `box_counts`; may be traced.
+      structure: Structure whose boxes all keep the same number of weights.
+      keys: Keys of one leaf from `sort_keys`.
+      number: Unsigned integer, or an array as from `box_counts`.
 
     Returns:
       Boolean array of the shape of `keys`.
@@ -401,7 +422,8 @@ def _best_of_boxes(structure: Structure, keys: Array, number: ArrayLike) -> Arra
     return _unboxed(best, keys)
 
 
-# Up to so many in a box each is compared with all: one pass over memory.
+# In boxes of at most this size, every weight is compared with all the others, which
+# takes a single pass over memory.
 _FEW = 16
 
 
@@ -416,7 +438,7 @@ def _best_by_comparison(keys: Array, number: Array, axis: int) -> Array:
 
 
 def _best_by_digits(keys: Array, number: Array, axes: tuple[int, ...]) -> Array:
-    """Find the threshold of every box as `selection.top_k` finds that of every leaf."""
+    """Select by a threshold for each box, as `selection.top_k` does for each leaf."""
     index, size = jnp.zeros_like(keys, jnp.uint32), 1
     for axis in reversed(axes):
         along = iota(jax.typeof(keys), jnp.dtype(jnp.uint32), axis)
@@ -434,8 +456,8 @@ def _best_by_digits(keys: Array, number: Array, axes: tuple[int, ...]) -> Array:
     def count(over_keys: Array, key: Array, bounds: list[Array]) -> list[Array]:
         return [sums(reaches(over_keys, key, bound)) for bound in bounds]
 
-    wanted = jnp.broadcast_to(number, sums(keys > 0).shape)
-    key, place = find_threshold(count, wanted, keys.dtype, size)
+    numbers = jnp.broadcast_to(number, sums(keys > 0).shape)
+    key, place = find_threshold(count, numbers, keys.dtype, size)
     return (keys > key) | reaches(False, key, place)
 
 
@@ -444,7 +466,7 @@ def _unit(leaf: Shape) -> Shape:
 
 
 def _split(structure: Structure, shape: Shape) -> tuple[Shape, tuple[int, ...]]:
-    """The shape in which boxes have axes of their own, and which those are."""
+    """The shape of a leaf with separate axes inside the boxes, and those axes."""
     split: list[int] = []
     axes: list[int] = []
     for n, b in zip(shape, structure.box(tuple(shape)), strict=True):
@@ -460,13 +482,13 @@ def _split(structure: Structure, shape: Shape) -> tuple[Shape, tuple[int, ...]]:
 
 
 def _boxed(structure: Structure, x: Array) -> tuple[Array, tuple[int, ...]]:
-    """`x` with axes of their own for boxes, and which those are."""
+    """`x` reshaped to have separate axes inside the boxes, and those axes."""
     split, axes = _split(structure, x.shape)
     sharding = jax.typeof(x).sharding
     if split == x.shape or not masking.is_explicit(sharding):
         return x.reshape(split), axes
-    # On Explicit mesh axes it is to be said how the result is sharded: as `x` is, but
-    # along an axis whose boxes lie across devices.
+    # With Explicit mesh axes, a reshape needs the sharding of its result. We keep the
+    # sharding of `x`, except along axes whose boxes span devices.
     spec: list[Any] = []
     boxes = structure.box(tuple(x.shape))
     for n, b, names in zip(x.shape, boxes, sharding.spec, strict=True):
@@ -475,12 +497,12 @@ def _boxed(structure: Structure, x: Array) -> tuple[Array, tuple[int, ...]]:
             continue
         parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes([names]))
         spec += [names if n // b % parts == 0 else None, None]
-    spread_out = sharding.update(spec=jax.sharding.PartitionSpec(*spec))
-    return lax.reshape(x, split, out_sharding=spread_out), axes
+    out_sharding = sharding.update(spec=jax.sharding.PartitionSpec(*spec))
+    return lax.reshape(x, split, out_sharding=out_sharding), axes
 
 
 def _whole_along(x: Array, axis: int) -> Array:
-    """`x`, not sharded along an axis."""
+    """`x`, with its sharding along an axis removed."""
     sharding = jax.typeof(x).sharding
     if not masking.is_explicit(sharding) or sharding.spec[axis] is None:
         return x
@@ -491,7 +513,7 @@ def _whole_along(x: Array, axis: int) -> Array:
 
 
 def _unboxed(x: Array, like: Array) -> Array:
-    """What `_boxed` split, with the shape and the sharding of `like`."""
+    """The inverse of `_boxed`: `x` with the shape and the sharding of `like`."""
     sharding = jax.typeof(like).sharding
     if not masking.is_explicit(sharding):
         return x.reshape(like.shape)

@@ -1,8 +1,8 @@
-"""The integers of a method on given leaves: how many weights are active, and when.
+"""Target numbers of active weights, per leaf and update step.
 
-Plain Python on the host, in float64 and Python integers; a step looks the numbers up.
-They count the parts that the method's structure makes of a leaf (`structures.parts`):
-single weights, or boxes of them.
+They are computed ahead of training in plain Python, and a training step only indexes
+them. They count parts of leaves as the method's structure does (`structures.parts`):
+single weights, whole boxes, or the weights of one box.
 """
 
 import functools
@@ -24,22 +24,28 @@ def active_counts(method: "Method", shapes: tuple[Shape, ...]) -> np.ndarray:
     """The number of active parts after pruning or revival, at every update.
 
     The numbers never rise unless a phase of the method revives weights. With scope
-    "layer" no leaf loses parts while the total rises, or gains parts while it falls.
+    "layer", no leaf loses parts while the total rises, and none gains parts while it
+    falls.
+
+    Args:
+      method: The method.
+      shapes: The shapes of the maskable leaves.
 
     Returns:
-      Unsigned integers: (updates,) with scope "global", (updates, leaves) with "layer".
+      Array of unsigned integers, of shape (updates,) with scope "global" and
+      (updates, leaves) with scope "layer".
     """
     present = initial_counts(method, shapes)
     rows: list[int | list[int]] = []
     for step in method.updates.steps():
         sparsity = method.sparsity(step)
-        wanted = _counts(method, shapes, sparsity)
-        falls, rises = sum(wanted) < sum(present), sum(wanted) > sum(present)
+        target = _counts(method, shapes, sparsity)
+        falls, rises = sum(target) < sum(present), sum(target) > sum(present)
         if rises and not method.revives:
-            wanted = [sum(present)] if _is_global(method) else present
+            target = [sum(present)] if _is_global(method) else present
             rises = False
         if _is_global(method):
-            present = wanted
+            present = target
         elif falls:
             present = _counts(method, shapes, sparsity, caps=present)
         elif rises:
@@ -56,10 +62,11 @@ def initial_counts(method: "Method", shapes: Sequence[Shape]) -> list[int]:
 
 
 def counts_at(method: "Method", shapes: Sequence[Shape], sparsity: float) -> np.ndarray:
-    """The number of active parts at one sparsity, chosen among all weights.
+    """The number of active parts at one sparsity, when all weights are candidates.
 
     Returns:
-      Unsigned integers: a scalar with scope "global", (leaves,) with scope "layer".
+      Unsigned integers: a scalar with scope "global", a vector of one number per leaf
+      with scope "layer".
     """
     counts = _row(method, _counts(method, shapes, sparsity))
     return np.asarray(counts, _dtype(shapes))
@@ -72,7 +79,7 @@ def _counts(
     caps: Sequence[int] | None = None,
     floors: Sequence[int] | None = None,
 ) -> list[int]:
-    """One number per leaf; with global scope a list of one number, for all leaves."""
+    """One number per leaf; with scope "global", a list of the one total number."""
     structure = method.structure
     if _is_global(method):
         parts = structures.parts(structure, shapes)
@@ -87,7 +94,7 @@ def _row(method: "Method", counts: list[int]) -> int | list[int]:
 
 
 def _is_global(method: "Method") -> bool:
-    # Boxes that keep equal numbers of weights cannot compete across leaves.
+    # Boxes that all keep the same number of weights cannot compete across leaves.
     boxes = method.structure is not None and not method.structure.whole
     return method.scope == "global" and not boxes
 

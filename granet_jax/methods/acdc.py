@@ -1,4 +1,10 @@
-"""AC/DC: alternating compressed and decompressed training (Peste et al. 2021)."""
+"""AC/DC: alternating compressed and decompressed training (Peste et al. 2021).
+
+Let k(t) be the number of switches up to step t. The sparsity is s_f while k(t) is odd
+(compressed), and 0 while k(t) is even (decompressed). A compression keeps the weights
+of largest magnitude. A decompression activates all weights, at zero, and resets the
+moments of the whole optimizer.
+"""
 
 import bisect
 from collections.abc import Sequence
@@ -22,32 +28,29 @@ def acdc(
 ) -> Method:
     """AC/DC: training that alternates between compressed and decompressed phases.
 
-    Training starts dense. At the first of `switches`, and every second one after it,
-    the weights of largest magnitude are kept and the others become zero, with the mask
-    fixed until the next; there all take part again, the pruned ones from zero, and the
-    moments of the whole optimizer start anew (the code's
-    `reset_momentum_after_recycling`, on in all of its training scripts). So during a
-    compressed phase it does not matter that the code lets the momentum of pruned
-    weights go on.
+    Training starts dense. The first switch compresses, the second decompresses, and so
+    on. During a compressed phase the mask is fixed. The reset at a decompression is the
+    option `reset_momentum_after_recycling` of the authors' code, which all its training
+    scripts set. In their code the momentum of pruned weights continues during a
+    compressed phase, and here it is zero; the reset makes both equivalent.
 
-    The code's switches, in epochs: `(*range(10, 80, 5), 85)` of 100 for ImageNet, and
-    `range(10, 171, 40)` to compress with `range(30, 152, 40)` to decompress of 200 for
-    CIFAR-100, that is `range(10, 171, 20)`.
+    The authors' switches, in epochs, are `(*range(10, 80, 5), 85)` of 100 for ImageNet
+    and `range(10, 171, 20)` of 200 for CIFAR-100.
 
     Args:
-      sparsity: of compressed phases and at the end, in [0, 1).
-      switches: the steps at whose end the phase changes, increasing; odd in number, so
-        that training ends compressed.
-      scope: "global": weights compete across layers; "layer": within each, at the
-        sparsity that `distribution` gives it.
-      distribution: with scope "layer".
-      structure: of the masks, one of `structures`; None for single weights.
+      sparsity: Sparsity of the compressed phases and of the result, in [0, 1).
+      switches: Steps at whose end the phase changes, in increasing order. Their number
+        must be odd, so that training ends compressed.
+      scope: "global": weights compete across layers. "layer": they compete within
+        each layer, at the sparsity that `distribution` gives it.
+      distribution: Distribution of the sparsity over layers, for scope "layer".
+      structure: Structure of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform(method, inner)`.
 
     Raises:
-      ValueError, TypeError: an argument out of range or of the wrong type.
+      ValueError, TypeError: An argument is out of range or of the wrong type.
 
     References:
       Peste et al., AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural

@@ -1,4 +1,4 @@
-"""Checks and parts that several methods share."""
+"""Argument checks and fields that several methods share."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from granet_jax.schedules import Schedule
 def cubic_schedule(
     final: float, initial: float, begin: int, end: int, interval: int
 ) -> Schedule:
-    """The checked cubic schedule of GraNet, GMP and a cycle of `cyclical`."""
+    """Check the arguments of a cubic sparsity schedule, and return the schedule."""
     check_sparsity("sparsity", final)
     check_sparsity("initial_sparsity", initial)
     if initial > final:
@@ -43,7 +43,7 @@ def constant_sparsity(
     fraction: float,
     distribution: Distribution,
 ) -> dict[str, Any]:
-    """The checked parts that the methods of constant sparsity share."""
+    """Check the fields that methods of constant sparsity share, and return them."""
     check_sparsity("sparsity", sparsity)
     check_steps("interval", interval, least=1)
     check_fraction("fraction", fraction)
@@ -60,7 +60,14 @@ def constant_sparsity(
 
 
 def steps_per_cycle(total_steps: int, name: str, cycles: int, number: int) -> int:
-    """Steps of each of `number` cycles, checked; `name` and `cycles` as given."""
+    """Check the arguments of a cyclic method, and return the steps of one cycle.
+
+    Args:
+      total_steps: Optimizer steps of the whole training.
+      name: Name of the argument that holds the number of cycles.
+      cycles: Value of that argument.
+      number: Number of cycles into which the training divides.
+    """
     check_steps("total_steps", total_steps)
     check_steps(name, cycles)
     if total_steps % number:

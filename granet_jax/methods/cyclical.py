@@ -1,7 +1,8 @@
 """Cyclical pruning: gradual pruning, repeated in cycles (Srinivas et al. 2022).
 
-In every cycle the sparsity follows the cubic schedule of GMP; at the start of the next
-cycle it falls back to its initial value, and pruned weights take part again.
+In every cycle of P steps the sparsity follows the cubic schedule of GMP,
+s(t) = s_f + (s_i - s_f) (1 - j/n)^3, where j of the cycle's n updates are done. At the
+start of the next cycle it falls back to s_i, and pruned weights become active again.
 """
 
 import math
@@ -37,51 +38,51 @@ def cyclical(
     distribution: Distribution = "uniform",
     structure: Structure | None = None,
 ) -> Method:
-    """Cyclical pruning: gradual magnitude pruning, again and again from dense.
+    """Cyclical pruning: gradual magnitude pruning, repeated in cycles.
 
-    In every cycle of P = total_steps / cycles steps the sparsity goes by the cubic
-    schedule of `gmp` from `initial_sparsity` to `sparsity`, in updates `interval`
-    steps apart, up to step ramp * P of the cycle, and stays there; the end of a cycle
-    takes it back to `initial_sparsity`, the end of the last does not. What was pruned
-    by mistake in one cycle can so come back in the next. One cycle is `gmp`, to the
-    bit.
+    A cycle has P = total_steps / cycles steps. The sparsity rises from
+    `initial_sparsity` to `sparsity` until step ramp * P of the cycle, by the cubic
+    schedule of `gmp`, and then stays there. Every cycle but the last ends by returning
+    to `initial_sparsity`. So a weight that one cycle pruned by mistake can come back in
+    the next. One cycle is `gmp`, to the bit.
 
-    What becomes of pruned weights, `recovery` (the paper's own reading is not known to
-    us; these are three that its text admits):
+    `recovery` says what happens to pruned weights. The paper's text admits three
+    readings, and we do not know which one the authors used:
 
-    - "hard": they are zero and see no gradient. Within a cycle masks are nested; where
-      the next begins all weights take part again, those that were pruned from zero,
-      with zero moments. (With `initial_sparsity` above zero, as many come back as that
-      allows, by abs(dense gradient).)
-    - "projected": projected gradient descent. In every step the optimizer moves all
-      weights by the dense gradient at the sparse ones, and the largest of all are
-      kept, the others become zero. A pruned weight enters with what one step moves it
-      from zero, where that exceeds a weight that is kept. (The moments of weights that
-      are not kept become zero. An optimizer that divides by the gradient's size, as
-      Adam does, moves all of them about equally far.)
-    - "straight_through": weights outside the mask live on. The forward pass takes
-      `granet_jax.sparse_view(params, opt_state)`, the gradient there moves all
-      weights, and in every step the largest of all are the mask.
+    - "hard": Pruned weights are zero and see no gradient. Within a cycle, masks are
+      nested. At the start of the next cycle all weights become active again; those that
+      were pruned start at zero, with zero moments. With `initial_sparsity` above zero,
+      only the weights of largest abs(dense gradient) come back.
+    - "projected": Projected gradient descent. In every step the optimizer moves all
+      weights by the dense gradient at the sparse weights. Then the largest weights are
+      kept, and the others become zero, with zero moments. A pruned weight enters when
+      one step moves it from zero beyond a weight that would be kept. An optimizer that
+      divides by the size of the gradient, such as Adam, moves all pruned weights about
+      equally far.
+    - "straight_through": Weights outside the mask keep their values and train on. The
+      forward pass takes `granet_jax.sparse_view(params, opt_state)`, the gradient there
+      moves all weights, and after every step the largest weights form the new mask.
 
     Args:
-      sparsity: final sparsity, in [0, 1).
-      total_steps: optimizer steps of the whole training, a multiple of `cycles`.
-      cycles: number of cycles.
-      initial_sparsity: sparsity at the start of each cycle, in [0, sparsity].
-      ramp: share of a cycle after which the sparsity no longer rises, in (0, 1].
-      interval: steps between changes of the sparsity.
+      sparsity: Final sparsity, in [0, 1).
+      total_steps: Optimizer steps of the whole training, a multiple of `cycles`.
+      cycles: Number of cycles.
+      initial_sparsity: Sparsity at the start of each cycle, in [0, sparsity].
+      ramp: Share of a cycle after which the sparsity no longer rises, in (0, 1].
+      interval: Steps between changes of the sparsity.
       recovery: "hard", "projected" or "straight_through".
-      scope: "global": weights compete across layers; "layer": within each, at the
-        sparsity that `distribution` gives it.
-      distribution: with scope "layer"; and of the initial masks.
-      structure: of the masks, one of `structures`; None for single weights.
+      scope: "global": weights compete across layers. "layer": they compete within
+        each layer, at the sparsity that `distribution` gives it.
+      distribution: Distribution of the sparsity over layers, for the initial masks and
+        for scope "layer".
+      structure: Structure of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
 
     Raises:
-      ValueError, TypeError: an argument out of range or of the wrong type; a cycle
-        whose last pruning would fall on the start of the next.
+      ValueError, TypeError: An argument is out of range or of the wrong type; or the
+        last pruning of a cycle would fall on the start of the next cycle.
 
     References:
       Srinivas et al., Cyclical Pruning for Sparse Neural Networks, CVPR workshops,
@@ -92,7 +93,7 @@ def cyclical(
     if not is_number(ramp) or not 0.0 < ramp <= 1.0:
         raise ValueError(f"ramp must be a number in (0, 1], got {got(ramp)}.")
     check_steps("interval", interval)
-    # Above the rounding of a product such as 0.29 * 100.
+    # The small addend undoes the rounding error of a product such as 0.29 * 100.
     end = math.floor(ramp * period + 1e-6)
     if end < interval:
         raise ValueError(

@@ -1,9 +1,10 @@
 """DSR: one adaptive threshold for all layers (Mostafa & Wang 2019).
 
-At every update step: drop the active weights below a threshold, the same in all leaves;
-regrow as many at random, divided among the leaves in proportion to the weights that are
-left in each. The threshold doubles where too few weights were dropped, and halves where
-too many were.
+At every update step, drop the active weights with abs(w) < H, where the threshold H is
+the same in all leaves. Regrow the same number at random, divided among the leaves in
+proportion to the active weights that remain in each. With A active weights before the
+update and the fraction r to drop, the threshold doubles if fewer than 0.9 r A weights
+were dropped, and halves if more than 1.1 r A were.
 """
 
 import dataclasses
@@ -22,11 +23,11 @@ from granet_jax.redistribution import redistribute
 
 @dataclasses.dataclass(frozen=True)
 class Reallocate(Phase):
-    """Drops weights below a threshold, and regrows as many across leaves.
+    """Drops weights below a threshold, and regrows the same number across leaves.
 
     Attributes:
       fraction: The share of the active weights that an update should drop.
-      threshold: The threshold of the first update. Later ones are in the state.
+      threshold: The threshold of the first update. The phase's state holds later ones.
     """
 
     fraction: float
@@ -41,18 +42,18 @@ class Reallocate(Phase):
         threshold = state
         size = at.score(scores.magnitude, masks)
         stay = [m & (s >= threshold) for m, s in zip(masks, size, strict=True)]
-        left = active(stay)
-        total = jnp.sum(active(masks), dtype=left.dtype)
-        dropped = total - jnp.sum(left, dtype=left.dtype)
+        remaining = active(stay)
+        total = jnp.sum(active(masks), dtype=remaining.dtype)
+        dropped = total - jnp.sum(remaining, dtype=remaining.dtype)
 
         room = active([~m for m in stay])
-        share = redistribute(dropped, left.astype(jnp.float32), room)
+        share = redistribute(dropped, remaining.astype(jnp.float32), room)
         ranked = at.score(scores.random, stay, growing=True)
 
-        wanted = self.fraction * total.astype(jnp.float32)
+        target = self.fraction * total.astype(jnp.float32)
         count = dropped.astype(jnp.float32)
-        factor = jnp.where(count < 0.9 * wanted, 2.0, 1.0)
-        factor = jnp.where(count > 1.1 * wanted, 0.5, factor)
+        factor = jnp.where(count < 0.9 * target, 2.0, 1.0)
+        factor = jnp.where(count > 1.1 * target, 0.5, factor)
         return grow(stay, ranked, share, "layer"), threshold * factor
 
 
@@ -65,14 +66,14 @@ def dsr(
     threshold: float = 1e-3,
     distribution: Distribution = "uniform",
 ) -> Method:
-    """DSR: constant overall sparsity; the threshold and the layers' shares adapt.
+    """DSR: constant overall sparsity, with an adaptive threshold and adaptive layers.
 
     Args:
       sparsity: Constant overall sparsity, in [0, 1).
       total_steps: Optimizer steps of the whole training.
       interval: Steps between mask updates.
       fraction: Share of the active weights that an update should drop, in [0, 1]. The
-        threshold doubles below 0.9 of it and halves above 1.1 of it.
+        threshold doubles below 0.9 times this share and halves above 1.1 times it.
       threshold: Threshold of the first update, larger than 0.
       distribution: Distribution of the initial masks: "uniform", "er", "erk" or a
         function.

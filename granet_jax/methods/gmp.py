@@ -24,28 +24,29 @@ def gmp(
     distribution: Distribution = "uniform",
     structure: Structure | None = None,
 ) -> Method:
-    """Gradual magnitude pruning: cubic schedule, no regrowth.
+    """GMP: gradual magnitude pruning by a cubic schedule, without regrowth.
 
     s(t) = sparsity + (initial_sparsity - sparsity)(1 - (t - begin)/(n interval))^3 at
     t = begin + j interval, j = 1..n, n = (end - begin) // interval.
 
     Args:
-      sparsity: final sparsity, in [0, 1).
-      end_step: last step of pruning; the last update up to it reaches `sparsity`
+      sparsity: Final sparsity, in [0, 1).
+      end_step: Last step of pruning; the last update up to it reaches `sparsity`
         exactly.
-      initial_sparsity: sparsity at the start, in [0, sparsity].
-      begin_step: step at which pruning begins.
-      interval: steps between mask updates.
-      scope: "global": weights compete across layers; "layer": within each, at the
-        sparsity that `distribution` gives it (the uniform variant).
-      distribution: of the initial masks, and of pruning with scope "layer".
-      structure: of the masks, one of `structures`; None for single weights.
+      initial_sparsity: Sparsity at the start, in [0, sparsity].
+      begin_step: Step at which pruning begins.
+      interval: Steps between mask updates.
+      scope: "global": weights compete across layers. "layer": they compete within
+        each layer, at the sparsity that `distribution` gives it.
+      distribution: Distribution of the sparsity over layers, for the initial masks and
+        for scope "layer".
+      structure: Structure of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
 
     Raises:
-      ValueError, TypeError: an argument out of range or of the wrong type.
+      ValueError, TypeError: An argument is out of range or of the wrong type.
 
     References:
       Zhu & Gupta, To Prune, or Not to Prune, 2017.

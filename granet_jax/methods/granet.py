@@ -5,7 +5,7 @@ At every update step t:
 1. Prune by magnitude, across all leaves, to the sparsity of the cubic schedule
    s(t) = s_f + (s_i - s_f) (1 - j/n)^3, where j of n pruning updates are done.
 2. In every leaf, drop the fraction r(t) of the active weights by magnitude, and regrow
-   as many by abs(dense gradient);
+   the same number by abs(dense gradient), with
    r(t) = r_f + (r_0 - r_f) (1 + cos(pi t / T)) / 2.
 """
 
@@ -43,36 +43,40 @@ def granet(
 ) -> Method:
     """GraNet: gradual magnitude pruning with zero-cost neuroregeneration.
 
-    Every `interval` steps: prune by magnitude down to the cubic schedule's sparsity
-    (until `end_step`), then in every layer drop the fraction r of the active weights
-    by magnitude and regrow as many by abs(dense gradient) (until `total_steps`), with
+    Every `interval` steps until `end_step`, prune by magnitude to the sparsity of the
+    cubic schedule. Every `interval` steps until `total_steps`, after the pruning, drop
+    the fraction r of each layer's active weights by magnitude and regrow the same
+    number by abs(dense gradient), with
     r(t) = final_fraction + (fraction - final_fraction)(1 + cos(pi t / total_steps))/2.
 
-    Dense-to-sparse at `initial_sparsity=0`; sparse-to-sparse (GraNet-ST) at, say, 0.5.
+    Training is dense-to-sparse with `initial_sparsity=0`, and sparse-to-sparse
+    (GraNet-ST) with `initial_sparsity=0.5`, for example.
 
     Args:
-      sparsity: final sparsity, in [0, 1).
-      total_steps: optimizer steps of the whole training.
-      initial_sparsity: sparsity at the start, in [0, sparsity].
-      begin_step: step at which gradual pruning begins.
-      end_step: last step of gradual pruning; default half of `total_steps`. The last
-        update up to it reaches `sparsity` exactly.
-      interval: steps between mask updates.
-      fraction: prune fraction at the start, in [0, 1].
-      final_fraction: prune fraction at the end, in [0, 1].
-      distribution: "uniform", "er", "erk" or a function; of the initial masks, and of
-        pruning with scope "layer". The GraNet code's uniform variant
-        (`distribution="uniform", scope="layer"`) keeps its classifier at density 0.2
-        from sparsity 0.8 on; we do not, since no leaf of a pytree is known to be one.
-      scope: "global" or "layer": what competes in gradual pruning.
-      grow: "gradient", "momentum" or "random".
-      structure: of the masks, one of `structures`; None for single weights.
+      sparsity: Final sparsity, in [0, 1).
+      total_steps: Optimizer steps of the whole training.
+      initial_sparsity: Sparsity at the start, in [0, sparsity].
+      begin_step: Step at which gradual pruning begins.
+      end_step: Last step of gradual pruning; half of `total_steps` by default. The
+        last update up to it reaches `sparsity` exactly.
+      interval: Steps between mask updates.
+      fraction: Prune fraction at the start, in [0, 1].
+      final_fraction: Prune fraction at the end, in [0, 1].
+      distribution: Distribution of the sparsity over layers, for the initial masks and
+        for scope "layer": "uniform", "er", "erk" or a function. In the uniform variant
+        (`distribution="uniform", scope="layer"`), the authors' code keeps the
+        classifier at density 0.2 from sparsity 0.8 on. We do not, because a pytree does
+        not say which leaf is the classifier.
+      scope: "global": weights compete across layers in gradual pruning. "layer": they
+        compete within each layer, at the sparsity that `distribution` gives it.
+      grow: Score by which weights are regrown: "gradient", "momentum" or "random".
+      structure: Structure of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
 
     Raises:
-      ValueError, TypeError: an argument out of range or of the wrong type.
+      ValueError, TypeError: An argument is out of range or of the wrong type.
 
     References:
       Liu et al., Sparse Training via Boosting Pruning Plasticity with

@@ -1,4 +1,11 @@
-"""GReg: a growing penalty removes weights gently (Wang et al. 2021)."""
+"""GReg: a growing penalty removes weights gently (Wang et al. 2021).
+
+A fixed share s of the weights gets the penalty lambda(t)/2 w^2, whose coefficient grows
+in steps: lambda(t) = delta (floor(t / K) + 1), until it exceeds a ceiling. After some
+more steps these weights are pruned. GReg-1 takes the weights of smallest magnitude at
+the start. GReg-2 first lets a small penalty grow on all weights, and takes the weights
+of smallest magnitude after that.
+"""
 
 import math
 
@@ -30,32 +37,35 @@ def greg1(
 ) -> Method:
     """GReg-1: a growing penalty on weights chosen at the start, then their removal.
 
-    The weights of smallest magnitude at init (those of a trained network) get an L2
-    penalty that grows by `growth` every `interval` steps, from `growth` in the first
-    step on, until it exceeds `ceiling`; `settle_steps` more steps leave it there; then
-    they are pruned, at step `method.updates.last`, and what follows is fine-tuning.
+    Start from the weights of a trained network. The weights of smallest magnitude at
+    init get an L2 penalty, which is `growth` in the first step and grows by `growth`
+    every `interval` steps until it exceeds `ceiling`. It stays there for `settle_steps`
+    more steps. Then these weights are pruned, at step `method.updates.last`. The rest
+    of the training is fine-tuning.
 
     Args:
-      sparsity: share of weights that go, in [0, 1).
-      interval: steps between increases; K_u = 10 for CIFAR, 5 for ImageNet.
-      growth: increase of the penalty.
-      ceiling: the increases stop above it.
-      settle_steps: K_s, 10,000 for CIFAR, 40,000 for ImageNet.
-      scope: "layer": weights are ranked within each layer, at the sparsity that
-        `distribution` gives it; "global": across layers.
-      distribution: with scope "layer".
-      structure: of the masks, one of `structures`; None for single weights.
+      sparsity: Final sparsity: the share of weights that are removed, in [0, 1).
+      interval: Steps between increases (K_u in the paper: 10 for CIFAR, 5 for
+        ImageNet).
+      growth: Increase of the penalty.
+      ceiling: Value above which the penalty stops growing.
+      settle_steps: Steps from the last increase to the pruning (K_s in the paper:
+        10,000 for CIFAR, 40,000 for ImageNet).
+      scope: "layer": weights compete within each layer, at the sparsity that
+        `distribution` gives it. "global": they compete across layers.
+      distribution: Distribution of the sparsity over layers, for scope "layer".
+      structure: Structure of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform(method, inner)`.
 
     Raises:
-      ValueError, TypeError: an argument out of range or of the wrong type.
+      ValueError, TypeError: An argument is out of range or of the wrong type.
 
     References:
       Wang et al., Neural Pruning via Growing Regularization, ICLR 2021; code:
-      MingSun-Tse/Regularization-Pruning (where each weight's own layer ends the
-      increases: the same numbers, for single weights).
+      MingSun-Tse/Regularization-Pruning. (The code ends the increases layer by layer,
+      which gives the same numbers for single weights.)
     """
     increases = _increases(interval, growth, ceiling, settle_steps)
     last = increases * interval
@@ -88,32 +98,35 @@ def greg2(
     """GReg-2: a small penalty on all weights picks those that GReg-1 then removes.
 
     The penalty of all weights grows by `pick_growth` every `interval` steps until it
-    reaches `pick_ceiling`, which drives weights apart by their curvature. Then the
-    weights of smallest magnitude are picked: their penalty grows on by `growth`, as in
-    `greg1`, and that of the others is `-weight_decay`, which cancels the optimizer's.
+    reaches `pick_ceiling`. This separates the weights by the curvature of the loss.
+    Then the weights of smallest magnitude are picked, and their penalty grows by
+    `growth` as in `greg1`. The penalty of the other weights becomes `-weight_decay`,
+    which cancels the weight decay of the optimizer.
 
     Args:
-      sparsity: share of weights that go, in [0, 1).
-      interval: see `greg1`.
-      growth: see `greg1`.
-      ceiling: see `greg1`.
-      settle_steps: see `greg1`.
-      pick_growth: increase of the penalty of all weights.
-      pick_ceiling: at which it ends.
-      weight_decay: coupled weight decay of `inner`, to be cancelled at weights that
-        stay; 1e-4 in the code.
-      scope: see `greg1`.
-      distribution: see `greg1`.
-      structure: of the masks, one of `structures`; None for single weights.
+      sparsity: Final sparsity: the share of weights that are removed, in [0, 1).
+      interval: Steps between increases.
+      growth: Increase of the penalty of the picked weights.
+      ceiling: Value above which the penalty of the picked weights stops growing.
+      settle_steps: Steps from the last increase to the pruning.
+      pick_growth: Increase of the penalty of all weights.
+      pick_ceiling: Penalty of all weights at which the weights are picked.
+      weight_decay: Coupled weight decay of `inner`, which the penalty cancels at the
+        weights that are not picked (1e-4 in the authors' code).
+      scope: "layer": weights compete within each layer, at the sparsity that
+        `distribution` gives it. "global": they compete across layers.
+      distribution: Distribution of the sparsity over layers, for scope "layer".
+      structure: Structure of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform(method, inner)`.
 
     Raises:
-      ValueError, TypeError: an argument out of range or of the wrong type.
+      ValueError, TypeError: An argument is out of range or of the wrong type.
 
     References:
-      As `greg1`.
+      Wang et al., Neural Pruning via Growing Regularization, ICLR 2021; code:
+      MingSun-Tse/Regularization-Pruning.
     """
     check_number("pick_growth", pick_growth, above=0.0)
     check_number("pick_ceiling", pick_ceiling, least=pick_growth)
@@ -144,7 +157,7 @@ def greg2(
 
 
 def _increases(interval: int, growth: float, ceiling: float, settle_steps: int) -> int:
-    """How many increases there are until the penalty exceeds `ceiling`, checked."""
+    """Count the increases until the penalty exceeds `ceiling`; check the arguments."""
     check_steps("interval", interval)
     check_steps("settle_steps", settle_steps, least=0)
     check_number("growth", growth, above=0.0)
@@ -175,7 +188,7 @@ def _growing(
         phases=(Prune(_marked_first),),
         marked_sparsity=sparsity,
         marks=NEVER if pick is None else UpdateSteps(pick, pick, pick),
-        # What follows the pruning is fine-tuning as usual.
+        # After the pruning, fine-tuning has no penalty.
         penalty=lambda inputs: jnp.where(
             inputs.count < prune_step, penalty(inputs), 0.0
         ),
@@ -183,6 +196,6 @@ def _growing(
 
 
 def _marked_first(inputs: ScoreInputs) -> Array:
-    """Magnitude, but marked weights before all others."""
+    """Magnitude, but infinite at marked weights, which are the weights to keep."""
     size = jnp.abs(inputs.param)
     return size if inputs.marked is None else jnp.where(inputs.marked, jnp.inf, size)

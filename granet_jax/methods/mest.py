@@ -1,8 +1,8 @@
 """MEST: drop by magnitude and gradient, regrow at random (Yuan et al. 2021).
 
-At every update step t, in every leaf: drop the fraction r(t) of the active weights of
-lowest abs(w) + lambda abs(dense gradient), and regrow as many, chosen uniformly among
-the inactive; r(t) = r_0/2 (1 + cos(pi t / T)).
+At every update step t, in every leaf, drop the fraction r(t) of the active weights with
+the smallest abs(w) + lambda abs(dense gradient), and regrow the same number at random,
+with r(t) = r_0/2 (1 + cos(pi t / T)).
 """
 
 from granet_jax import schedules, scores
@@ -33,7 +33,7 @@ def mest(
       total_steps: Optimizer steps of the whole training.
       interval: Steps between mask updates.
       fraction: Prune fraction at the start, in [0, 1].
-      gradient_weight: lambda, the weight of abs(gradient) in the score, 0 or larger.
+      gradient_weight: Weight lambda of abs(gradient) in the score, 0 or larger.
       distribution: Distribution of the initial masks: "uniform", "er", "erk" or a
         function.
       structure: Structure of the masks, one of `structures`; None for single weights.
@@ -46,8 +46,8 @@ def mest(
 
     References:
       Yuan et al., MEST: Accurate and Fast Memory-Economic Sparse Training Framework on
-      the Edge, NeurIPS 2021. (The schedule of r is RigL's; the paper's elastic variant,
-      which begins denser and ends at the sparsity, is not included.)
+      the Edge, NeurIPS 2021. (We take the schedule of r from RigL. The paper's elastic
+      variant, which starts denser than it ends, is not included.)
     """
     check_steps("total_steps", total_steps)
     check_number("gradient_weight", gradient_weight, least=0.0)

@@ -1,10 +1,11 @@
-"""The record of a method: what `transform` needs to know of it.
+"""The record that describes a method to `transform`.
 
 A method is data: a sparsity schedule, the steps that update the masks, and the phases
 of an update. To write your own, build a `Method`, or replace a part of another one::
 
     method = granet_jax.rigl(0.9, 10_000)
-    mine = dataclasses.replace(method, phases=(Exchange(fraction, drop=my_score),))
+    phases = (Exchange(fraction, drop=score),)
+    variant = dataclasses.replace(method, phases=phases)
 """
 
 import dataclasses
@@ -47,8 +48,8 @@ class Method:
       updates: The steps that update the masks, from `schedules.every` or
         `schedules.listed`.
       phases: The phases of an update, in order; see `granet_jax.phases`.
-      distribution: How the sparsity is divided among leaves: that of the initial masks,
-        and with scope "layer" that of every update.
+      distribution: How the sparsity is divided among leaves, for the initial masks and,
+        with scope "layer", for every update.
       scope: Whether weights compete across leaves ("global") or within each ("layer")
         when they are pruned or revived.
       structure: The structure of all masks, see `structures`; None for single weights.
@@ -57,19 +58,20 @@ class Method:
         that scores can read; None for no average.
       needs_gradient: Whether a score reads the dense gradient. Then `transform` raises
         an error early where no gradient is available.
-      resets: The steps after which the optimizer's moments start afresh, in the step
-        that follows.
+      resets: The steps after which the optimizer's moments are reset. The step that
+        follows starts with fresh moments.
       penalty: An extra L2 coefficient for each weight, see `penalties`; None for none.
       weights: What happens to weights outside the masks. "sparse": they are zero, and
         the optimizer sees the masked gradient. "projected": the optimizer moves all
         weights by the dense gradient; then the masks are chosen among all weights and
-        the others become zero (projected gradient descent). "dense": they live on, and
-        the forward pass uses `granet_jax.sparse_view`.
+        the others become zero (projected gradient descent). "dense": they keep their
+        values and train on, and the forward pass uses `granet_jax.sparse_view`.
       rank: The score by which masks and `marked` weights are chosen among all weights.
       refresh: The number of steps from one choice among all weights to the next.
-      marked_sparsity: The sparsity of a second tree of masks, the `marked` weights:
-        chosen among the active weights, or, with dense weights, among all whenever the
-        masks are chosen; then the optimizer moves only those. None for no such tree.
+      marked_sparsity: The sparsity of a second tree of masks, the `marked` weights;
+        None for no such tree. A sparse method chooses them among the active weights. A
+        method with dense weights chooses them among all weights, whenever it chooses
+        its masks, and its optimizer moves only marked weights.
       marks: The steps at which the marked weights of a sparse method are chosen again
         after init.
     """
@@ -116,10 +118,11 @@ class Method:
         self._check_phases()
 
     def _check_structure(self) -> None:
-        reached = {self.sparsity(t) for t in (0, *self.updates.steps())}
-        # Masks of constant sparsity are drawn, and exchanged, within each leaf.
+        sparsities = {self.sparsity(t) for t in (0, *self.updates.steps())}
+        # At constant sparsity, masks are drawn and exchanged within each leaf, and so
+        # the scope does not matter.
         ranks = self.weights != "sparse" or self.marked_sparsity is not None
-        ranks |= len(reached) > 1
+        ranks |= len(sparsities) > 1
         last = self.updates.steps()[-1] if self.updates.steps() else 0
         structures.check_use(
             self.structure,
@@ -151,6 +154,6 @@ class Method:
 
 
 def check_method(method: object) -> None:
-    """Raise TypeError unless `method` is a record of a method."""
+    """Raise TypeError unless `method` is a `Method`."""
     what = "a record such as granet_jax.granet(sparsity, total_steps)"
     check_type("method", method, Method, what)

@@ -1,7 +1,7 @@
 """RigL: constant sparsity, drop by magnitude, regrow by gradient (Evci et al. 2020).
 
-At every update step t, in every leaf: drop the fraction r(t) of the active weights by
-magnitude, and regrow as many by abs(dense gradient);
+At every update step t, in every leaf, drop the fraction r(t) of the active weights by
+magnitude, and regrow the same number by abs(dense gradient), with
 r(t) = r_0/2 (1 + cos(pi t / T_stop)).
 """
 
@@ -28,28 +28,29 @@ def rigl(
 ) -> Method:
     """RigL: constant sparsity, drop by magnitude, regrow by abs(dense gradient).
 
-    Prune fraction r(t) = fraction/2 (1 + cos(pi t / (stop total_steps))), until
-    stop * total_steps. The optimizer also steps on update steps (RigL's own code skips
-    it there; the GraNet code does not).
+    The prune fraction is r(t) = fraction/2 (1 + cos(pi t / (stop total_steps))), and
+    updates end at step stop * total_steps. The optimizer also steps on update steps, as
+    in the GraNet code. RigL's own code skips the optimizer there.
 
-    RigL-ITOP (Liu et al. 2021) is this with a larger fraction, to the end of training,
-    at longer intervals: `rigl(s, total_steps, interval=1500, fraction=0.5, stop=1.0)`
-    (CIFAR: 1000 to 1500; ImageNet: 4000).
+    RigL-ITOP (Liu et al. 2021) has a larger fraction and longer intervals, and updates
+    until the end: `rigl(s, total_steps, interval=1500, fraction=0.5, stop=1.0)`. Its
+    intervals are 1000 to 1500 steps for CIFAR and 4000 for ImageNet.
 
     Args:
-      sparsity: constant sparsity, in [0, 1).
-      total_steps: optimizer steps of the whole training.
-      interval: steps between mask updates.
-      fraction: prune fraction at the start, in [0, 1].
-      stop: share of the training after which masks no longer change, in (0, 1].
-      distribution: "uniform", "er", "erk" or a function, of the initial masks.
-      structure: of the masks, one of `structures`; None for single weights.
+      sparsity: Constant sparsity, in [0, 1).
+      total_steps: Optimizer steps of the whole training.
+      interval: Steps between mask updates.
+      fraction: Prune fraction at the start, in [0, 1].
+      stop: Share of the training after which masks no longer change, in (0, 1].
+      distribution: Distribution of the initial masks: "uniform", "er", "erk" or a
+        function.
+      structure: Structure of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
 
     Raises:
-      ValueError, TypeError: an argument out of range or of the wrong type.
+      ValueError, TypeError: An argument is out of range or of the wrong type.
 
     References:
       Evci et al., Rigging the Lottery, ICML 2020. Liu et al., Do We Actually Need

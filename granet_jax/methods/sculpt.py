@@ -1,4 +1,8 @@
-"""SCULPT-ing: train a fixed mask in cycles, then prune it (Gadhikar et al. 2024)."""
+"""SCULPT-ing: train a fixed mask in cycles, then prune it (Gadhikar et al. 2024).
+
+Train a fixed mask of sparsity s_i for C cycles of P = T / (C + 1) steps each. At step
+C P prune by magnitude to sparsity s_f, and train for one more cycle.
+"""
 
 from granet_jax.checks import check_sparsity, check_steps
 from granet_jax.distributions import Distribution
@@ -22,29 +26,32 @@ def sculpt(
 ) -> Method:
     """SCULPT-ing: cyclic training of a fixed mask, one pruning, and another cycle.
 
-    A mask of `initial_sparsity` is trained for `cycles` cycles, each with an optimizer
-    of its own (moments start anew; the learning rate by `schedules.restarted`) and all
-    with the weights carried on; then magnitude prunes what is left to `sparsity`, once,
-    and one more cycle of the same length ends the training.
+    A mask of `initial_sparsity` is trained for `cycles` cycles. Every cycle continues
+    with the weights of the last one and resets the optimizer's moments; restart the
+    learning rate with `schedules.restarted`. Then the weights are pruned once, by
+    magnitude, to `sparsity`, and one more cycle of the same length ends the training.
 
-    The mask is a random one, or that given as `transform(masks=...)`: of
-    `initial_sparsity`, by SNIP or SynFlow for instance.
+    The first mask is random, unless you pass one of `initial_sparsity` as
+    `transform(masks=...)`, from SNIP or SynFlow for example.
 
     Args:
-      sparsity: at the end, in [initial_sparsity, 1).
-      total_steps: optimizer steps of the whole training, a multiple of `cycles` + 1.
-      cycles: number of cycles before the pruning. (The paper's is not known to us.)
-      initial_sparsity: of the fixed mask.
-      scope: of the pruning: "global", as in the code, or "layer".
-      distribution: of the random mask; and of the pruning with scope "layer". (The
-        code's ERK draws every weight by itself and clips without redistributing.)
-      structure: of the masks, one of `structures`; None for single weights.
+      sparsity: Final sparsity, in [initial_sparsity, 1).
+      total_steps: Optimizer steps of the whole training, a multiple of `cycles` + 1.
+      cycles: Number of cycles before the pruning. We do not know the paper's number.
+      initial_sparsity: Sparsity of the fixed mask.
+      scope: "global": weights compete across layers in the pruning, as in the authors'
+        code. "layer": they compete within each layer, at the sparsity that
+        `distribution` gives it.
+      distribution: Distribution of the sparsity over layers, for the random mask and
+        for scope "layer". (The authors' ERK draws every weight independently, and
+        clips densities without redistributing the rest.)
+      structure: Structure of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform(method, inner)`.
 
     Raises:
-      ValueError, TypeError: an argument out of range or of the wrong type.
+      ValueError, TypeError: An argument is out of range or of the wrong type.
 
     References:
       Gadhikar et al., Cyclic Sparse Training: Is it Enough?, 2024; code:

@@ -1,7 +1,7 @@
 """SET: constant sparsity, drop by magnitude, regrow at random (Mocanu et al. 2018).
 
-At every update step, in every leaf: drop the fraction r of the active weights by
-magnitude, and regrow as many, chosen uniformly among the inactive.
+At every update step, in every leaf, drop the fraction r of the active weights by
+magnitude, and regrow the same number, chosen uniformly among the inactive weights.
 """
 
 from granet_jax import schedules, scores
@@ -22,21 +22,24 @@ def set_(
     distribution: Distribution = "erk",
     structure: Structure | None = None,
 ) -> Method:
-    """SET: constant sparsity, drop by magnitude, regrow at random; constant fraction.
+    """SET: constant sparsity, drop by magnitude, regrow at random.
+
+    The prune fraction is constant.
 
     Args:
-      sparsity: constant sparsity, in [0, 1).
-      total_steps: optimizer steps of the whole training.
-      interval: steps between mask updates (an epoch in the paper).
-      fraction: prune fraction, in [0, 1].
-      distribution: "uniform", "er", "erk" or a function, of the initial masks.
-      structure: of the masks, one of `structures`; None for single weights.
+      sparsity: Constant sparsity, in [0, 1).
+      total_steps: Optimizer steps of the whole training.
+      interval: Steps between mask updates (an epoch in the paper).
+      fraction: Prune fraction, in [0, 1].
+      distribution: Distribution of the initial masks: "uniform", "er", "erk" or a
+        function.
+      structure: Structure of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
 
     Raises:
-      ValueError, TypeError: an argument out of range or of the wrong type.
+      ValueError, TypeError: An argument is out of range or of the wrong type.
 
     References:
       Mocanu et al., Scalable Training of Artificial Neural Networks with Adaptive

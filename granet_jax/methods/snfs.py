@@ -1,8 +1,10 @@
 """SNFS: regrow by momentum, redistribute across layers (Dettmers & Zettlemoyer 2019).
 
-At every update step t: in every leaf, drop the fraction r(t) of the active weights by
-magnitude; give the freed weights of all leaves to the leaves in proportion to the mean
-abs(momentum) of their active weights; regrow there by abs(momentum).
+At every update step t, in every leaf, drop the fraction r(t) of the active weights by
+magnitude, with r(t) = r_0/2 (1 + cos(pi t / T)). Redistribute the total number of
+dropped weights over the leaves, in proportion to the mean abs(v) of each leaf's active
+weights before the drop. Regrow that number in each leaf by abs(v). The momentum is
+v <- beta v + (1 - beta) g, with the dense gradient g.
 """
 
 from granet_jax import schedules, scores
@@ -26,26 +28,28 @@ def snfs(
 ) -> Method:
     """SNFS: regrowth by momentum, with redistribution across layers.
 
-    Drop by magnitude; the weights freed in all layers are redistributed in proportion
-    to the mean abs(momentum) of each layer's active weights (those before the drop),
-    and regrown there by abs(momentum) among the inactive. The momentum is a moving
-    average of the dense gradient kept by this library: m = decay m + (1 - decay) g, in
-    at least float32. Prune fraction r(t) = fraction/2 (1 + cos(pi t / total_steps)).
+    Weights are dropped by magnitude. Their total number is redistributed over the
+    layers, in proportion to the mean abs(momentum) of each layer's active weights
+    before the drop, and regrown by abs(momentum) among the inactive weights. The
+    library keeps the momentum itself, in at least float32: a moving average of the
+    dense gradient, v <- decay v + (1 - decay) g. The prune fraction is
+    r(t) = fraction/2 (1 + cos(pi t / total_steps)).
 
     Args:
-      sparsity: constant sparsity, in [0, 1).
-      total_steps: optimizer steps of the whole training.
-      interval: steps between mask updates (an epoch in the paper).
-      fraction: prune fraction at the start, in [0, 1].
-      decay: of the moving average, in [0, 1).
-      distribution: "uniform", "er", "erk" or a function, of the initial masks.
-      structure: of the masks, one of `structures`; None for single weights.
+      sparsity: Constant sparsity, in [0, 1).
+      total_steps: Optimizer steps of the whole training.
+      interval: Steps between mask updates (an epoch in the paper).
+      fraction: Prune fraction at the start, in [0, 1].
+      decay: Decay of the moving average, in [0, 1).
+      distribution: Distribution of the initial masks: "uniform", "er", "erk" or a
+        function.
+      structure: Structure of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
 
     Raises:
-      ValueError, TypeError: an argument out of range or of the wrong type.
+      ValueError, TypeError: An argument is out of range or of the wrong type.
 
     References:
       Dettmers & Zettlemoyer, Sparse Networks from Scratch, 2019.

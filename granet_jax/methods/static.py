@@ -13,18 +13,22 @@ def static(
     distribution: Distribution = "erk",
     structure: Structure | None = None,
 ) -> Method:
-    """A fixed random mask; or the masks given to `transform(masks=...)`.
+    """Static sparse training: a random mask that never changes.
+
+    To train other masks, pass them as `transform(masks=...)`.
 
     Args:
-      sparsity: sparsity of the random mask, in [0, 1). Given masks have their own.
-      distribution: "uniform", "er", "erk" or a function.
-      structure: of the masks, one of `structures`; None for single weights.
+      sparsity: Sparsity of the random mask, in [0, 1). It does not apply to masks that
+        you pass to `transform`.
+      distribution: Distribution of the random mask: "uniform", "er", "erk" or a
+        function.
+      structure: Structure of the masks, one of `structures`; None for single weights.
 
     Returns:
       A record for `transform`.
 
     Raises:
-      ValueError, TypeError: an argument out of range or of the wrong type.
+      ValueError, TypeError: An argument is out of range or of the wrong type.
 
     References:
       Liu et al., The Unreasonable Effectiveness of Random Pruning, ICLR 2022.

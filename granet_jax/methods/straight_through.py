@@ -1,4 +1,9 @@
-"""Straight-through magnitude pruning: pruned weights live on (Bengio et al. 2013)."""
+"""Straight-through magnitude pruning: pruned weights train on (Bengio et al. 2013).
+
+The forward pass uses m * w, where the mask m holds the weights of largest magnitude
+among all weights, and the gradient there moves all weights. For SGD:
+w <- w - eta (grad L(m * w) + lambda (1 - m) w), where lambda > 0 gives SR-STE.
+"""
 
 from granet_jax import penalties
 from granet_jax.checks import check_number
@@ -22,33 +27,34 @@ def straight_through(
     distribution: Distribution = "uniform",
     structure: Structure | None = None,
 ) -> Method:
-    """Magnitude pruning with a straight-through estimator: pruned weights live on.
+    """Magnitude pruning with a straight-through estimator: pruned weights train on.
 
-    After every step the weights of largest magnitude, among all, are the mask, as many
-    as the cubic schedule of `gmp` says; the gradient at the sparse weights moves all of
-    them, as if the mask were the identity. A weight comes back with the value it has
-    come to meanwhile.
+    After every step the weights of largest magnitude among all weights form the new
+    mask, at the sparsity of the cubic schedule of `gmp`. The gradient at the sparse
+    weights moves all weights, as if the mask were the identity. So a pruned weight
+    comes back with the value that training has given it in the meantime.
 
-    With `penalty` (SR-STE; 2e-4 in its code) weights outside the mask are held back,
-    which keeps the masks from chattering.
+    With a `penalty` (SR-STE; 2e-4 in its code), weights outside the mask decay, which
+    keeps weights from moving in and out of the mask all the time.
 
     Args:
-      sparsity: final sparsity, in [0, 1).
-      end_step: last step of pruning; the last update up to it reaches `sparsity`.
-      initial_sparsity: sparsity at the start, in [0, sparsity].
-      begin_step: step at which pruning begins.
-      interval: steps between changes of the sparsity; masks are chosen in every step.
-      penalty: L2 coefficient of weights outside the mask, from 0 on.
-      scope: "layer": weights compete within each, at the sparsity that `distribution`
-        gives it; "global": across layers.
-      distribution: with scope "layer".
-      structure: of the masks, one of `structures`; None for single weights.
+      sparsity: Final sparsity, in [0, 1).
+      end_step: Last step of pruning; the last update up to it reaches `sparsity`
+        exactly.
+      initial_sparsity: Sparsity at the start, in [0, sparsity].
+      begin_step: Step at which pruning begins.
+      interval: Steps between changes of the sparsity. Masks are chosen in every step.
+      penalty: L2 coefficient of weights outside the mask, 0 or larger.
+      scope: "layer": weights compete within each layer, at the sparsity that
+        `distribution` gives it. "global": they compete across layers.
+      distribution: Distribution of the sparsity over layers, for scope "layer".
+      structure: Structure of the masks, one of `structures`; None for single weights.
 
     Returns:
-      A record for `transform`; `sparse_view` gives the sparse parameters.
+      A record for `transform`. `sparse_view` gives the sparse parameters.
 
     Raises:
-      ValueError, TypeError: an argument out of range or of the wrong type.
+      ValueError, TypeError: An argument is out of range or of the wrong type.
 
     References:
       Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons,

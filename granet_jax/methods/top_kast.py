@@ -1,4 +1,10 @@
-"""Top-KAST: sparse forward, a little less sparse backward (Jayakumar et al. 2020)."""
+"""Top-KAST: sparse forward, a little less sparse backward (Jayakumar et al. 2020).
+
+The forward pass uses the set A of the weights of largest magnitude at the sparsity s.
+The gradient there moves a larger set B of the weights of largest magnitude, at a lower
+sparsity. With the density D = 1 - s, the exploration penalty of a weight w is
+lambda/2 w^2 in A, and lambda/(2 D) w^2 in the rest of B.
+"""
 
 from granet_jax import penalties
 from granet_jax.checks import check_number, check_sparsity, check_steps
@@ -21,32 +27,33 @@ def top_kast(
 ) -> Method:
     """Top-KAST: always sparse forward, a little less sparse backward.
 
-    The forward pass uses the weights of largest magnitude at `sparsity`, A; the
-    gradient there moves the weights of largest magnitude at `backward_sparsity`, B,
-    which A is part of; the others keep their values, untouched. Both are chosen anew,
-    among all weights, every `interval` steps.
+    The forward pass uses the set A of the weights of largest magnitude at `sparsity`.
+    The gradient there moves the set B of the weights of largest magnitude at
+    `backward_sparsity`, which contains A. All other weights keep their values. Both
+    sets are chosen again, among all weights, every `interval` steps.
 
     The exploration penalty is lambda/2 w^2 in A and lambda/(2 D) w^2 in the rest of B,
-    with D = 1 - `sparsity`: only weights worth it stay.
+    with D = 1 - `sparsity`. So only weights that reduce the loss enough stay large.
 
-    We have this method from memory of the paper, and from a port that differs from it.
+    This was written from memory of the paper, and from a port that differs from it.
 
     Args:
-      sparsity: of the forward pass, in [0, 1).
-      backward_sparsity: of the weights that the gradient moves, in [0, sparsity].
-      interval: steps between choices.
-      penalty: lambda, the L2 coefficient of active weights, from 0 on.
-      scope: "layer": weights compete within each, at the sparsity that `distribution`
-        gives it; "global": across layers.
-      distribution: with scope "layer".
-      structure: of the masks, one of `structures`; None for single weights.
+      sparsity: Sparsity of the forward pass, in [0, 1).
+      backward_sparsity: Sparsity of the weights that the gradient moves, in
+        [0, sparsity].
+      interval: Steps between choices of the sets.
+      penalty: L2 coefficient lambda of the weights in A, 0 or larger.
+      scope: "layer": weights compete within each layer, at the sparsity that
+        `distribution` gives it. "global": they compete across layers.
+      distribution: Distribution of the sparsity over layers, for scope "layer".
+      structure: Structure of the masks, one of `structures`; None for single weights.
 
     Returns:
-      A record for `transform(method, inner)`; `sparse_view` gives the sparse
-      parameters, and the weights in B are `get_state(opt_state).marked`.
+      A record for `transform(method, inner)`. `sparse_view` gives the sparse
+      parameters, and `get_state(opt_state).marked` the set B.
 
     Raises:
-      ValueError, TypeError: an argument out of range or of the wrong type.
+      ValueError, TypeError: An argument is out of range or of the wrong type.
 
     References:
       Jayakumar et al., Top-KAST: Top-K Always Sparse Training, NeurIPS 2020.
