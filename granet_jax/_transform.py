@@ -25,9 +25,10 @@ from granet_jax.phases import step_key, update_masks, update_masks_compiled
 from granet_jax.state import SparseState
 from granet_jax.step import (
     Setup,
-    Step,
     begin_step,
     gradient_of,
+    hold,
+    hold_step,
     mark_weights,
     names_of,
     run_if,
@@ -188,18 +189,19 @@ def update(
     step = begin_step(setup, updates, state, params, extra)
     load, store = storage(state, params)
 
-    def change(now: tuple[PyTree, PyTree, Any], step: Step) -> Any:
+    def change(now: tuple[PyTree, PyTree, Any]) -> tuple[PyTree, PyTree, Any]:
         """The masks, the weights among them that continue, and the phases' states."""
+        now, held = hold_step(now, step)
         masks, phases = load(now[0]), now[2]
 
         def after() -> list[Array]:
-            grads = zero_outside(masks, gradient_of(setup, step, masks))
-            moved, _ = optimizer.update(grads, step.inner_state, step.params, **extra)
-            return stepped(masks, step.params, moved)
+            grads = zero_outside(masks, gradient_of(setup, held, masks))
+            moved, _ = optimizer.update(grads, held.inner_state, held.params, **extra)
+            return stepped(masks, held.params, moved)
 
         key = step_key(setup.seed, step.count)
         leaves, treedef = jax.tree.flatten(masks)
-        names, weights = names_of(masks), weights_of(step, masks, after)
+        names, weights = names_of(masks), weights_of(held, masks, after)
         run = update_masks if isinstance(step.count, Tracer) else update_masks_compiled
         new, kept, phases = run(method, names, leaves, phases, weights, step.count, key)
         new, kept = treedef.unflatten(new), treedef.unflatten(kept)
@@ -226,9 +228,10 @@ def update(
         inner_state = zero_moments(inner_state, kept)
     moved = map_masked(update_or_zero, kept, moved, params)
 
-    def mark(_: PyTree, step: Step) -> PyTree:
-        present = load(masks)
-        after = stepped(present, step.params, moved)
+    weights = stepped(step.masks, params, moved)
+
+    def mark(marked: PyTree) -> PyTree:
+        _, present, after = hold(marked, load(masks), weights)
         return store(mark_weights(setup, present, after, step.count))
 
     marked = run_if(method.marks, step, mark, state.marked)

@@ -20,9 +20,9 @@ from granet_jax.phases import step_key
 from granet_jax.state import SparseState
 from granet_jax.step import (
     Setup,
-    Step,
     begin_step,
     gradient_of,
+    hold,
     mark_weights,
     names_of,
     run_once_if,
@@ -56,29 +56,30 @@ def update(
         moved = zero_outside(step.marked, moved)
     after = stepped(step.masks, params, moved)
 
-    def choose(now: tuple[PyTree, PyTree], step: Step) -> tuple[PyTree, PyTree]:
-        masks = load(now[0])
+    def choose(now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        (now_masks, _), weights, average = hold(now, after, step.average)
+        masks, held = load(now_masks), step._replace(average=average)
         leaves, treedef = jax.tree.flatten(masks)
         shapes = tuple(tuple(m.shape) for m in leaves)
         chosen = choose_among_all(
             method,
             names_of(masks),
             leaves,
-            weights_of(step, masks, lambda: after),
+            weights_of(held, masks, lambda: weights),
             _number_at(method, shapes, step.count),
             step_key(setup.seed, step.count),
         )
         marked = ()
         if method.marked_sparsity is not None:
-            marked = store(mark_weights(setup, masks, after, step.count))
+            marked = store(mark_weights(setup, masks, weights, step.count))
         return store(treedef.unflatten(chosen)), marked
 
     now = (state.masks, state.marked)
     if method.refresh == 1:
-        masks, marked = choose(now, step)
+        masks, marked = choose(now)
     else:
         due = (step.count % method.refresh == 0) | method.updates.contains(step.count)
-        masks, marked = run_once_if(due, step, choose, now)
+        masks, marked = run_once_if(due, choose, now)
     if method.weights == "projected":
         keep = load(masks)
         moved = map_masked(update_or_zero, keep, moved, params)

@@ -207,43 +207,49 @@ def names_of(masks: PyTree) -> tuple[str, ...]:
 
 
 def run_if(
-    steps: Steps, step: Step, change: Callable[[PyTree, Step], PyTree], value: PyTree
+    steps: Steps, step: Step, change: Callable[[PyTree], PyTree], value: PyTree
 ) -> PyTree:
-    """`change(value, step)` at the given steps, else `value`."""
+    """`change(value)` at the given steps, else `value`."""
     if not steps.steps():
         return value
     due = steps.contains(step.count) & (step.count > step.done)
-    return run_once_if(due, step, change, value)
+    return run_once_if(due, change, value)
 
 
 def run_once_if(
-    due: Array, step: Step, change: Callable[[PyTree, Step], PyTree], value: PyTree
+    due: Array, change: Callable[[PyTree], PyTree], value: PyTree
 ) -> PyTree:
-    """`change(value, step)` if `due`, else `value`: a loop of one trip or none.
+    """`change(value)` if `due`, else `value`: a loop of one trip or none.
 
     `lax.cond` would do, except that under `vmap` it runs both branches in every step,
     whereas a loop runs only when some lane wants it.
+
+    XLA moves what does not depend on `value` out of the loop, and so computes it in
+    every step. So `change` should take what it reads besides from `hold`.
     """
     if not isinstance(due, Tracer):
-        return change(value, step) if due else value
+        return change(value) if due else value
 
     def body(carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-        return jnp.zeros_like(due), change(*_held(carry[1], step))
+        return jnp.zeros_like(due), change(carry[1])
 
     return lax.while_loop(lambda carry: carry[0], body, (due, value))[1]
 
 
-def _held(value: PyTree, step: Step) -> tuple[PyTree, Step]:
-    """`value` and `step` as they are, behind a barrier.
+def hold(value: PyTree, *inputs: Any) -> tuple[Any, ...]:
+    """All arguments as they are, but such that XLA takes the others to need `value`."""
+    return lax.optimization_barrier((value, *inputs))
 
-    Without it, XLA would move what does not depend on `value` out of the loop, and so
-    compute it in every step. Only arrays in the shapes of masks are held, since others
-    are not read by an update, and XLA would copy them.
+
+def hold_step(value: PyTree, step: Step) -> tuple[PyTree, Step]:
+    """`hold`, for those arrays of a step that an update of the masks reads.
+
+    They have the shapes of masks. XLA would copy others, if they were held.
     """
     shapes = {m.shape for m in jax.tree.leaves(step.masks)}
     leaves, treedef = jax.tree.flatten(step._replace(masks=()))
-    held = [i for i, x in enumerate(leaves) if jnp.shape(x) in shapes]
-    value, behind = lax.optimization_barrier((value, [leaves[i] for i in held]))
-    for i, x in zip(held, behind, strict=True):
+    places = [i for i, x in enumerate(leaves) if jnp.shape(x) in shapes]
+    value, held = hold(value, [leaves[i] for i in places])
+    for i, x in zip(places, held, strict=True):
         leaves[i] = x
     return value, treedef.unflatten(leaves)
