@@ -66,7 +66,7 @@ def split_positions(
 
 def index_dtype(size: int) -> jnp.dtype:
     """The unsigned integer dtype of the positions among so many entries."""
-    return jnp.dtype(jnp.uint32 if size < 2**31 else jnp.uint64)
+    return jnp.dtype(jnp.uint32 if size < 2**32 - 1 else jnp.uint64)
 
 
 def iota(

@@ -439,7 +439,7 @@ def test_named_rows_and_variants_are_described(fake, tmp_path):
     assert "set has" not in text
     # One seed has no standard deviation.
     assert "75.00 | 75.00" in text
-    assert "±" not in text.partition("What a variant gains")[0]
+    assert "±" not in text.partition("Gain of each variant")[0]
     assert "1 seed" in text
     cells = json.loads((out / "results.json").read_text())["cells"]
     assert {cell["std"] for cell in cells} == {None}
@@ -460,7 +460,7 @@ def test_gains_are_between_runs_of_one_seed(tmp_path):
         "snip+slow-0.95": runs("snip+slow-0.95", 0.5, 0.5),
     }
     sweep_report.write(plan, done, {}, {}, tmp_path)
-    text = (tmp_path / "results.md").read_text().partition("What a variant gains")[2]
+    text = (tmp_path / "results.md").read_text().partition("Gain of each variant")[2]
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert table == [
         "| method | sparsity | +labels | +slow |",
