@@ -80,16 +80,16 @@ def top_k(
         ]
 
     def count(over_keys: Array, key: Array, bounds: list[Array]) -> list[Array]:
-        flags = [
-            [
-                jnp.where(over_keys, x >= bound[i].astype(x.dtype), tied)
-                for i, (x, tied) in enumerate(
-                    zip(keys, ties_from(key, bound), strict=True)
-                )
-            ]
-            for bound in bounds
-        ]
-        return list(count_leaves(list(zip(*flags, strict=True)), counter))
+        def of_keys() -> tuple[Array, ...]:
+            ends = [bound.astype(keys[0].dtype) for bound in bounds]
+            flags = [[x >= end[i] for end in ends] for i, x in enumerate(keys)]
+            return count_leaves(flags, counter)
+
+        def of_ties() -> tuple[Array, ...]:
+            flags = [ties_from(key, bound) for bound in bounds]
+            return count_leaves(list(zip(*flags, strict=True)), counter)
+
+        return list(lax.cond(over_keys, of_keys, of_ties))
 
     def total(counts: Array) -> Array:
         whole = jnp.sum(counts, dtype=counter)
