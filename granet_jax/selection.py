@@ -1,11 +1,11 @@
 """Exact selection of the k largest scores, without sorting.
 
 Every score becomes an unsigned integer, its key, that orders as the score does. The
-k-th largest key is found one hexadecimal digit at a time, the most significant first:
-a pass over memory counts, in every leaf, the keys at or above each value that the next
-digit can start. Where several entries share the k-th largest key, the same search over
-their positions selects the first of them. Nothing is sorted, gathered or reshaped:
-under any sharding, a pass is a local reduction and an all-reduce of 16 integers a leaf.
+k-th largest key is found two bits at a time, the most significant first: a pass over
+memory counts, in every leaf, the keys at or above each value that the next two bits can
+start. Where several entries share the k-th largest key, the same search over their
+positions selects the first of them. Nothing is sorted, gathered or reshaped: under any
+sharding, a pass is a local reduction and an all-reduce of four integers a leaf.
 """
 
 import functools
@@ -22,7 +22,7 @@ from granet_jax.positions import Positions, index_dtype, split_positions
 Scope = Literal["layer", "global"]
 
 SCOPES: tuple[str, ...] = ("layer", "global")
-_BITS = 2  # of a digit
+_BITS = 2  # that a pass finds
 
 
 @functools.partial(jax.jit, static_argnames="scope", inline=True)
