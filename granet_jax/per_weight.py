@@ -71,9 +71,7 @@ def _one_step(
         dense = jax.tree.map(lambda p: jnp.full(_small(p), value, p.dtype), params)
         return masking.map_masked(lambda m, p: filled(m, p, value), keep, dense)
 
-    small = jax.tree.map(lambda p: jnp.zeros(_small(p), bool), params)
-    keep = masking.map_masked(lambda _, x: _every_second(x), masks, small)
-    keep = masking.map_masked(lambda m, _, k: k, masks, masks, keep)
+    keep = masking.map_masked(lambda m, _, p: _every_second(p), masks, masks, params)
     weights, grads = tree(_WEIGHT), tree(_GRADIENT)
     state = optimizer.init(weights)
     state = jax.tree.map(
@@ -117,5 +115,6 @@ def _small(leaf: Any) -> tuple[int, ...]:
     return tuple(min(n, 2) for n in leaf.shape)
 
 
-def _every_second(leaf: Array) -> Array:
-    return (jnp.arange(leaf.size) % 2 == 0).reshape(leaf.shape)
+def _every_second(leaf: Any) -> Array:
+    shape = _small(leaf)
+    return (jnp.arange(math.prod(shape)) % 2 == 0).reshape(shape)
