@@ -1,8 +1,7 @@
 """Row-major positions of the entries of an array, under any sharding."""
 
-import math
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,88 +10,40 @@ from jax import Array, lax
 from granet_jax.masking import is_explicit
 
 
-class Positions(NamedTuple):
-    """Where the entries of an array are, in row-major order.
-
-    Rows and columns are kept apart, because the index of every entry would take as much
-    memory as the array.
-
-    Attributes:
-      row: The number of the row along the last axis, of shape (..., 1).
-      column: The index along the last axis, of shape (1, ..., n).
-    """
-
-    row: Array
-    column: Array
-
-    @classmethod
-    def of(cls, like: Any) -> "Positions":
-        """The positions in an array of the shape and sharding of `like`."""
-        dtype, ndim = index_dtype(math.prod(like.shape)), len(like.shape)
-        if not ndim:
-            return cls(jnp.zeros((), dtype), jnp.zeros((), dtype))
-        row, leading = jnp.zeros((1,) * ndim, dtype), range(ndim - 1)
-        for axis in leading:
-            stride = jnp.asarray(math.prod(like.shape[axis + 1 : -1]), dtype)
-            row += iota(like, dtype, axis, along=leading) * stride
-        return cls(row, iota(like, dtype, ndim - 1, along=(ndim - 1,)))
-
-    def before(self, row: Array, column: Array) -> Array:
-        """Which entries come before that of a row and a column, both scalars."""
-        row, column = row.astype(self.row.dtype), column.astype(self.column.dtype)
-        return (self.row < row) | ((self.row == row) & (self.column < column))
-
-
-def split_positions(
-    from_end: Array, shapes: Sequence[tuple[int, ...]]
-) -> tuple[Array, Array]:
-    """Rows and columns before which entries are at least so far from the end.
-
-    The last entry of an array is 1 from its end, and the first one as far as the array
-    has entries.
+def from_end(end: Array, like: Array, axes: Collection[int]) -> Array:
+    """`end` less the row-major index of every entry, along some axes.
 
     Args:
-      from_end: Unsigned vector of distances, one per array.
-      shapes: The shapes of the arrays.
-
-    Returns:
-      A vector of rows and one of columns, for `Positions.before`.
+      end: Unsigned integer, a scalar.
+      like: An array. The result has its shape (with length 1 along other axes) and its
+        sharding.
+      axes: The axes along which entries are counted.
     """
-    size = jnp.asarray([math.prod(s) for s in shapes], from_end.dtype)
-    length = jnp.asarray([max(s[-1], 1) if s else 1 for s in shapes], from_end.dtype)
-    end = jnp.where(from_end <= size, size + 1 - from_end, 0)
-    return end // length, end % length
+    place, stride = end, 1
+    for axis in sorted(axes, reverse=True):
+        # Subtracting one axis after the other keeps all arrays but the result small.
+        place = place - iota(jax.typeof(like), end.dtype, axis) * end.dtype.type(stride)
+        stride *= like.shape[axis]
+    return place
 
 
-def index_dtype(size: int) -> jnp.dtype:
-    """The unsigned integer dtype of the positions among so many entries."""
-    return jnp.dtype(jnp.uint32 if size < 2**32 - 1 else jnp.uint64)
-
-
-def iota(
-    like: Any, dtype: jnp.dtype, axis: int, *, along: Collection[int] | None = None
-) -> Array:
-    """The index along `axis` of every entry.
+def iota(like: Any, dtype: jnp.dtype, axis: int) -> Array:
+    """The index along `axis`: as an array has it, with length 1 along the other axes.
 
     Args:
-      like: Anything with the shape and the sharding of an array's type.
+      like: The type of the array. The sharding of the result follows it.
       dtype: The dtype of the index.
-      axis: The axis along which the index grows.
-      along: The axes along which the result has entries; along the others it has
-        length 1. By default all axes.
+      axis: The axis.
     """
-    sizes = [n if along is None or i in along else 1 for i, n in enumerate(like.shape)]
+    shape = [n if i == axis else 1 for i, n in enumerate(like.shape)]
     sharding = like.sharding
     if sharding is None or not is_explicit(sharding):
-        return lax.broadcasted_iota(dtype, sizes, axis)
+        return lax.broadcasted_iota(dtype, shape, axis)
     # On Explicit mesh axes the sharding is part of an array's type, and an iota has no
     # operand to take it from.
-    spec = [
-        name if along is None or i in along else None
-        for i, name in enumerate(sharding.spec)
-    ]
+    spec = [name if i == axis else None for i, name in enumerate(sharding.spec)]
     sharding = sharding.update(spec=jax.sharding.PartitionSpec(*spec))
-    return lax.broadcasted_iota(dtype, sizes, axis, out_sharding=sharding)
+    return lax.broadcasted_iota(dtype, shape, axis, out_sharding=sharding)
 
 
 def mesh_axes(spec: Iterable[Any]) -> list[str]:

@@ -1,11 +1,12 @@
 """Exact selection of the k largest scores, without sorting.
 
-Every score becomes an unsigned integer, its key, that orders as the score does. The
-k-th largest key is found two bits at a time, the most significant first: a pass over
-memory counts, in every leaf, the keys at or above each value that the next two bits can
-start. Where several entries share the k-th largest key, the same search over their
-positions selects the first of them. Nothing is sorted, gathered or reshaped: under any
-sharding, a pass is a local reduction and an all-reduce of four integers a leaf.
+Every score becomes an unsigned integer, its key, that orders as the score does. A radix
+search finds the k-th largest key two bits at a time, the most significant first: a pass
+over memory counts, in every leaf, the keys at or above each value that the next two
+bits can start. Where several entries share the k-th largest key, each of them gets a
+new key, from its position, and the same search runs a second time. Nothing is sorted,
+gathered or reshaped: under any sharding, a pass is a local reduction and an all-reduce
+of three integers a leaf.
 """
 
 import functools
@@ -17,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from granet_jax.positions import Positions, index_dtype, split_positions
+from granet_jax.positions import from_end
 
 Scope = Literal["layer", "global"]
 
 SCOPES: tuple[str, ...] = ("layer", "global")
-_BITS = 2  # that a pass finds
+_BITS = 2  # found by each pass
 
 
 @functools.partial(jax.jit, static_argnames="scope", inline=True)
@@ -55,7 +56,7 @@ def top_k(
       Boolean arrays of the shapes of `scores`, True where selected.
 
     Raises:
-      ValueError: Unknown scope, or more than 2**32 - 1 scores to be counted while
+      ValueError: Unknown scope, or more than 2**32 - 2 scores to be counted while
         64-bit types are disabled.
       TypeError: Scores of mixed kinds.
     """
@@ -65,169 +66,117 @@ def top_k(
     sizes = [jnp.size(x) for x in scores]
     counter = counter_dtype(sizes, scope)
     keys = sort_keys(scores, among)
-    kinds = {jax.typeof(x): Positions.of(jax.typeof(x)) for x in keys}
-    places = [kinds[jax.typeof(x)] for x in keys]
+    bits = jnp.asarray(8 * keys[0].dtype.itemsize, jnp.int32)
+    dtype = jnp.promote_types(keys[0].dtype, counter)
+    keys = [x.astype(dtype) for x in keys]
     wanted = jnp.broadcast_to(jnp.asarray(k).astype(counter), (len(keys),))
+    # With scope "global", the positions of later leaves follow those of earlier ones.
+    ends = np.cumsum(sizes[::-1])[::-1] if scope == "global" else np.asarray(sizes)
 
-    shapes = [x.shape for x in keys]
+    def count(keys: list[Array], bounds: list[Array]) -> list[Array]:
+        flags = [[x >= bound[i] for bound in bounds] for i, x in enumerate(keys)]
+        counts = count_leaves(flags, counter)
+        if scope == "layer":
+            return list(counts)
+        return [jnp.broadcast_to(jnp.sum(n, dtype=counter), n.shape) for n in counts]
 
-    def ties_from(key: Array, place: Array) -> list[Array]:
-        """The entries of some keys, at least so far from the end of their leaves."""
-        rows, columns = split_positions(place, shapes)
-        return [
-            (x == key[i].astype(x.dtype)) & places[i].before(rows[i], columns[i])
-            for i, x in enumerate(keys)
+    def search(s: _Search) -> _Search:
+        threshold, number = find_threshold(
+            lambda bounds: count(s.keys, bounds), wanted, s.bits, dtype
+        )
+        too_many = jnp.any(number > wanted)
+        # The choice makes the ranks depend on the loop. Otherwise, XLA would compute
+        # them before it and keep them in memory.
+        end = jnp.where(too_many, ends.astype(dtype), highest(dtype))
+        ties = [
+            ties_by_rank(x, threshold[i], from_end(end[i], x, range(x.ndim)))
+            for i, x in enumerate(s.keys)
         ]
+        return _Search(ties, jnp.full_like(s.bits, 8 * counter.itemsize), too_many)
 
-    def count(over_keys: Array, key: Array, bounds: list[Array]) -> list[Array]:
-        def of_keys() -> tuple[Array, ...]:
-            ends = [bound.astype(keys[0].dtype) for bound in bounds]
-            flags = [[x >= end[i] for end in ends] for i, x in enumerate(keys)]
-            return count_leaves(flags, counter)
-
-        def of_ties() -> tuple[Array, ...]:
-            flags = [ties_from(key, bound) for bound in bounds]
-            return count_leaves(list(zip(*flags, strict=True)), counter)
-
-        return list(lax.cond(over_keys, of_keys, of_ties))
-
-    def total(counts: Array) -> Array:
-        whole = jnp.sum(counts, dtype=counter)
-        return jnp.broadcast_to(whole, counts.shape) if scope == "global" else counts
-
-    def share(missing: Array, tied: Array) -> Array:
-        """How many of the tied entries of each leaf are selected: the first leaves'."""
-        if scope == "global":
-            missing -= jnp.minimum(sum_before(tied), missing)
-        return jnp.minimum(missing, tied)
-
-    key, place = find_threshold(count, wanted, keys[0].dtype, max(sizes), total, share)
-
-    def all_tied() -> list[Array]:
-        return [x >= key[i] for i, x in enumerate(keys)]
-
-    def first_tied() -> list[Array]:
-        ties = ties_from(key, place)
-        return [(x > key[i]) | ties[i] for i, x in enumerate(keys)]
-
-    # A condition, so that XLA keeps the masks, of one byte, and not the keys.
-    return lax.cond(jnp.any(place > 1), first_tied, all_tied)
+    start = _Search(keys, bits, jnp.asarray(True))
+    end = lax.while_loop(lambda s: s.too_many, search, start)
+    return [x > 0 for x in end.keys]
 
 
 class _Search(NamedTuple):
-    """The state of `find_threshold`: arrays with one entry per threshold.
+    """The state of `top_k` between its searches.
 
     Attributes:
-      shift: int32 scalar, the place in the number of the digit that is searched next.
-      over_keys: Whether keys are searched, or the positions of tied entries.
-      key: The threshold of the keys, as far as it is known.
-      place: The threshold of the positions, as far as it is known.
-      wanted: How many entries are to be selected; of those tied, in the second part.
-      least: How many entries reach the threshold.
-      above: How many entries reach what is above all it can still become.
+      keys: The keys of all entries; after a search, those of the chosen entries, by
+        their positions where they are tied, and 0 elsewhere.
+      bits: int32 scalar, how many bits the keys have.
+      too_many: Whether more entries are chosen than wanted, because of ties.
     """
 
-    shift: Array
-    over_keys: Array
-    key: Array
-    place: Array
-    wanted: Array
-    least: Array
-    above: Array
+    keys: list[Array]
+    bits: Array
+    too_many: Array
 
 
 def find_threshold(
-    count: Callable[[Array, Array, list[Array]], list[Array]],
+    count: Callable[[list[Array]], list[Array]],
     wanted: Array,
+    bits: Array,
     dtype: jnp.dtype,
-    size: int,
-    total: Callable[[Array], Array] = lambda counts: counts,
-    share: Callable[[Array, Array], Array] = jnp.minimum,
 ) -> tuple[Array, Array]:
-    """Find the keys, and the positions of ties, from which entries are selected.
+    """Find the largest threshold that at least the wanted number of keys reaches.
 
-    The search stops early once thresholds are reached by exactly the wanted number of
-    entries: further digits would select the same ones.
+    The search stops early once exactly the wanted number reaches it: a larger threshold
+    would select the same keys.
 
     Args:
-      count: From (over_keys, key, bounds) to the numbers of entries that reach each of
-        the bounds: with their keys, or, of the entries that equal `key`, with their
-        distances from the end.
-      wanted: Unsigned array of the numbers to select.
+      count: From bounds (arrays like `wanted`) to the number of keys that reach each.
+      wanted: Array of unsigned integers, the numbers to select.
+      bits: int32 scalar, how many bits the keys have.
       dtype: The dtype of the keys.
-      size: The largest distance from the end.
-      total: From counts to those that decide.
-      share: From (missing, tied) to how many of the tied entries are selected.
 
     Returns:
-      Arrays like `wanted`: a key, and the distance from the end that entries of this
-      key must have; larger keys are selected anyway. The distance is 1 where all are.
+      Two arrays like `wanted`: the threshold, and how many keys reach it. Where fewer
+      keys than wanted are larger than 0, they are 1 and 0.
     """
-    wide = jnp.promote_types(dtype, index_dtype(size))
-    key_shift = 8 * dtype.itemsize - _BITS
-    place_shift = -(-(size + 1).bit_length() // _BITS - 1) * _BITS
 
-    def begin_places(s: _Search) -> _Search:
-        tied = s.least - s.above
-        missing = s.wanted - jnp.minimum(total(s.above), s.wanted)
-        return s._replace(
-            shift=jnp.full_like(s.shift, place_shift),
-            over_keys=jnp.zeros_like(s.over_keys),
-            wanted=share(missing, tied),
-            least=tied,
-            above=jnp.zeros_like(s.above),
-        )
+    def next_digit(
+        state: tuple[Array, Array, Array],
+    ) -> tuple[Array, Array, Array]:
+        shift, threshold, reached = state
+        shift -= _BITS
+        unit = jnp.ones((), dtype) << shift.astype(dtype)
+        bounds = [threshold + jnp.asarray(d, dtype) * unit for d in range(1, 2**_BITS)]
+        for bound, number in zip(bounds, count(bounds), strict=True):
+            suffices = number >= wanted
+            threshold = jnp.where(suffices, bound, threshold)
+            reached = jnp.where(suffices, number, reached)
+        return shift, threshold, reached
 
-    def decisive(s: _Search, counts: Array) -> Array:
-        return jnp.where(s.over_keys, total(counts), counts)
+    def unfinished(state: tuple[Array, Array, Array]) -> Array:
+        shift, _, reached = state
+        return (shift > 0) & jnp.any(reached > wanted)
 
-    def next_digit(s: _Search) -> _Search:
-        low = jnp.where(s.over_keys, s.key, s.place)
-        unit = jnp.ones((), wide) << s.shift.astype(wide)
-        bounds = [low + unit * jnp.asarray(d, wide) for d in range(2**_BITS)]
-        # Key 0 means "no candidate", and no position is 0 from the end.
-        counts = count(s.over_keys, s.key, [jnp.maximum(bounds[0], 1), *bounds[1:]])
-        least, above = counts[:2]
-        # Where there are fewer candidates than wanted, all of them are.
-        most = jnp.where(s.over_keys, total(least), s.wanted)
-        wanted = jnp.minimum(s.wanted, most)
-        for bound, here, next_one in zip(
-            bounds[1:], counts[1:], [*counts[2:], s.above], strict=True
-        ):
-            # Counts fall as bounds rise: of those that suffice, the last one remains.
-            suffices = decisive(s, here) >= wanted
-            low = jnp.where(suffices, bound, low)
-            least = jnp.where(suffices, here, least)
-            above = jnp.where(suffices, next_one, above)
-        s = s._replace(
-            shift=s.shift - _BITS,
-            key=jnp.where(s.over_keys, low, s.key),
-            place=jnp.where(s.over_keys, s.place, low),
-            wanted=wanted,
-            least=least,
-            above=above,
-        )
-        ends = s.over_keys & (s.shift < 0)
-        return jax.tree.map(
-            lambda after, now: jnp.where(ends, after, now), begin_places(s), s
-        )
+    unknown = jnp.full_like(wanted, jnp.iinfo(wanted.dtype).max)
+    start = (bits, jnp.zeros(wanted.shape, dtype), unknown)
+    _, threshold, reached = lax.while_loop(unfinished, next_digit, start)
+    # Where no bound sufficed, there are fewer keys than wanted, and all are selected.
+    return jnp.maximum(threshold, 1), jnp.where(threshold > 0, reached, 0)
 
-    def unfinished(s: _Search) -> Array:
-        return (s.shift >= 0) & jnp.any(decisive(s, s.least) > s.wanted)
 
-    zeros = jnp.zeros(wanted.shape, wide)
-    s = _Search(
-        shift=jnp.asarray(key_shift, jnp.int32),
-        over_keys=jnp.asarray(True),
-        key=zeros,
-        place=zeros,
-        wanted=wanted,
-        least=jnp.full_like(wanted, jnp.iinfo(wanted.dtype).max),
-        above=jnp.zeros_like(wanted),
-    )
-    s = lax.while_loop(unfinished, next_digit, s)
-    one = jnp.ones((), wide)
-    return jnp.maximum(s.key, one).astype(dtype), jnp.maximum(s.place, one)
+def ties_by_rank(keys: Array, threshold: Array, rank: Array) -> Array:
+    """New keys, which put those entries in order whose keys equal the threshold.
+
+    Larger keys become the highest key, smaller ones become 0.
+
+    Args:
+      keys: Keys of one leaf.
+      threshold: The threshold, of a shape that broadcasts to that of `keys`.
+      rank: The new key of every entry that equals the threshold, of such a shape too.
+    """
+    tied = jnp.where(keys == threshold, rank, jnp.zeros_like(keys))
+    return jnp.where(keys > threshold, highest(keys.dtype), tied)
+
+
+def highest(dtype: jnp.dtype) -> Array:
+    """The highest key of a dtype, which no score has."""
+    return jnp.asarray(jnp.iinfo(dtype).max, dtype)
 
 
 def count_leaves(
@@ -273,14 +222,6 @@ def _sum_together(leaves: list[list[Array]], counter: jnp.dtype) -> list[list[Ar
         return list(lax.reduce(numbers, zeros, add, tuple(range(leaf[0].ndim))))
 
     return [total(leaf) for leaf in leaves]
-
-
-def sum_before(counts: Array) -> Array:
-    """The exclusive cumulative sum of a short vector, in its dtype."""
-    # `jnp.cumsum` takes ten times as long to compile.
-    place = np.arange(counts.size)
-    earlier = jnp.asarray(place[None, :] < place[:, None])
-    return jnp.sum(jnp.where(earlier, counts, 0), axis=1, dtype=counts.dtype)
 
 
 def sort_keys(
@@ -350,12 +291,12 @@ def counter_dtype(sizes: Sequence[int], scope: Scope) -> jnp.dtype:
       ValueError: This takes 64 bits, and 64-bit types are disabled.
     """
     largest = sum(sizes) if scope == "global" else max(sizes)
-    if largest < 2**32:
+    if largest < 2**32 - 1:  # The highest number is used as a key.
         return jnp.dtype(jnp.uint32)
     if jax.dtypes.canonicalize_dtype(jnp.uint64) == jnp.uint64:
         return jnp.dtype(jnp.uint64)
     raise ValueError(
-        f"{largest} scores to rank together are more than a 32-bit counter holds "
-        '(2**32 - 1): use scope="layer", or enable 64-bit types with '
+        f"{largest} scores to rank together are too many for 32-bit integers "
+        '(2**32 - 2): use scope="layer", or enable 64-bit types with '
         'jax.config.update("jax_enable_x64", True).'
     )

@@ -33,8 +33,14 @@ from jax.typing import ArrayLike
 from granet_jax import distributions, masking, selection
 from granet_jax.checks import check_choice, check_integer
 from granet_jax.distributions import Distribution, Shape
-from granet_jax.positions import iota, mesh_axes
-from granet_jax.selection import Scope, find_threshold, sort_keys
+from granet_jax.positions import from_end, iota, mesh_axes
+from granet_jax.selection import (
+    Scope,
+    find_threshold,
+    highest,
+    sort_keys,
+    ties_by_rank,
+)
 
 Norm = Literal["l1", "l2"]
 NORMS: tuple[str, ...] = ("l1", "l2")
@@ -361,9 +367,9 @@ def fill(
     """
     filled = []
     for i, (key, mask) in enumerate(zip(sort_keys(scores), masks, strict=True)):
-        # No score has the largest key, so the active weights come first.
-        first = jnp.asarray(jnp.iinfo(key.dtype).max, key.dtype)
-        best = _best_of_boxes(structure, jnp.where(mask, first, key), number[i])
+        # No score has the highest key, so the active weights come first.
+        ranked = jnp.where(mask, highest(key.dtype), key)
+        best = _best_of_boxes(structure, ranked, number[i])
         filled.append(best | mask)
     return filled
 
@@ -439,26 +445,24 @@ def _best_by_comparison(keys: Array, number: Array, axis: int) -> Array:
 
 def _best_by_digits(keys: Array, number: Array, axes: tuple[int, ...]) -> Array:
     """Select by a threshold for each box, as `selection.top_k` does for each leaf."""
-    index, size = jnp.zeros_like(keys, jnp.uint32), 1
-    for axis in reversed(axes):
-        along = iota(jax.typeof(keys), jnp.dtype(jnp.uint32), axis)
-        index, size = index + along * jnp.uint32(size), size * keys.shape[axis]
-    from_end = jnp.uint32(size) - index
-
-    def reaches(over_keys: Array | bool, key: Array, bound: Array) -> Array:
-        tied = keys == key.astype(keys.dtype)
-        above = keys >= bound.astype(keys.dtype)
-        return jnp.where(over_keys, above, tied & (from_end >= bound))
+    bits = jnp.asarray(8 * keys.dtype.itemsize, jnp.int32)
+    keys = keys.astype(jnp.promote_types(keys.dtype, jnp.uint32))
 
     def sums(flags: Array) -> Array:
         return jnp.sum(flags, axis=axes, keepdims=True, dtype=jnp.uint32)
 
-    def count(over_keys: Array, key: Array, bounds: list[Array]) -> list[Array]:
-        return [sums(reaches(over_keys, key, bound)) for bound in bounds]
-
     numbers = jnp.broadcast_to(number, sums(keys > 0).shape)
-    key, place = find_threshold(count, numbers, keys.dtype, size)
-    return (keys > key) | reaches(False, key, place)
+
+    def threshold(keys: Array, bits: Array) -> Array:
+        def count(bounds: list[Array]) -> list[Array]:
+            return [sums(keys >= bound) for bound in bounds]
+
+        return find_threshold(count, numbers, bits, keys.dtype)[0]
+
+    size = jnp.asarray(math.prod(keys.shape[axis] for axis in axes), keys.dtype)
+    rank = from_end(size, keys, axes)
+    ties = ties_by_rank(keys, threshold(keys, bits), rank)
+    return ties >= threshold(ties, jnp.full_like(bits, 32))
 
 
 def _unit(leaf: Shape) -> Shape:

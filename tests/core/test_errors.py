@@ -282,7 +282,7 @@ def test_sparsity_zero_trains_dense(name: str) -> None:
 
 def test_more_scores_than_32_bits_count() -> None:
     half = jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32)
-    almost = jax.ShapeDtypeStruct((2**31 - 1,), jnp.float32)
+    almost = jax.ShapeDtypeStruct((2**31 - 2,), jnp.float32)
     huge = jax.ShapeDtypeStruct((2**16, 2**16), jnp.float32)
 
     def shapes(scope: Any, *scores: Any) -> Any:
@@ -290,19 +290,21 @@ def test_more_scores_than_32_bits_count() -> None:
         return [x.shape for x in found]
 
     message = (
-        f"{2**32} scores to rank together are more than a 32-bit counter holds "
-        '(2**32 - 1): use scope="layer", or enable 64-bit types with '
+        f"{2**32} scores to rank together are too many for 32-bit integers "
+        '(2**32 - 2): use scope="layer", or enable 64-bit types with '
         'jax.config.update("jax_enable_x64", True).'
     )
     with pytest.raises(ValueError, match=exactly(message)):
         shapes("global", half, half)
     with pytest.raises(ValueError, match=f"^{2**32} scores to rank together"):
         shapes("layer", huge)
-    # One score fewer is accepted, and both remedies work.
+    # Two scores fewer are accepted, and both remedies work.
     assert shapes("global", half, almost) == [half.shape, almost.shape]
     assert shapes("layer", half, half) == [half.shape] * 2
-    assert selection.counter_dtype([2**32 - 1], "global") == jnp.uint32
+    assert selection.counter_dtype([2**32 - 2], "global") == jnp.uint32
     assert selection.counter_dtype([2**31] * 4, "layer") == jnp.uint32
+    with pytest.raises(ValueError, match=f"^{2**32 - 1} scores"):
+        selection.counter_dtype([2**32 - 1], "layer")
     with jax.enable_x64(True):
         assert shapes("global", half, half) == [half.shape] * 2
         assert selection.counter_dtype([2**31] * 2, "global") == jnp.uint64
