@@ -368,8 +368,8 @@ def test_a_full_disk(file, partial_run, recording, capfd):
     before = runs.restore_state(setup(), partial_run, 3)
     path = partial_run / "metrics.jsonl"
     size = path.stat().st_size
-    # The largest file of a checkpoint has more than 10 kB.
-    limit = 10_000 if file == "checkpoint" else size + 100
+    # Orbax divides arrays among files as it likes, but `_METADATA` has 8 kB.
+    limit = 5_000 if file == "checkpoint" else size + 100
 
     def limited() -> None:
         with runs.full_disk(limit):
