@@ -105,8 +105,10 @@ def transform(
         `Method`.
       inner: Any optax optimizer that keeps its moments in the shapes of the parameters
         (not `optax.flatten`); None to use this as the last link of a chain.
-      where: Which leaves carry a mask: None for every floating leaf with ndim >= 2; a
-        function of (name, leaf), with names such as "dense/kernel"; or a pytree of
+      where: Which leaves carry a mask: None for kernels and embeddings, which are the
+        floating leaves with ndim >= 2 that are not named as biases, scales, tokens,
+        positions or adapters; a regular expression that is searched for in the name of
+        every leaf, such as "dense/kernel"; a function of (name, leaf); or a pytree of
         bools of the structure of params. Evaluated at init.
       masks: Masks to start from instead of the method's own: boolean or 0/1 arrays in
         the structure of params, None at dense leaves.

@@ -6,6 +6,7 @@ active weights) at every maskable leaf and `optax.MaskedNode()` at every dense l
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,8 +18,19 @@ from jax import Array, lax
 from jax.core import Tracer
 
 PyTree = Any
-# Which leaves carry a mask: a function of (name, leaf), or a pytree of bools.
-Where = Callable[[str, Any], bool] | PyTree | None
+# Which leaves carry a mask: a regular expression, a function of (name, leaf), or a
+# pytree of bools.
+Where = str | Callable[[str, Any], bool] | PyTree | None
+
+# Words in the name of a parameter that is no kernel and no embedding, however many
+# dimensions it has: flax's attention biases have two, and so have the biases and scales
+# of layers that `nn.scan` stacks; class tokens and learned positions have three.
+_DENSE_WORDS = frozenset(
+    [
+        *("bias", "biases", "scale", "scales", "gamma", "beta", "token", "tokens"),
+        *("cls", "class", "pos", "position", "positions", "positional", "lora"),
+    ]
+)
 
 
 class Sparsity(NamedTuple):
@@ -93,9 +105,17 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 
 
 def default_where(name: str, leaf: Any) -> bool:
-    """Whether a leaf is floating and has two or more dimensions, unlike a bias."""
-    del name
-    return leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+    """Whether a leaf is a kernel or an embedding, as far as one can tell.
+
+    It is if it is floating, has two or more dimensions, and no word of its own name
+    (after the last slash, words divided by underscores) says that it is a bias, a
+    norm's scale, a token, a table of positions, or an adapter.
+    """
+    if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return False
+    # In the parameters of flax.nnx, an attribute of the parameter comes last.
+    own = re.sub("/(raw_)?value$", "", name).rpartition("/")[2]
+    return _DENSE_WORDS.isdisjoint(own.lower().split("_"))
 
 
 def maskable(params: PyTree, where: Where = None) -> PyTree:
@@ -103,16 +123,17 @@ def maskable(params: PyTree, where: Where = None) -> PyTree:
 
     Args:
       params: Pytree of arrays or `jax.ShapeDtypeStruct`.
-      where: None for every floating leaf with ndim >= 2; a function of (name, leaf),
-        with names as from `leaf_name`; or a pytree of bools of the structure of
-        `params`.
+      where: None for kernels and embeddings, see `default_where`; a regular expression
+        that is searched for in the name of every leaf ("encoder/.*kernel"); a function
+        of (name, leaf), with names as from `leaf_name`; or a pytree of bools of the
+        structure of `params`.
 
     Returns:
       Pytree of Python bools of the structure of `params`.
 
     Raises:
       ValueError: `params` has no leaves, no leaf is selected, or `where` has another
-        structure.
+        structure or is no regular expression.
       TypeError: A selected leaf is not floating.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
@@ -121,14 +142,14 @@ def maskable(params: PyTree, where: Where = None) -> PyTree:
             f"params has no leaves, got {params!r}: nothing to make sparse."
         )
     check_arrays("params", params)
-    if where is None or callable(where):
-        rule = default_where if where is None else where
+    if where is None or isinstance(where, str) or callable(where):
+        rule = _rule(where)
         chosen = [bool(rule(leaf_name(path), leaf)) for path, leaf in leaves]
     else:
         if jax.tree.structure(where) != treedef:
             raise ValueError(
-                "where must be None, a function of (name, leaf), or a pytree of bools "
-                f"of the structure of params; got structure "
+                "where must be None, a regular expression, a function of (name, leaf), "
+                "or a pytree of bools of the structure of params; got structure "
                 f"{jax.tree.structure(where)} for params of {treedef}."
             )
         chosen = [bool(x) for x in jax.tree.leaves(where)]
@@ -146,14 +167,31 @@ def maskable(params: PyTree, where: Where = None) -> PyTree:
         raise ValueError(
             "no maskable leaf: "
             + (
-                "the default takes floating leaves with ndim >= 2"
+                "the default takes floating leaves with ndim >= 2 that are not named "
+                "as biases, scales, tokens, positions or adapters"
                 if where is None
+                else f"`where` ({where!r}) selects none"
+                if isinstance(where, str)
                 else "`where` selects none"
             )
             + f", and params has {listing}{', ...' if len(leaves) > 8 else ''}. "
             "Pass `where=` to choose leaves."
         )
     return jax.tree.unflatten(treedef, chosen)
+
+
+def _rule(where: str | Callable[[str, Any], bool] | None) -> Callable[[str, Any], bool]:
+    if where is None:
+        return default_where
+    if callable(where):
+        return where
+    try:
+        pattern = re.compile(where)
+    except re.error as error:
+        raise ValueError(
+            f"where must be a regular expression, got {where!r}: {error}."
+        ) from error
+    return lambda name, _: pattern.search(name) is not None
 
 
 def map_masked(

@@ -132,9 +132,9 @@ VALUE_ERRORS: list[tuple[Callable[[], Any], str]] = [
     # Leaves and masks.
     (
         lambda: masking.maskable({"b": jnp.zeros(3), "table": INTEGERS["table"]}),
-        "no maskable leaf: the default takes floating leaves with ndim >= 2, and "
-        "params has 'b' float32[3], 'table' int32[2, 2]. Pass `where=` to choose "
-        "leaves.",
+        "no maskable leaf: the default takes floating leaves with ndim >= 2 that are "
+        "not named as biases, scales, tokens, positions or adapters, and params has "
+        "'b' float32[3], 'table' int32[2, 2]. Pass `where=` to choose leaves.",
     ),
     (
         lambda: masking.maskable(INTEGERS, {"table": 0, "w": False}),
@@ -322,12 +322,13 @@ def test_no_leaves(params: Any) -> None:
 
 @pytest.mark.parametrize(
     "where",
-    [{"dense": True}, [True, True, False], {"dense": {"kernel": True}}, "kernel", 1],
+    [{"dense": True}, [True, True, False], {"dense": {"kernel": True}}, 1],
 )
 def test_where_of_another_structure(where: Any) -> None:
     message = (
-        "where must be None, a function of (name, leaf), or a pytree of bools of the "
-        f"structure of params; got structure {jax.tree.structure(where)} for params of "
+        "where must be None, a regular expression, a function of (name, leaf), or a "
+        "pytree of bools of the structure of params; got structure "
+        f"{jax.tree.structure(where)} for params of "
         f"{jax.tree.structure(parameters())}."
     )
     with pytest.raises(ValueError, match=exactly(message)):

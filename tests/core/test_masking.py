@@ -4,6 +4,7 @@ import itertools
 import math
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,45 @@ def test_default_leaves() -> None:
         assert selected(tree) == BY_DEFAULT
     masks = granet_jax.init_masks(HALF, mixed_tree())
     assert list(granet_jax.sparsity(masks).leaves) == BY_DEFAULT
+
+
+def test_default_leaves_of_flax_models() -> None:
+    """Biases, scales, tokens and positions are dense, whatever their dimensions."""
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+            x = nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x))
+            return nn.Dense(8)(x), None
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, tokens: jax.Array) -> jax.Array:
+            first = self.param("cls_token", nn.initializers.ones, (1, 1, 8))
+            x = nn.Embed(5, 8)(tokens)
+            x = x + self.param("pos_embedding", nn.initializers.ones, (1, 3, 8)) + first
+            layers = nn.scan(
+                Block, {"params": 0}, split_rngs={"params": True}, length=2
+            )
+            return layers(name="layers")(x, None)[0]
+
+    tokens = jnp.zeros((1, 3), int)
+    params = jax.eval_shape(Model().init, jax.random.key(0), tokens)["params"]
+    attention = "layers/MultiHeadDotProductAttention_0"
+    assert selected(masking.maskable(params)) == [
+        "Embed_0/embedding",
+        "layers/Dense_0/kernel",
+        *(f"{attention}/{part}/kernel" for part in ("key", "out", "query", "value")),
+    ]
+    # nnx names the attribute of a parameter last.
+    leaf = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+    assert masking.default_where("linear/kernel/value", leaf)
+    assert not masking.default_where("attention/bias/value", leaf)
+
+
+def test_where_as_a_regular_expression() -> None:
+    chosen = masking.maskable(mixed_tree(), r"layers/\d+/bias$")
+    assert selected(chosen) == ["layers/0/bias", "layers/1/bias"]
 
 
 def test_where_as_a_function() -> None:

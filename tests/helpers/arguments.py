@@ -433,7 +433,11 @@ BAD: dict[str, list[Any] | Free] = {
     "value": NUMBER,
     "weight_decay": NOT_NEGATIVE,
     "where": [
-        *(Bad("kernel", "bools"), Bad({"dense": True}, "bools")),
+        *(
+            Bad("no such leaf", "selects none"),
+            Bad("(", "must be a regular expression"),
+        ),
+        *(Bad(3, "bools"), Bad({"dense": True}, "bools")),
         Bad(lambda name, leaf: False, "selects none"),
     ],
     "x": [Bad(jnp.ones(2), "(2,)"), 3],
