@@ -147,6 +147,8 @@ def transform(
 
 def init(setup: Setup, params: PyTree) -> SparseState:
     """The first state: initial masks, and zeros."""
+    if type(params).__name__ == "_ParamsPlaceholder":
+        return _placeholder_state(setup, params)
     method, count = setup.method, jnp.zeros((), jnp.int32)
     if setup.masks is None:
         masks = init_masks(method, params, where=setup.where, seed=setup.seed)
@@ -240,6 +242,25 @@ def update(
     marked = run_if(method.marks, step, mark, state.marked)
     return moved, SparseState(
         step.count, masks, inner_state, step.average, marked, phases
+    )
+
+
+def _placeholder_state(setup: Setup, placeholder: Any) -> SparseState:
+    """The state as `optax.tree_utils.tree_map_params` wants it, to see its structure.
+
+    It has the placeholder of the parameters in place of every tree that is like them,
+    and some leaf in place of every other array.
+    """
+    method = setup.method
+    # The structure of a phase's state may depend on the leaves, so it becomes one leaf.
+    phases = [phase.init([jnp.ones((1, 1), bool)]) for phase in method.phases]
+    return SparseState(
+        count=jnp.zeros((), jnp.int32),
+        masks=placeholder,
+        inner_state=setup.optimizer.init(placeholder),
+        average=() if method.average_decay is None else placeholder,
+        marked=() if method.marked_sparsity is None else placeholder,
+        phases=tuple(0 if jax.tree.leaves(state) else state for state in phases),
     )
 
 
