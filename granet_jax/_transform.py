@@ -19,7 +19,7 @@ from granet_jax.checks import check_flag, check_seed
 from granet_jax.initial_masks import init_masks
 from granet_jax.masking import PyTree, Where, map_masked
 from granet_jax.methods.method import Method, check_method
-from granet_jax.moments import refuse_flattened, zero_moments
+from granet_jax.moments import refuse_flattened
 from granet_jax.per_weight import is_per_weight
 from granet_jax.phases import step_key, update_masks, update_masks_compiled
 from granet_jax.state import SparseState
@@ -31,6 +31,7 @@ from granet_jax.step import (
     hold_step,
     mark_weights,
     names_of,
+    renewed,
     run_if,
     stepped,
     storage,
@@ -53,7 +54,8 @@ def transform(
 
     With `inner`, the optimizer that it steers, this is the exact algorithm. It sees the
     dense gradient that regrowth needs, gives `inner` the masked gradient, and keeps the
-    moments of `inner` zero at pruned weights::
+    moments of `inner` fresh at pruned weights, as its `init` makes them for a weight of
+    zero (zero in most optimizers, the initial step size in rprop)::
 
         tx = optax.chain(
             optax.clip_by_global_norm(1.0),
@@ -72,7 +74,7 @@ def transform(
     The order within a step: `inner` steps with the gradient masked by the present
     masks. At an update step, the masks are pruned and regrown from the stepped weights
     and the dense gradient. Weights that continue get the update of `inner`; all others
-    become exactly zero, with zero moments. A weight continues if it was active before
+    become exactly zero, with fresh moments. A weight continues if it was active before
     and is active after every phase of the update: one that was dropped and regrown by
     an exchange continues, one that gradual pruning removed before regrowth took it back
     starts again at zero. Masks are the same on all replicas, without communication
@@ -104,7 +106,9 @@ def transform(
       method: A record from `granet`, `gmp`, `rigl` and the others, or your own
         `Method`.
       inner: Any optax optimizer that keeps its moments in the shapes of the parameters
-        (not `optax.flatten`); None to use this as the last link of a chain.
+        (not `optax.flatten`); None to use this as the last link of a chain. Optimizers
+        that guard their first step by the step count, such as acprop and adopt without
+        clipping, do not guard the first step of a weight that regrows later.
       where: Which leaves carry a mask: None for kernels and embeddings, which are the
         floating leaves with ndim >= 2 that are not named as biases, scales, tokens,
         positions or adapters; a regular expression that is searched for in the name of
@@ -145,6 +149,8 @@ def transform(
 
 def init(setup: Setup, params: PyTree) -> SparseState:
     """The first state: initial masks, and zeros."""
+    if type(params).__name__ == "_ParamsPlaceholder":
+        return _placeholder_state(setup, params)
     method, count = setup.method, jnp.zeros((), jnp.int32)
     if setup.masks is None:
         masks = init_masks(method, params, where=setup.where, seed=setup.seed)
@@ -215,19 +221,18 @@ def update(
     kept = load(kept if method.grows else masks)
 
     if not setup.has_inner or is_per_weight(optimizer, params, kept, extra):
-        # Zeros that go into the optimizer come out of it as zeros. (To mask what comes
-        # out would be the same, but XLA would copy parameters and moments for it.)
-        moved, inner_state = optimizer.update(
-            zero_outside(kept, gradient_of(setup, step, step.masks)),
-            zero_moments(step.inner_state, kept),
-            zero_outside(kept, params),
-            **extra,
-        )
+        # At pruned weights, zeros and fresh moments go into the optimizer, and the same
+        # moments come out of it. (To set them afterwards would give the same, but XLA
+        # would copy parameters and moments for it.)
+        grads = zero_outside(kept, gradient_of(setup, step, step.masks))
+        weights = zero_outside(kept, params)
+        inner_state = renewed(setup, step.inner_state, params, kept)
+        moved, inner_state = optimizer.update(grads, inner_state, weights, **extra)
     else:
         grads = gradient_of(setup, step, step.masks)
         grads = zero_outside(step.masks, grads)
         moved, inner_state = optimizer.update(grads, step.inner_state, params, **extra)
-        inner_state = zero_moments(inner_state, kept)
+        inner_state = renewed(setup, inner_state, params, kept)
     moved = map_masked(update_or_zero, kept, moved, params)
 
     weights = stepped(step.masks, params, moved)
@@ -239,6 +244,25 @@ def update(
     marked = run_if(method.marks, step, mark, state.marked)
     return moved, SparseState(
         step.count, masks, inner_state, step.average, marked, phases
+    )
+
+
+def _placeholder_state(setup: Setup, placeholder: Any) -> SparseState:
+    """The state as `optax.tree_utils.tree_map_params` wants it, to see its structure.
+
+    It has the placeholder of the parameters in place of every tree that is like them,
+    and some leaf in place of every other array.
+    """
+    method = setup.method
+    # The structure of a phase's state may depend on the leaves, so it becomes one leaf.
+    phases = [phase.init([jnp.ones((1, 1), bool)]) for phase in method.phases]
+    return SparseState(
+        count=jnp.zeros((), jnp.int32),
+        masks=placeholder,
+        inner_state=setup.optimizer.init(placeholder),
+        average=() if method.average_decay is None else placeholder,
+        marked=() if method.marked_sparsity is None else placeholder,
+        phases=tuple(0 if jax.tree.leaves(state) else state for state in phases),
     )
 
 

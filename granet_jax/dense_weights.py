@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from granet_jax import targets
 from granet_jax.initial_masks import choose_among_all
 from granet_jax.masking import PyTree, map_masked
 from granet_jax.methods.method import Method
-from granet_jax.moments import zero_moments
+from granet_jax.moments import renew_moments
 from granet_jax.phases import step_key
 from granet_jax.state import SparseState
 from granet_jax.step import (
@@ -25,6 +26,7 @@ from granet_jax.step import (
     hold,
     mark_weights,
     names_of,
+    renewed,
     run_once_if,
     stepped,
     storage,
@@ -83,9 +85,10 @@ def update(
     if method.weights == "projected":
         keep = load(masks)
         moved = map_masked(update_or_zero, keep, moved, params)
-        inner_state = zero_moments(inner_state, keep)
+        inner_state = renewed(setup, inner_state, params, keep)
     elif limited:
-        inner_state = zero_moments(inner_state, load(marked))
+        fresh = optimizer.init(optax.apply_updates(params, moved))
+        inner_state = renew_moments(inner_state, fresh, load(marked))
     return moved, SparseState(
         step.count, masks, inner_state, step.average, marked, state.phases
     )

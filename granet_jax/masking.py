@@ -267,7 +267,8 @@ def check_masks(masks: PyTree, params: PyTree, argument: str = "params") -> PyTr
       argument: Name of `params` in error messages.
 
     Returns:
-      Pytree of boolean arrays, with `optax.MaskedNode()` at dense leaves.
+      Pytree of the structure of `params`: boolean arrays, and `optax.MaskedNode()` at
+      dense leaves.
 
     Raises:
       ValueError: The masks have another structure or shape, or values other than 0 and
@@ -289,15 +290,15 @@ def check_masks(masks: PyTree, params: PyTree, argument: str = "params") -> PyTr
         _check_mask(leaf_name(path), mask, leaf, argument)
         for (path, mask), leaf in zip(entries, leaves, strict=True)
     ]
-    if all(map(_is_absent, checked)):
+    if not jax.tree.leaves(checked):
         raise ValueError(f"masks holds no mask, got {masks!r}.")
     return treedef.unflatten(checked)
 
 
 def _check_mask(name: str, mask: Any, leaf: Any, argument: str) -> Any:
     if _is_absent(mask):
-        # A None in the parameters is not a leaf, and stays None.
-        return None if leaf is None else optax.MaskedNode()
+        # It may stand for a subtree. A None in the parameters is no leaf, and stays.
+        return jax.tree.map(lambda _: optax.MaskedNode(), leaf)
     if is_masked_node(leaf):
         raise ValueError(
             "masks must have masks at the same leaves as the state, which has none at "

@@ -8,7 +8,7 @@ saves copies of the parameters and the moments in every step.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +34,10 @@ def is_per_weight(
 
     The optimizer takes one step on a small example: a tree like the parameters, whose
     leaves have no more than two entries along an axis. Every second weight counts as
-    pruned. The optimizer is per-weight if filling the pruned weights with NaN leaves
-    the results of the others as they are, to the bit, and if zeros at pruned weights
-    give zero moments. If the example cannot be run, the answer is no.
+    pruned: it is zero, as its gradient is, and its moments are fresh. The optimizer is
+    per-weight if these moments come out of the step as they went in, and if filling the
+    pruned weights with NaN leaves the results of the others as they are, to the bit.
+    If the example cannot be run, the answer is no.
 
     Args:
       optimizer: The optimizer.
@@ -48,11 +49,25 @@ def is_per_weight(
         return False  # Outside jit nothing is compiled, so nothing would be saved.
     try:
         with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
-            zeros = _one_step(optimizer, params, masks, extra, 0.0)
-            nans = _one_step(optimizer, params, masks, extra, math.nan)
+            clean = _one_step(optimizer, params, masks, extra, 0.0)
+            noisy = _one_step(optimizer, params, masks, extra, math.nan)
     except Exception:  # noqa: BLE001 - optimizers raise what they like on other shapes
         return False
-    return all(map(_is_kept, zeros, nans))
+    return all(map(_is_kept, clean, noisy))
+
+
+class _Result(NamedTuple):
+    """A result of one step.
+
+    Attributes:
+      array: The result.
+      keep: The mask of its weights; None for a result that many weights share.
+      before: A moment's value before the step.
+    """
+
+    array: np.ndarray
+    keep: np.ndarray | None
+    before: np.ndarray
 
 
 def _one_step(
@@ -60,55 +75,59 @@ def _one_step(
     params: PyTree,
     masks: PyTree,
     extra: dict[str, Any],
-    fill: float,
-) -> list[tuple[np.ndarray, np.ndarray | None, bool]]:
-    """The results of one step: an array, its mask or None, and if it is a moment."""
+    noise: float,
+) -> list[_Result]:
+    """The results of one step of the example, with `noise` added at pruned weights.
 
-    def filled(keep: Array, x: Any, value: float) -> Array:
-        return jnp.where(keep, value, fill).astype(x.dtype)
+    Without noise, a pruned weight and its gradient are zero, and its moments are fresh.
+    """
+
+    def filled(keep: Array, value: float, pruned: Array) -> Array:
+        return jnp.where(keep, value, pruned + noise).astype(pruned.dtype)
 
     def tree(value: float) -> PyTree:
         dense = jax.tree.map(lambda p: jnp.full(_small(p), value, p.dtype), params)
-        return masking.map_masked(lambda m, p: filled(m, p, value), keep, dense)
+        return masking.map_masked(
+            lambda m, p: filled(m, value, jnp.zeros_like(p)), keep, dense
+        )
 
     keep = masking.map_masked(lambda m, _, p: _every_second(p), masks, masks, params)
     weights, grads = tree(_WEIGHT), tree(_GRADIENT)
-    state = optimizer.init(weights)
-    state = jax.tree.map(
-        lambda x, m: x if is_masked_node(m) else filled(m, x, _MOMENT),
-        state,
-        matching_masks(state, keep),
+    before = optimizer.init(weights)
+    before = jax.tree.map(
+        lambda x, m: x if is_masked_node(m) else filled(m, _MOMENT, x),
+        before,
+        matching_masks(before, keep),
     )
     extra = jax.tree.map(
         lambda x: jnp.ones(x.shape, x.dtype) if isinstance(x, Array) else x, extra
     )
-    updates, state = optimizer.update(grads, state, weights, **extra)
-    results: list[tuple[np.ndarray, np.ndarray | None, bool]] = []
-    for result, is_moment in ((updates, False), (state, True)):
-        found = keep if result is updates else matching_masks(state, keep)
-        pairs = zip(
-            jax.tree.leaves(result, is_leaf=is_masked_node),
-            jax.tree.leaves(found, is_leaf=is_masked_node),
-            strict=True,
+    updates, after = optimizer.update(grads, before, weights, **extra)
+    found = jax.tree.structure((updates, after)).flatten_up_to(
+        (keep, matching_masks(after, keep))
+    )
+    # An update is compared with itself: only moments must stay as they are.
+    results = zip(
+        jax.tree.leaves((updates, after)),
+        found,
+        jax.tree.leaves((updates, before)),
+        strict=True,
+    )
+    return [
+        _Result(
+            np.asarray(x), None if is_masked_node(m) else np.asarray(m), np.asarray(old)
         )
-        for x, m in pairs:
-            if is_masked_node(x):
-                continue
-            mask = None if is_masked_node(m) else np.asarray(m)
-            results.append((np.asarray(x), mask, is_moment))
-    return results
+        for x, m, old in results
+    ]
 
 
-def _is_kept(
-    zeros: tuple[np.ndarray, np.ndarray | None, bool],
-    nans: tuple[np.ndarray, np.ndarray | None, bool],
-) -> bool:
-    (a, keep, is_moment), (b, _, _) = zeros, nans
+def _is_kept(clean: _Result, noisy: _Result) -> bool:
+    keep, before = clean.keep, clean.before
     if keep is None:
-        return a.tobytes() == b.tobytes()
-    if is_moment and np.any(a[~keep] != 0):
+        return clean.array.tobytes() == noisy.array.tobytes()
+    if not np.array_equal(clean.array[~keep], before[~keep], equal_nan=True):
         return False
-    return a[keep].tobytes() == b[keep].tobytes()
+    return clean.array[keep].tobytes() == noisy.array[keep].tobytes()
 
 
 def _small(leaf: Any) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The state of `transform`, and how to find it and its masks among optax's states."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -57,24 +58,27 @@ def get_state(opt_state: optax.OptState) -> SparseState:
     Raises:
       ValueError: There is none, or more than one.
     """
-    states = [
-        x for x in jax.tree.leaves(opt_state, is_leaf=_is_sparse) if _is_sparse(x)
-    ]
-    if len(states) != 1:
+    states = _states(opt_state)
+    if len(states) > 1:
         raise ValueError(
-            f"opt_state must hold one state of granet_jax.transform, got {len(states)}"
-            + (
-                ": pass the state of one of them."
-                if states
-                else ": is transform part of the optimizer?"
-            )
+            "opt_state must hold one state of granet_jax.transform, got "
+            f"{len(states)}: pass the state of one of them, such as "
+            "opt_state.inner_states[label] of optax.multi_transform."
         )
     return states[0]
 
 
 def get_masks(opt_state: optax.OptState) -> PyTree:
-    """The masks inside any nest of optax states, as boolean arrays; see `get_state`."""
-    return masking.unpack_masks(get_state(opt_state).masks)
+    """The masks inside any nest of optax states, as boolean arrays.
+
+    Several transformations may each mask a part of the parameters, inside
+    `optax.multi_transform` or `optax.masked`. Their masks come as one tree.
+
+    Raises:
+      ValueError: There is no sparse state, or two of them mask the same parameters.
+    """
+    parts = [masking.unpack_masks(state.masks) for state in _states(opt_state)]
+    return functools.reduce(_merged, parts)
 
 
 def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
@@ -84,15 +88,16 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
     `apply_masks` does so at once for the parameters.
 
     Args:
-      opt_state: Any nest of optax states with one `SparseState`.
-      masks: Pytree of masks with the structure and shapes of those in the state.
+      opt_state: Any nest of optax states with a `SparseState`; with several, each gets
+        the masks of its own part of the parameters.
+      masks: Pytree of masks with the structure and shapes of `get_masks(opt_state)`.
 
     Returns:
       The nest of states with `masks` in place.
 
     Raises:
-      ValueError: There is no sparse state or more than one; or the masks have another
-        structure or shape.
+      ValueError: There is no sparse state, or two of them mask the same parameters; or
+        the masks have another structure or shape.
     """
     present = get_masks(opt_state)
     like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, jnp.float32), present)
@@ -105,8 +110,10 @@ def set_masks(opt_state: optax.OptState, masks: PyTree) -> optax.OptState:
     checked = jax.tree.map(masking.placed_like, checked, present)
 
     def replace(state: SparseState) -> SparseState:
+        part = masking.unpack_masks(state.masks)
+        part = masking.map_masked(lambda _, m, new: new, part, part, checked)
         packed = is_packed_state(state)
-        return state._replace(masks=masking.pack_masks(checked) if packed else checked)
+        return state._replace(masks=masking.pack_masks(part) if packed else part)
 
     return jax.tree.map(
         lambda x: replace(x) if _is_sparse(x) else x, opt_state, is_leaf=_is_sparse
@@ -129,16 +136,59 @@ def sparse_view(params: PyTree, opt_state: optax.OptState) -> PyTree:
 
     Args:
       params: Pytree of arrays.
-      opt_state: Any nest of optax states with one `SparseState`.
+      opt_state: Any nest of optax states with a `SparseState`, or with several that
+        mask different parameters.
 
     Returns:
       `params` with exact zeros outside the masks of `opt_state`.
 
     Raises:
-      ValueError: There is no sparse state or more than one; or the parameters have
-        another structure.
+      ValueError: There is no sparse state, or two of them mask the same parameters; or
+        the parameters have another structure.
     """
     return masking.apply_masks(params, get_masks(opt_state))
+
+
+def _states(opt_state: optax.OptState) -> list[SparseState]:
+    """All sparse states inside a nest of optax states, at least one."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=_is_sparse)
+    states = [x for x in leaves if _is_sparse(x)]
+    if not states:
+        raise ValueError(
+            "opt_state must hold a state of granet_jax.transform, got none: is "
+            "transform part of the optimizer?"
+        )
+    return states
+
+
+def _merged(masks: PyTree, others: PyTree) -> PyTree:
+    """Two trees of masks as one, each with `MaskedNode` where the other has masks."""
+    other_leaves = jax.tree_util.tree_leaves_with_path(
+        others, is_leaf=masking.is_masked_node
+    )
+    absent = {path for path, x in other_leaves if masking.is_masked_node(x)}
+
+    def one_of(path: tuple[Any, ...], mask: Any, other: Any) -> Any:
+        if masking.is_masked_node(mask):
+            return other
+        if masking.is_masked_node(other):
+            return mask
+        raise ValueError(f"both mask {masking.leaf_name(path)!r}")
+
+    try:
+        # A MaskedNode on either side may stand for a subtree.
+        return jax.tree_util.tree_map_with_path(
+            one_of,
+            masks,
+            others,
+            is_leaf=lambda path, x: masking.is_masked_node(x) or path in absent,
+            is_leaf_takes_path=True,
+        )
+    except ValueError as error:
+        raise ValueError(
+            "opt_state holds several states of granet_jax.transform, which must mask "
+            f"different parameters of one tree: {error}. Pass one of these states."
+        ) from error
 
 
 def _is_sparse(x: Any) -> bool:

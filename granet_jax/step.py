@@ -14,7 +14,7 @@ from granet_jax import masking, targets
 from granet_jax.initial_masks import choose_among_all
 from granet_jax.masking import PyTree, Where, map_masked, maskable_leaves
 from granet_jax.methods.method import Method
-from granet_jax.moments import restart_moments, zero_moments
+from granet_jax.moments import renew_moments, restart_moments
 from granet_jax.penalties import penalised
 from granet_jax.phases import Weights, step_key
 from granet_jax.schedules import Steps
@@ -122,10 +122,22 @@ def _after_resets(setup: Setup, state: SparseState, params: PyTree) -> optax.Opt
         return state.inner_state
     # At the start of a step and not at the end of the one before, whose update still
     # reads the old moments: XLA would copy them.
-    masks = unpacked_like(params, state.masks)
-    fresh = zero_moments(setup.optimizer.init(params), masks)
+    if setup.method.weights != "dense":
+        params = zero_outside(unpacked_like(params, state.masks), params)
+    fresh = setup.optimizer.init(params)
     restart = resets.contains(state.count) & (state.count < _LAST_COUNT)
     return restart_moments(state.inner_state, fresh, params, restart)
+
+
+def renewed(
+    setup: Setup, inner_state: optax.OptState, params: PyTree, keep: PyTree
+) -> optax.OptState:
+    """The optimizer's state, with moments as `init` makes them outside `keep`.
+
+    There the weights are zero, and so `init` sees zeros, which XLA knows as constants.
+    """
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return renew_moments(inner_state, setup.optimizer.init(zeros), keep)
 
 
 def _averaged(decay: float, average: PyTree, grads: PyTree) -> PyTree:

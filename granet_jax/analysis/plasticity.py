@@ -306,7 +306,8 @@ def apply_pruned(
     Args:
       params: Pytree of arrays.
       inner_state: State of an optax optimizer whose moments have the shapes of the
-        parameters. For a `SparseState`, pass its field `inner_state`.
+        parameters, and are zero at first. For a `SparseState`, pass its field
+        `inner_state`.
       pruned: Result of `prune`.
 
     Returns:
@@ -317,7 +318,8 @@ def apply_pruned(
     """
     checks.check_type("pruned", pruned, Pruned, "from granet_jax.analysis.prune")
     moments.refuse_flattened(inner_state, params, "inner_state")
+    zeros = jax.tree.map(jnp.zeros_like, inner_state)
     return (
         masking.apply_masks(params, pruned.continuing),
-        moments.zero_moments(inner_state, pruned.continuing),
+        moments.renew_moments(inner_state, zeros, pruned.continuing),
     )

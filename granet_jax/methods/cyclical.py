@@ -51,11 +51,11 @@ def cyclical(
 
     - "hard": Pruned weights are zero and see no gradient. Within a cycle, masks are
       nested. At the start of the next cycle all weights become active again; those that
-      were pruned start at zero, with zero moments. With `initial_sparsity` above zero,
+      were pruned start at zero, with fresh moments. With `initial_sparsity` above zero,
       only the weights of largest abs(dense gradient) come back.
     - "projected": Projected gradient descent. In every step the optimizer moves all
       weights by the dense gradient at the sparse weights. Then the largest weights are
-      kept, and the others become zero, with zero moments. A pruned weight enters when
+      kept, and the others become zero, with fresh moments. A pruned weight enters when
       one step moves it from zero beyond a weight that would be kept. An optimizer that
       divides by the size of the gradient, such as Adam, moves all pruned weights about
       equally far.

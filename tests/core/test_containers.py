@@ -268,13 +268,67 @@ def test_inside_another_transformation(wrapper: str) -> None:
     assert step._cache_size() == 1
 
 
-def test_two_sparse_transformations_are_found_in_their_parts() -> None:
-    sparse = granet_jax.transform(granet_jax.static(0.5), INNER)
-    both = optax.multi_transform({"sparse": sparse, "rest": sparse}, LABELS)
-    state = both.init(trees.parameters())
-    for label, active in [("sparse", 24), ("rest", 36)]:
-        masks = granet_jax.get_masks(state.inner_states[label])
-        assert granet_jax.sparsity(masks).active == active
+@pytest.mark.parametrize("labels", [LABELS, {"conv": "rest", "dense": "sparse"}])
+def test_two_sparse_transformations_for_two_parts(labels: PyTree) -> None:
+    parts = {
+        label: granet_jax.transform(granet_jax.rigl(s, 8, interval=2), INNER, packed=p)
+        for label, s, p in [("sparse", 0.5, False), ("rest", 0.75, True)]
+    }
+    tx, params = optax.multi_transform(parts, labels), trees.parameters()
+    params, state = start(tx, params)
+    step = compiled_step(tx)
+    for count in range(4):
+        params, state = step(params, state, trees.eighths(count))
+        masks = granet_jax.get_masks(state)
+        assert mask_list(masks)[1] is None
+        assert granet_jax.sparsity(masks).leaves == {
+            "conv/kernel": 0.75,
+            "dense/kernel": 0.5,
+        }
+        trees.assert_same(granet_jax.sparse_view(params, state), params)
+    for label, name in [("sparse", "dense"), ("rest", "conv")]:
+        part = granet_jax.get_masks(state.inner_states[label])
+        trees.assert_same(part[name], masks[name])
+
+    new = jax.tree.map(jnp.logical_not, masks)
+    changed = granet_jax.set_masks(state, new)
+    assert jax.tree.structure(changed) == jax.tree.structure(state)
+    trees.assert_same(granet_jax.get_masks(changed), new)
+    params, _ = step(params, changed, trees.eighths(5))
+    assert_sparse(params, new, 24 + 54)
+
+
+TREE_MAPPED = {
+    "average": granet_jax.snfs(0.5, 8, interval=2),
+    "marked": granet_jax.top_kast(0.75, backward_sparsity=0.5),
+    "phase": granet_jax.dsr(0.5, 8, interval=2),
+}
+
+
+@pytest.mark.parametrize("name", TREE_MAPPED)
+@pytest.mark.parametrize("wrap", [optax.chain, lambda tx: optax.masked(tx, True)])
+def test_tree_map_params(name: str, wrap: Any) -> None:
+    tx = wrap(granet_jax.transform(TREE_MAPPED[name], optax.adam(0.1)))
+    params = trees.parameters()
+    state = tx.init(params)
+    owners = jax.tree.map(lambda p: str(p.shape), params)
+
+    def owner(x: Any, name: str) -> Any:
+        return x if isinstance(x, optax.MaskedNode) else name
+
+    found = optax.tree_utils.tree_map_params(
+        tx,
+        owner,
+        state,
+        owners,
+        transform_non_params=lambda x: "()",
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    # Masks, averages and moments are like the parameters. Each scalar is a counter, or
+    # the state of a phase.
+    assert found == jax.tree.map(lambda x: str(x.shape), state)
+    same = optax.tree_utils.tree_map_params(tx, lambda x: x, state)
+    trees.assert_same(same, state)
 
 
 def test_apply_if_finite_skips_a_step() -> None:

@@ -127,7 +127,16 @@ VALUE_ERRORS: list[tuple[Callable[[], Any], str]] = [
             (granet_jax.transform(RIGL).init(parameters()),) * 2
         ),
         "opt_state must hold one state of granet_jax.transform, got 2: pass the state "
-        "of one of them.",
+        "of one of them, such as opt_state.inner_states[label] of "
+        "optax.multi_transform.",
+    ),
+    (
+        lambda: granet_jax.get_masks(
+            (granet_jax.transform(RIGL).init(parameters()),) * 2
+        ),
+        "opt_state holds several states of granet_jax.transform, which must mask "
+        "different parameters of one tree: both mask 'conv/kernel'. Pass one of these "
+        "states.",
     ),
     # Leaves and masks.
     (

@@ -15,7 +15,13 @@ import pytest
 import granet_jax
 from granet_jax import distributions, masking
 from tests.helpers.training import arrays
-from tests.helpers.trees import Layer, assert_same, parameters, shape_tree
+from tests.helpers.trees import (
+    Layer,
+    assert_same,
+    gradients,
+    parameters,
+    shape_tree,
+)
 
 DENSE = optax.MaskedNode()
 HALF = granet_jax.static(0.5)
@@ -333,6 +339,23 @@ def test_leaves_without_entries() -> None:
 
 
 # --- Setting ----------------------------------------------------------------------
+
+
+def test_none_may_stand_for_a_subtree() -> None:
+    params = parameters()
+    mask = jnp.arange(48).reshape(6, 8) % 3 == 0
+    masks = {"conv": None, "dense": {"kernel": mask, "bias": None}}
+    tx = granet_jax.transform(
+        granet_jax.static(0.5), optax.sgd(0.1, momentum=0.9), masks=masks
+    )
+    state = tx.init(params)
+    full = jax.tree.map(lambda _: optax.MaskedNode(), params)
+    full["dense"]["kernel"] = mask
+    assert_same(granet_jax.get_masks(state), full)
+    _, state = jax.jit(tx.update)(gradients(1), state, params)
+    trace = granet_jax.get_state(state).inner_state[0].trace
+    np.testing.assert_array_equal(trace["dense"]["kernel"] != 0, mask)
+    assert np.all(np.asarray(trace["conv"]["kernel"]) != 0)
 
 
 def test_set_masks() -> None:

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import granet_jax
-from granet_jax.moments import matching_masks, zero_moments
+from granet_jax.moments import matching_masks, renew_moments
 from tests.core.test_contract import DTYPES, INNERS
 from tests.helpers import trees
 
@@ -25,6 +25,7 @@ MOMENTS: dict[str, tuple[int, int]] = {
     "adamw": (2, 2),
     "nadamw": (2, 2),
     "lion": (1, 1),
+    "rprop": (2, 2),  # step sizes and the last update
     "rmsprop": (3, 3),  # mean, mean of squares, momentum
     "adagrad": (1, 1),
     "adafactor": (1, 1),  # momentum; the second moment is factored
@@ -56,6 +57,11 @@ def filled(inner: optax.GradientTransformation, params: PyTree, value: float) ->
         lambda x: np.full(x.shape, value if x.dtype.kind in "fV" else 1, x.dtype),
         jax.eval_shape(inner.init, params),
     )
+
+
+def zero_moments(state: PyTree, keep: PyTree) -> PyTree:
+    """The state, with zeros in place of fresh moments."""
+    return renew_moments(state, jax.tree.map(np.zeros_like, state), keep)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -123,6 +129,9 @@ TRAPS: dict[str, PyTree] = {
     "one_name_ends_the_other": {"kernel": A, "dense": {"kernel": B}},
     "three_deep": {"k": A, "d": {"k": B, "d": {"k": C}}},
     "names_of_fields": {"mu": A, "nu": B, "0": C},
+    "ends_like_a_moment": {"w": A, "mu": {"w": B}, "trace": {"w": C}},
+    "ends_like_a_branch": {"w": A, "inner_state": [{"w": B}], "0": {"nu": {"w": C}}},
+    "ends_like_a_moment_of_another_shape": {"w": WIDE, "mu": {"w": TALL}, "x": A},
     "fields": Names(mu=A, count={"mu": B}),
     "list": [A, B, C],
     "numbers_as_names": {"0": A, "1": [B, C]},
@@ -189,6 +198,21 @@ def test_traps(trap: str) -> None:
         assert all(x == 1 for x in counters)
 
 
+def test_branches_with_the_names_of_parameters() -> None:
+    params = {"w": A, "mu": {"w": B}, "nu": {"w": C}}
+    labels = {"w": "nu", "mu": "w", "nu": "w"}
+    inner = optax.multi_transform({x: optax.adam(0.1) for x in ("w", "nu")}, labels)
+    keep = random_masks(params)
+    branches = zero_moments(filled(inner, params, 1.0), keep).inner_states
+    for label, branch in branches.items():
+        for moment in (branch.inner_state[0].mu, branch.inner_state[0].nu):
+            for name, x in moment.items():
+                if labels[name] == label:
+                    trees.assert_same(x, jax.tree.map(jnp.float32, keep[name]))
+                else:
+                    assert x == optax.MaskedNode()
+
+
 @pytest.mark.parametrize("masked", ["kernel", "dense/kernel"])
 def test_a_dense_leaf_whose_name_ends_like_a_masked_one(masked: str) -> None:
     params = {"kernel": A, "dense": {"kernel": B}}
@@ -247,10 +271,12 @@ def test_a_flattened_optimizer_is_refused(inner: Any) -> None:
     method = granet_jax.static(0.5)
     with pytest.raises(ValueError, match=r"one flat vector.*\(128,\).*optax\.flatten"):
         jax.eval_shape(granet_jax.transform(method, inner).init, trees.shape_tree())
-    # Also where the flat vector has the shape of the only parameter.
-    tx = granet_jax.transform(method, inner, where={"w": True})
-    with pytest.raises(ValueError, match=r"without optax\.flatten"):
-        tx.init({"w": jnp.ones((6,))})
+    # Also where the flat vector has the shape of the only parameter, and where
+    # parameters are named like the optimizer's state or have its structure.
+    for params in ({"w": jnp.ones((6,))}, {"mu": A, "trace": B, "0": C}, (A, B), A):
+        tx = granet_jax.transform(method, inner, where=lambda *_: True)
+        with pytest.raises(ValueError, match=r"without optax\.flatten"):
+            tx.init(params)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +286,7 @@ def test_a_flattened_optimizer_is_refused(inner: Any) -> None:
         (optax.flatten(optax.sgd(0.1)), {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}),
         # The vector is a parameter's own moment.
         (optax.adam(0.1), {"w": jnp.ones((6,))}),
+        (optax.adam(0.1), jnp.ones((6,))),
         # The vector has one number for each row of the only parameter.
         (optax.sm3(0.1), {"w": jnp.ones((6, 1))}),
         (optax.adafactor(0.1, min_dim_size_to_factor=1), {"w": jnp.ones((6, 1))}),

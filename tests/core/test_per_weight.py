@@ -22,6 +22,9 @@ def is_kernel(params: Any) -> Any:
         (optax.sgd(0.1, momentum=0.9, nesterov=True), True),
         (optax.adamw(0.1), True),
         (optax.lion(0.1), True),
+        # Fresh moments other than zero.
+        (optax.adagrad(0.1), True),
+        (optax.rprop(0.1), True),
         (optax.masked(optax.adam(0.1), is_kernel), True),
         (optax.inject_hyperparams(optax.adam)(learning_rate=0.1), True),
         # Norms, matrix products and factors over a leaf, and a mean over it.
