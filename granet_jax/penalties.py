@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from granet_jax import masking
 from granet_jax.checks import check_number, check_steps
+from granet_jax.dtypes import wider
 from granet_jax.masking import PyTree
 
 
@@ -67,7 +68,7 @@ def penalised(
     weights = masking.maskable_leaves(params, masks)
     terms: list[Array] = []
     for p, m, k in zip(weights, leaves, marks, strict=True):
-        wide = p.astype(jnp.promote_types(p.dtype, jnp.float32))
+        wide = p.astype(wider(p.dtype, jnp.float32))
         terms.append(penalty(PenaltyInputs(p, m, k, count)) * wide)
     return masking.map_masked(
         lambda _, g, term: g + term.astype(g.dtype),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from granet_jax.checks import check_number
+from granet_jax.dtypes import wider
 from granet_jax.masking import is_explicit
 
 
@@ -145,7 +146,7 @@ def lookahead(order: Sequence[str]) -> Score:
             return jnp.abs(inputs.param)
         place, ndim = chain.index(inputs.name), inputs.param.ndim
         size = jnp.abs(inputs.param)
-        size = size.astype(jnp.promote_types(size.dtype, jnp.float32))
+        size = size.astype(wider(size.dtype, jnp.float32))
         if place > 0:
             before = chain[place - 1]
             squares = _sum_of_squares(before, inputs.weights[before], axis=-1)
@@ -172,7 +173,7 @@ def _sum_of_squares(name: str, kernel: Array, axis: int) -> Array:
             f"order names {name!r} of shape {kernel.shape}: a kernel has an axis of "
             "inputs and one of outputs."
         )
-    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    kernel = kernel.astype(wider(kernel.dtype, jnp.float32))
     others = tuple(i for i in range(kernel.ndim) if i != axis % kernel.ndim)
     squares = jnp.sum(jnp.square(kernel), axis=others)
     sharding = jax.typeof(squares).sharding

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from granet_jax.dtypes import wider
 from granet_jax.masking import PyTree, check_concrete, check_masks, is_masked_node
 
 MAX_DENSITY = 0.05
@@ -59,7 +60,7 @@ class FanIn:
                 f"(..., {self.n_in}), got {x.shape}."
             )
         dtype = jnp.result_type(x, self.values)
-        sums = jnp.promote_types(dtype, jnp.float32)
+        sums = wider(dtype, jnp.float32)
         rows = x.reshape(-1, self.n_in).T.astype(sums)
 
         # One active weight of every output at a time, for the whole batch: only the
