@@ -6,6 +6,7 @@ activated, the weights of larger score come first. Scores may be any real number
 ranks below all of them.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -83,11 +84,16 @@ def weight_and_gradient(gradient_weight: float) -> Score:
       TypeError, ValueError: `gradient_weight` is not a finite number of 0 or more.
     """
     check_number("gradient_weight", gradient_weight, least=0.0)
+    return _WeightAndGradient(gradient_weight)
 
-    def score(inputs: ScoreInputs) -> Array:
-        return magnitude(inputs) + gradient_weight * gradient(inputs)
 
-    return score
+# Scores with arguments are records and not closures: equal ones compare as equal.
+@dataclasses.dataclass(frozen=True)
+class _WeightAndGradient:
+    gradient_weight: float
+
+    def __call__(self, inputs: ScoreInputs) -> Array:
+        return magnitude(inputs) + self.gradient_weight * gradient(inputs)
 
 
 def random(inputs: ScoreInputs) -> Array:
@@ -134,8 +140,15 @@ def lookahead(order: Sequence[str]) -> Score:
             f"order must hold two or more leaf names, none twice, got {chain}: without "
             "neighbours the score is `magnitude`."
         )
+    return _Lookahead(chain)
 
-    def score(inputs: ScoreInputs) -> Array:
+
+@dataclasses.dataclass(frozen=True)
+class _Lookahead:
+    chain: tuple[str, ...]
+
+    def __call__(self, inputs: ScoreInputs) -> Array:
+        chain = self.chain
         missing = [name for name in chain if name not in inputs.weights]
         if missing:
             raise ValueError(
@@ -162,8 +175,6 @@ def lookahead(order: Sequence[str]) -> Score:
             out = jnp.sqrt(jnp.sum(squares.reshape(repeats, units), axis=0))
             size *= jnp.expand_dims(out, tuple(range(ndim - 1)))
         return size
-
-    return score
 
 
 def _sum_of_squares(name: str, kernel: Array, axis: int) -> Array:

@@ -95,10 +95,18 @@ def block(*shape: int, norm: Norm = "l1") -> Structure:
     check_choice("norm", norm, NORMS)
     return Structure(
         name=f"block{shape}",
-        box=lambda leaf: (1,) * (len(leaf) - len(shape)) + shape,
+        box=_Block(shape),
         whole=True,
         norm=norm,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    sides: Shape
+
+    def __call__(self, leaf: Shape) -> Shape:
+        return (1,) * (len(leaf) - len(self.sides)) + self.sides
 
 
 def channel(*, norm: Norm = "l1") -> Structure:
@@ -170,17 +178,24 @@ def n_of_m(n: int, m: int, *, axis: int = -2) -> Structure:
             "sparsity."
         )
 
-    def box(leaf: Shape) -> Shape:
-        if not -len(leaf) <= axis < len(leaf):
-            return ()
-        return tuple(m if i == axis % len(leaf) else 1 for i in range(len(leaf)))
-
     return Structure(
         name=f"{n}:{m} sparsity along axis {axis}",
-        box=box,
+        box=_Group(m, axis),
         whole=False,
         density=n / m,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    size: int
+    axis: int
+
+    def __call__(self, leaf: Shape) -> Shape:
+        ndim = len(leaf)
+        if not -ndim <= self.axis < ndim:
+            return ()
+        return tuple(self.size if i == self.axis % ndim else 1 for i in range(ndim))
 
 
 def check_use(
