@@ -16,6 +16,7 @@ from jax.core import Tracer
 
 from granet_jax import dense_weights, masking, structures
 from granet_jax.checks import check_flag, check_seed
+from granet_jax.dtypes import wider
 from granet_jax.initial_masks import init_masks
 from granet_jax.masking import PyTree, Where, map_masked
 from granet_jax.methods.method import Method, check_method
@@ -163,7 +164,7 @@ def init(setup: Setup, params: PyTree) -> SparseState:
     average = ()
     if method.average_decay is not None:
         average = map_masked(
-            lambda m, _, p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)),
+            lambda m, _, p: jnp.zeros_like(p, wider(p.dtype, jnp.float32)),
             masks,
             masks,
             params,

@@ -87,7 +87,7 @@ def update(
         moved = map_masked(update_or_zero, keep, moved, params)
         inner_state = renewed(setup, inner_state, params, keep)
     elif limited:
-        fresh = optimizer.init(optax.apply_updates(params, moved))
+        fresh = optimizer.init(optax.apply_updates(step.params, moved))
         inner_state = renew_moments(inner_state, fresh, load(marked))
     return moved, SparseState(
         step.count, masks, inner_state, step.average, marked, state.phases

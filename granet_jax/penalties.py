@@ -3,9 +3,11 @@
 A penalty of coefficient lambda adds lambda w, the gradient of lambda/2 w^2, to the
 gradient of a weight w before the optimizer sees it. It comes on top of the optimizer's
 own weight decay. Any function from `PenaltyInputs` of a leaf to the coefficients of its
-weights is a penalty.
+weights is a penalty. Those here are records with a `__call__`, and not closures, so
+that equal ones compare as equal.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,6 +19,7 @@ from jax.typing import ArrayLike
 
 from granet_jax import masking
 from granet_jax.checks import check_number, check_steps
+from granet_jax.dtypes import wider
 from granet_jax.masking import PyTree
 
 
@@ -67,7 +70,7 @@ def penalised(
     weights = masking.maskable_leaves(params, masks)
     terms: list[Array] = []
     for p, m, k in zip(weights, leaves, marks, strict=True):
-        wide = p.astype(jnp.promote_types(p.dtype, jnp.float32))
+        wide = p.astype(wider(p.dtype, jnp.float32))
         terms.append(penalty(PenaltyInputs(p, m, k, count)) * wide)
     return masking.map_masked(
         lambda _, g, term: g + term.astype(g.dtype),
@@ -87,7 +90,15 @@ def outside(size: float) -> Penalty:
       TypeError, ValueError: `size` is not a finite number of 0 or more.
     """
     check_number("size", size, least=0.0)
-    return lambda inputs: jnp.where(inputs.mask, 0.0, size)
+    return _Outside(size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outside:
+    size: float
+
+    def __call__(self, inputs: PenaltyInputs) -> Array:
+        return jnp.where(inputs.mask, 0.0, self.size)
 
 
 def exploration(size: float, density: float) -> Penalty:
@@ -105,13 +116,17 @@ def exploration(size: float, density: float) -> Penalty:
     """
     check_number("size", size, least=0.0)
     check_number("density", density, above=0.0, most=1.0)
+    return _Exploration(size, density)
 
-    def penalty(inputs: PenaltyInputs) -> Array:
-        marked = _marked(inputs)
-        explored = jnp.where(marked, size / density, 0.0)
-        return jnp.where(inputs.mask, size, explored)
 
-    return penalty
+@dataclasses.dataclass(frozen=True)
+class _Exploration:
+    size: float
+    density: float
+
+    def __call__(self, inputs: PenaltyInputs) -> Array:
+        explored = jnp.where(_marked(inputs), self.size / self.density, 0.0)
+        return jnp.where(inputs.mask, self.size, explored)
 
 
 def growing(
@@ -150,16 +165,25 @@ def growing(
     check_steps("last", last, least=first + 1)
     check_number("start", start, least=0.0)
     check_number("kept", kept, least=-math.inf)
-    most = -(-(last - first) // interval)
+    return _Growing(interval, step, first, last, start, kept)
 
-    # An integer counts the increases. A sum of floats would accumulate rounding errors.
-    def penalty(inputs: PenaltyInputs) -> Array:
-        elapsed = inputs.count - first
-        grown = jnp.clip(elapsed // interval + 1, 1, most).astype(jnp.float32)
-        size = jnp.where(_marked(inputs), kept, start + step * grown)
+
+@dataclasses.dataclass(frozen=True)
+class _Growing:
+    interval: int
+    step: float
+    first: int
+    last: int
+    start: float
+    kept: float
+
+    def __call__(self, inputs: PenaltyInputs) -> Array:
+        # An integer counts the increases. A sum of floats would add up rounding errors.
+        most = -(-(self.last - self.first) // self.interval)
+        elapsed = inputs.count - self.first
+        grown = jnp.clip(elapsed // self.interval + 1, 1, most).astype(jnp.float32)
+        size = jnp.where(_marked(inputs), self.kept, self.start + self.step * grown)
         return jnp.where(elapsed >= 0, size, 0.0)
-
-    return penalty
 
 
 def picking(*, interval: int, step: float, last: int) -> Penalty:
@@ -178,12 +202,18 @@ def picking(*, interval: int, step: float, last: int) -> Penalty:
     check_steps("interval", interval)
     check_number("step", step, above=0.0)
     check_steps("last", last)
+    return _Picking(interval, step, last)
 
-    def penalty(inputs: PenaltyInputs) -> Array:
-        size = step * (inputs.count // interval + 1).astype(jnp.float32)
-        return jnp.where(inputs.count < last, size, 0.0)
 
-    return penalty
+@dataclasses.dataclass(frozen=True)
+class _Picking:
+    interval: int
+    step: float
+    last: int
+
+    def __call__(self, inputs: PenaltyInputs) -> Array:
+        size = self.step * (inputs.count // self.interval + 1).astype(jnp.float32)
+        return jnp.where(inputs.count < self.last, size, 0.0)
 
 
 def _marked(inputs: PenaltyInputs) -> Array:

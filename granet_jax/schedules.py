@@ -3,8 +3,12 @@
 A schedule is a plain function of the step. It is evaluated on the host, in float64,
 before training; a training step only indexes tables of integers. The first optimizer
 step is step 1, and step 0 is the state before it.
+
+The schedules here are records with a `__call__`, and not closures, so that equal ones
+compare as equal, and can be pickled.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -148,7 +152,15 @@ def every(interval: int, *, begin: int = 0, last: int) -> UpdateSteps:
 def constant(value: float) -> Schedule:
     """The same finite value at every step."""
     check_number("value", value, least=-math.inf)
-    return lambda step: value
+    return _Constant(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Constant:
+    value: float
+
+    def __call__(self, step: int) -> float:
+        return self.value
 
 
 def cubic(
@@ -182,15 +194,24 @@ def cubic(
             f"interval must fit between begin and end, got interval={interval} with "
             f"begin={begin} and end={end}."
         )
-    updates = (end - begin) // interval
+    return _Cubic(initial, final, begin, end, interval)
 
-    def sparsity(step: int) -> float:
-        index = min(max((step - begin) // interval, 0), updates)
+
+@dataclasses.dataclass(frozen=True)
+class _Cubic:
+    initial: float
+    final: float
+    begin: int
+    end: int
+    interval: int
+
+    def __call__(self, step: int) -> float:
+        updates = (self.end - self.begin) // self.interval
+        index = min(max((step - self.begin) // self.interval, 0), updates)
         if index == updates:
-            return final
-        return final + (initial - final) * (1.0 - index / updates) ** 3
-
-    return sparsity
+            return self.final
+        rest = (1.0 - index / updates) ** 3
+        return self.final + (self.initial - self.final) * rest
 
 
 def cosine(initial: float, final: float, *, steps: float) -> Schedule:
@@ -205,12 +226,18 @@ def cosine(initial: float, final: float, *, steps: float) -> Schedule:
     check_number("initial", initial, least=-math.inf)
     check_number("final", final, least=-math.inf)
     check_number("steps", steps, above=0.0)
+    return _Cosine(initial, final, steps)
 
-    def value(step: int) -> float:
-        angle = math.pi * min(step / steps, 1.0)
-        return final + (initial - final) * (1.0 + math.cos(angle)) / 2.0
 
-    return value
+@dataclasses.dataclass(frozen=True)
+class _Cosine:
+    initial: float
+    final: float
+    steps: float
+
+    def __call__(self, step: int) -> float:
+        angle = math.pi * min(step / self.steps, 1.0)
+        return self.final + (self.initial - self.final) * (1.0 + math.cos(angle)) / 2.0
 
 
 def repeated(schedule: Schedule, *, period: int, cycles: int) -> Schedule:
@@ -234,11 +261,18 @@ def repeated(schedule: Schedule, *, period: int, cycles: int) -> Schedule:
     check_function("schedule", schedule, "a function of the step")
     check_steps("period", period)
     check_steps("cycles", cycles)
+    return _Repeated(schedule, period, cycles)
 
-    def value(step: int) -> float:
-        return schedule(step - min(step // period, cycles - 1) * period)
 
-    return value
+@dataclasses.dataclass(frozen=True)
+class _Repeated:
+    schedule: Schedule
+    period: int
+    cycles: int
+
+    def __call__(self, step: int) -> float:
+        cycle = min(step // self.period, self.cycles - 1)
+        return self.schedule(step - cycle * self.period)
 
 
 def restarted(

@@ -6,6 +6,7 @@ activated, the weights of larger score come first. Scores may be any real number
 ranks below all of them.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from granet_jax.checks import check_number
+from granet_jax.dtypes import wider
 from granet_jax.masking import is_explicit
 
 
@@ -82,11 +84,16 @@ def weight_and_gradient(gradient_weight: float) -> Score:
       TypeError, ValueError: `gradient_weight` is not a finite number of 0 or more.
     """
     check_number("gradient_weight", gradient_weight, least=0.0)
+    return _WeightAndGradient(gradient_weight)
 
-    def score(inputs: ScoreInputs) -> Array:
-        return magnitude(inputs) + gradient_weight * gradient(inputs)
 
-    return score
+# Scores with arguments are records and not closures: equal ones compare as equal.
+@dataclasses.dataclass(frozen=True)
+class _WeightAndGradient:
+    gradient_weight: float
+
+    def __call__(self, inputs: ScoreInputs) -> Array:
+        return magnitude(inputs) + self.gradient_weight * gradient(inputs)
 
 
 def random(inputs: ScoreInputs) -> Array:
@@ -133,8 +140,15 @@ def lookahead(order: Sequence[str]) -> Score:
             f"order must hold two or more leaf names, none twice, got {chain}: without "
             "neighbours the score is `magnitude`."
         )
+    return _Lookahead(chain)
 
-    def score(inputs: ScoreInputs) -> Array:
+
+@dataclasses.dataclass(frozen=True)
+class _Lookahead:
+    chain: tuple[str, ...]
+
+    def __call__(self, inputs: ScoreInputs) -> Array:
+        chain = self.chain
         missing = [name for name in chain if name not in inputs.weights]
         if missing:
             raise ValueError(
@@ -145,7 +159,7 @@ def lookahead(order: Sequence[str]) -> Score:
             return jnp.abs(inputs.param)
         place, ndim = chain.index(inputs.name), inputs.param.ndim
         size = jnp.abs(inputs.param)
-        size = size.astype(jnp.promote_types(size.dtype, jnp.float32))
+        size = size.astype(wider(size.dtype, jnp.float32))
         if place > 0:
             before = chain[place - 1]
             squares = _sum_of_squares(before, inputs.weights[before], axis=-1)
@@ -162,8 +176,6 @@ def lookahead(order: Sequence[str]) -> Score:
             size *= jnp.expand_dims(out, tuple(range(ndim - 1)))
         return size
 
-    return score
-
 
 def _sum_of_squares(name: str, kernel: Array, axis: int) -> Array:
     """Sums of squares over all axes of a kernel but one, in at least float32."""
@@ -172,7 +184,7 @@ def _sum_of_squares(name: str, kernel: Array, axis: int) -> Array:
             f"order names {name!r} of shape {kernel.shape}: a kernel has an axis of "
             "inputs and one of outputs."
         )
-    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    kernel = kernel.astype(wider(kernel.dtype, jnp.float32))
     others = tuple(i for i in range(kernel.ndim) if i != axis % kernel.ndim)
     squares = jnp.sum(jnp.square(kernel), axis=others)
     sharding = jax.typeof(squares).sharding

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from granet_jax.dtypes import wider
 from granet_jax.positions import from_end
 
 Scope = Literal["layer", "global"]
@@ -67,7 +68,7 @@ def top_k(
     counter = counter_dtype(sizes, scope)
     keys = sort_keys(scores, among)
     bits = jnp.asarray(8 * keys[0].dtype.itemsize, jnp.int32)
-    dtype = jnp.promote_types(keys[0].dtype, counter)
+    dtype = wider(keys[0].dtype, counter)
     keys = [x.astype(dtype) for x in keys]
     wanted = jnp.broadcast_to(jnp.asarray(k).astype(counter), (len(keys),))
     # With scope "global", the positions of later leaves follow those of earlier ones.
@@ -246,11 +247,11 @@ def _common_dtype(dtypes: Sequence[Any]) -> jnp.dtype:
     """The dtype to compare scores in: the widest of theirs, 16 bits at least."""
     distinct = {jnp.dtype(x) for x in dtypes}
     if all(jnp.issubdtype(x, jnp.floating) for x in distinct):
-        common = jnp.result_type(*distinct)
+        common = wider(*distinct)
         return common if common.itemsize > 1 else jnp.dtype(jnp.float16)
     (first, *others) = distinct
     if not others and jnp.issubdtype(first, jnp.signedinteger):
-        return jnp.promote_types(first, jnp.int16)
+        return wider(first, jnp.int16)
     raise TypeError(
         "scores must all be floating, or all of one signed integer dtype; got "
         f"{sorted(map(str, distinct))}."

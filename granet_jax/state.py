@@ -155,7 +155,7 @@ def _states(opt_state: optax.OptState) -> list[SparseState]:
     states = [x for x in leaves if _is_sparse(x)]
     if not states:
         raise ValueError(
-            "opt_state must hold a state of granet_jax.transform, got none: is "
+            "opt_state must hold a state of granet_jax.transform, got 0: is "
             "transform part of the optimizer?"
         )
     return states

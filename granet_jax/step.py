@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.core import Tracer
 
 from granet_jax import masking, targets
+from granet_jax.dtypes import wider
 from granet_jax.initial_masks import choose_among_all
 from granet_jax.masking import PyTree, Where, map_masked, maskable_leaves
 from granet_jax.methods.method import Method
@@ -196,7 +197,12 @@ def stepped(masks: PyTree, params: PyTree, updates: PyTree) -> list[Array]:
     pairs = zip(
         maskable_leaves(params, masks), maskable_leaves(updates, masks), strict=True
     )
-    return [(p + u).astype(p.dtype) for p, u in pairs]
+    return [_sum(p, u).astype(p.dtype) for p, u in pairs]
+
+
+def _sum(x: Array, y: Array) -> Array:
+    dtype = wider(x.dtype, y.dtype)
+    return x.astype(dtype) + y.astype(dtype)
 
 
 def zero_outside(masks: PyTree, tree: PyTree) -> PyTree:
@@ -208,7 +214,7 @@ def update_or_zero(keep: Array, update: Array, param: Array) -> Array:
     """The update where `keep`; elsewhere the one that makes the weight zero."""
     # In the wider of both dtypes: -p must be exact for p + (-p) to be zero, and the
     # update must reach active weights unrounded.
-    dtype = jnp.promote_types(update.dtype, param.dtype)
+    dtype = wider(update.dtype, param.dtype)
     return jnp.where(keep, update.astype(dtype), -param.astype(dtype))
 
 

@@ -33,6 +33,7 @@ from jax.typing import ArrayLike
 from granet_jax import distributions, masking, selection
 from granet_jax.checks import check_choice, check_integer
 from granet_jax.distributions import Distribution, Shape
+from granet_jax.dtypes import wider
 from granet_jax.positions import from_end, iota, mesh_axes
 from granet_jax.selection import (
     Scope,
@@ -94,10 +95,18 @@ def block(*shape: int, norm: Norm = "l1") -> Structure:
     check_choice("norm", norm, NORMS)
     return Structure(
         name=f"block{shape}",
-        box=lambda leaf: (1,) * (len(leaf) - len(shape)) + shape,
+        box=_Block(shape),
         whole=True,
         norm=norm,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    sides: Shape
+
+    def __call__(self, leaf: Shape) -> Shape:
+        return (1,) * (len(leaf) - len(self.sides)) + self.sides
 
 
 def channel(*, norm: Norm = "l1") -> Structure:
@@ -169,17 +178,24 @@ def n_of_m(n: int, m: int, *, axis: int = -2) -> Structure:
             "sparsity."
         )
 
-    def box(leaf: Shape) -> Shape:
-        if not -len(leaf) <= axis < len(leaf):
-            return ()
-        return tuple(m if i == axis % len(leaf) else 1 for i in range(len(leaf)))
-
     return Structure(
         name=f"{n}:{m} sparsity along axis {axis}",
-        box=box,
+        box=_Group(m, axis),
         whole=False,
         density=n / m,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    size: int
+    axis: int
+
+    def __call__(self, leaf: Shape) -> Shape:
+        ndim = len(leaf)
+        if not -ndim <= self.axis < ndim:
+            return ()
+        return tuple(self.size if i == self.axis % ndim else 1 for i in range(ndim))
 
 
 def check_use(
@@ -384,7 +400,7 @@ def merge(structure: Structure | None, score: Array) -> Array:
     """The norm of every box's scores, if boxes are kept as a whole; else the scores."""
     if structure is None or not structure.whole:
         return score
-    wide = score.astype(jnp.promote_types(score.dtype, jnp.float32))
+    wide = score.astype(wider(score.dtype, jnp.float32))
     values, axes = _boxed(structure, wide)
     if structure.norm == "l1":
         return jnp.mean(values, axis=axes)
@@ -446,7 +462,7 @@ def _best_by_comparison(keys: Array, number: Array, axis: int) -> Array:
 def _best_by_digits(keys: Array, number: Array, axes: tuple[int, ...]) -> Array:
     """Select by a threshold for each box, as `selection.top_k` does for each leaf."""
     bits = jnp.asarray(8 * keys.dtype.itemsize, jnp.int32)
-    keys = keys.astype(jnp.promote_types(keys.dtype, jnp.uint32))
+    keys = keys.astype(wider(keys.dtype, jnp.uint32))
 
     def sums(flags: Array) -> Array:
         return jnp.sum(flags, axis=axes, keepdims=True, dtype=jnp.uint32)

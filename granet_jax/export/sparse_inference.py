@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from granet_jax.dtypes import wider
 from granet_jax.masking import PyTree, check_concrete, check_masks, is_masked_node
 
 MAX_DENSITY = 0.05
@@ -25,6 +26,8 @@ matrix. `python -m benchmarks.sparse_linear` measures where the gain begins."""
 @dataclasses.dataclass(frozen=True)
 class FanIn:
     """A matrix with few active weights per output, for products `x @ matrix`.
+
+    It is no array and computes nothing else. Other uses raise an error that says so.
 
     Attributes:
       values: Weights, shape (k, n_out). Outputs with fewer than k are padded by zeros.
@@ -59,7 +62,7 @@ class FanIn:
                 f"(..., {self.n_in}), got {x.shape}."
             )
         dtype = jnp.result_type(x, self.values)
-        sums = jnp.promote_types(dtype, jnp.float32)
+        sums = wider(dtype, jnp.float32)
         rows = x.reshape(-1, self.n_in).T.astype(sums)
 
         # One active weight of every output at a time, for the whole batch: only the
@@ -74,6 +77,31 @@ class FanIn:
         start = jnp.zeros((self.shape[1], rows.shape[1]), sums)
         total, _ = lax.scan(add, start, (self.values, self.inputs))
         return total.T.astype(dtype).reshape(*x.shape[:-1], self.shape[1])
+
+    # Layers of libraries index their kernels, read attributes of arrays, or convert
+    # them. (`hasattr` needs an AttributeError.)
+    def __getattr__(self, name: str) -> Any:
+        """Raise AttributeError that says what the matrix is for."""
+        raise AttributeError(f"{_NO_ARRAY} It has no {name!r}.")
+
+    def __getitem__(self, index: Any) -> Any:
+        """Raise TypeError that says what the matrix is for."""
+        raise TypeError(_NO_ARRAY)
+
+    def __matmul__(self, x: Any) -> Any:
+        """Raise TypeError that says what the matrix is for."""
+        raise TypeError(_NO_ARRAY)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise TypeError that says what the matrix is for."""
+        raise TypeError(_NO_ARRAY)
+
+
+_NO_ARRAY = (
+    "A FanIn from granet_jax.accelerate is a sparse matrix for products x @ matrix, "
+    "and no array. Layers of flax and equinox compute otherwise: write the forward "
+    "pass of these layers as x @ kernel."
+)
 
 
 def fan_in(param: ArrayLike, mask: ArrayLike) -> FanIn:
@@ -105,6 +133,9 @@ def accelerate(params: PyTree, masks: PyTree) -> PyTree:
         predict(fast, x)
 
     It works for networks that compute `x @ kernel` with kernels of shape (n_in, n_out).
+    Layers of flax and equinox do not: they convert and index their kernels, and linen
+    raises an error because the kernel has the shape (k, n_out) of the active weights.
+    The guide to exporting shows how linen's layers can compute `x @ kernel`.
     The time of a product depends on the output with the most active inputs, so masks
     with constant fan-in (`structures.constant_fan_in`) gain most. The results equal
     those of the dense product up to rounding, because the order of the sums differs. It

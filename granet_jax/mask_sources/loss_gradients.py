@@ -22,6 +22,7 @@ import optax
 from jax import Array, lax
 
 from granet_jax.checks import check_axis_name, check_function, got, is_number
+from granet_jax.dtypes import wider
 from granet_jax.mask_sources.select import masked_weights, with_weights
 from granet_jax.masking import PyTree
 
@@ -59,7 +60,7 @@ def cross_entropy(
                 f"dtype {jnp.result_type(labels)}; for others write your own loss_fn."
             )
         logits = apply_fn(params, inputs)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = logits.astype(wider(logits.dtype, jnp.float32))
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits / temperature, labels
         )
@@ -103,7 +104,7 @@ def mean_over_batches(
         params: PyTree, masks: PyTree, batches: Iterable[Any], *extra: Any
     ) -> PyTree:
         total = jax.tree.map(
-            lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)),
+            lambda x: jnp.zeros_like(x, wider(x.dtype, jnp.float32)),
             masked_weights(params, masks),
         )
         number = 0

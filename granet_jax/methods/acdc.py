@@ -7,6 +7,7 @@ moments of the whole optimizer.
 """
 
 import bisect
+import dataclasses
 from collections.abc import Sequence
 
 from granet_jax import schedules
@@ -16,6 +17,15 @@ from granet_jax.methods.method import Method
 from granet_jax.phases import Prune, Revive
 from granet_jax.selection import Scope
 from granet_jax.structures import Structure
+
+
+@dataclasses.dataclass(frozen=True)
+class _Alternating:
+    sparsity: float
+    switches: tuple[int, ...]
+
+    def __call__(self, step: int) -> float:
+        return self.sparsity if bisect.bisect(self.switches, step) % 2 else 0.0
 
 
 def acdc(
@@ -65,12 +75,9 @@ def acdc(
         )
     resets = updates.at[1::2]
 
-    def alternating(step: int) -> float:
-        return sparsity if bisect.bisect(updates.at, step) % 2 else 0.0
-
     return Method(
         name="acdc",
-        sparsity=alternating,
+        sparsity=_Alternating(sparsity, updates.at),
         updates=updates,
         distribution=distribution,
         structure=structure,

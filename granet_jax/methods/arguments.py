@@ -1,11 +1,25 @@
 """Argument checks and fields that several methods share."""
 
+import dataclasses
 from typing import Any
 
 from granet_jax import schedules
 from granet_jax.checks import check_fraction, check_sparsity, check_steps
 from granet_jax.distributions import Distribution
 from granet_jax.schedules import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Jump:
+    """A schedule: `before` until step `at`, and `after` from it on."""
+
+    before: float
+    after: float
+    at: int
+
+    def __call__(self, step: int) -> float:
+        """The value at a step."""
+        return self.after if step >= self.at else self.before
 
 
 def cubic_schedule(

@@ -11,10 +11,12 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jax import Array
 
 from granet_jax import scores
 from granet_jax.checks import check_fraction, check_number, check_steps
 from granet_jax.distributions import Distribution
+from granet_jax.dtypes import wider
 from granet_jax.methods.arguments import constant_sparsity
 from granet_jax.methods.method import Method
 from granet_jax.phases import Masks, Phase, UpdateInputs, active, grow
@@ -41,7 +43,8 @@ class Reallocate(Phase):
         """Drop and regrow; double or halve the threshold."""
         threshold = state
         size = at.score(scores.magnitude, masks)
-        stay = [m & (s >= threshold) for m, s in zip(masks, size, strict=True)]
+        large = [_at_least(s, threshold) for s in size]
+        stay = [m & s for m, s in zip(masks, large, strict=True)]
         remaining = active(stay)
         total = jnp.sum(active(masks), dtype=remaining.dtype)
         dropped = total - jnp.sum(remaining, dtype=remaining.dtype)
@@ -55,6 +58,11 @@ class Reallocate(Phase):
         factor = jnp.where(count < 0.9 * target, 2.0, 1.0)
         factor = jnp.where(count > 1.1 * target, 0.5, factor)
         return grow(stay, ranked, share, "layer"), threshold * factor
+
+
+def _at_least(size: Array, threshold: Array) -> Array:
+    dtype = wider(size.dtype, threshold.dtype)
+    return size.astype(dtype) >= threshold.astype(dtype)
 
 
 def dsr(

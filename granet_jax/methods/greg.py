@@ -7,6 +7,7 @@ the start. GReg-2 first lets a small penalty grow on all weights, and takes the 
 of smallest magnitude after that.
 """
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -15,8 +16,9 @@ from jax import Array
 from granet_jax import penalties
 from granet_jax.checks import check_number, check_sparsity, check_steps
 from granet_jax.distributions import Distribution
+from granet_jax.methods.arguments import Jump
 from granet_jax.methods.method import Method
-from granet_jax.penalties import Penalty
+from granet_jax.penalties import Penalty, PenaltyInputs
 from granet_jax.phases import Prune
 from granet_jax.schedules import NEVER, UpdateSteps
 from granet_jax.scores import ScoreInputs
@@ -76,7 +78,7 @@ def greg1(
         scope=scope,
         distribution=distribution,
         structure=structure,
-        penalty=penalties.growing(interval=interval, step=growth, first=0, last=last),
+        parts=(penalties.growing(interval=interval, step=growth, first=0, last=last),),
         pick=None,
     )
 
@@ -151,7 +153,7 @@ def greg2(
         scope=scope,
         distribution=distribution,
         structure=structure,
-        penalty=lambda inputs: before(inputs) + after(inputs),
+        parts=(before, after),
         pick=pick,
     )
 
@@ -173,14 +175,14 @@ def _growing(
     scope: Scope,
     distribution: Distribution,
     structure: Structure | None,
-    penalty: Penalty,
+    parts: tuple[Penalty, ...],
     pick: int | None,
 ) -> Method:
     check_sparsity("sparsity", sparsity)
     check_steps("the step of the pruning", prune_step)
     return Method(
         name=name,
-        sparsity=lambda step: sparsity if step >= prune_step else 0.0,
+        sparsity=Jump(0.0, sparsity, prune_step),
         updates=UpdateSteps(prune_step, prune_step, prune_step),
         distribution=distribution,
         structure=structure,
@@ -189,10 +191,18 @@ def _growing(
         marked_sparsity=sparsity,
         marks=NEVER if pick is None else UpdateSteps(pick, pick, pick),
         # After the pruning, fine-tuning has no penalty.
-        penalty=lambda inputs: jnp.where(
-            inputs.count < prune_step, penalty(inputs), 0.0
-        ),
+        penalty=_SumUntil(prune_step, parts),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _SumUntil:
+    step: int
+    parts: tuple[Penalty, ...]
+
+    def __call__(self, inputs: PenaltyInputs) -> Array:
+        size = sum(jnp.asarray(part(inputs)) for part in self.parts)
+        return jnp.where(inputs.count < self.step, size, 0.0)
 
 
 def _marked_first(inputs: ScoreInputs) -> Array:

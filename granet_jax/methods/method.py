@@ -6,6 +6,10 @@ of an update. To write your own, build a `Method`, or replace a part of another 
     method = granet_jax.rigl(0.9, 10_000)
     phases = (Exchange(fraction, drop=score),)
     variant = dataclasses.replace(method, phases=phases)
+
+Methods compare by their parts: `granet(0.9, 100) == granet(0.9, 100)`. A function
+compares by identity, so give a schedule or score with arguments as a frozen dataclass
+with a `__call__`, and not as a closure, if that matters. Such methods can be pickled.
 """
 
 import dataclasses
@@ -33,7 +37,7 @@ PrunedWeights = Literal["sparse", "projected", "dense"]
 WEIGHTS: tuple[str, ...] = ("sparse", "projected", "dense")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
     """A sparse-training method.
 
@@ -116,6 +120,13 @@ class Method:
             check_sparsity("marked_sparsity", self.marked_sparsity)
         self._check_structure()
         self._check_phases()
+        try:
+            hash(self)
+        except TypeError as error:
+            raise TypeError(
+                f"all parts of a method must be hashable, {error}: use tuples instead "
+                "of lists, and frozen dataclasses."
+            ) from error
 
     def _check_structure(self) -> None:
         sparsities = {self.sparsity(t) for t in (0, *self.updates.steps())}

@@ -6,7 +6,7 @@ C P prune by magnitude to sparsity s_f, and train for one more cycle.
 
 from granet_jax.checks import check_sparsity, check_steps
 from granet_jax.distributions import Distribution
-from granet_jax.methods.arguments import steps_per_cycle
+from granet_jax.methods.arguments import Jump, steps_per_cycle
 from granet_jax.methods.method import Method
 from granet_jax.phases import Prune
 from granet_jax.schedules import UpdateSteps
@@ -69,7 +69,7 @@ def sculpt(
     end = cycles * period
     return Method(
         name="sculpt",
-        sparsity=lambda step: sparsity if step >= end else initial_sparsity,
+        sparsity=Jump(initial_sparsity, sparsity, end),
         updates=UpdateSteps(end, end, period),
         distribution=distribution,
         structure=structure,

@@ -9,7 +9,6 @@ and that of the norm n takes a Hessian-vector product::
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from jax import Array, lax
 
 from granet_jax import masking
 from granet_jax.checks import check_flag, check_number, check_steps
+from granet_jax.dtypes import wider
 
 PyTree = Any
 Loss = Callable[[PyTree, Any], Array]
@@ -104,7 +104,7 @@ def start(
         masks = masking.check_masks(masks, params)
         params = masking.apply_masks(params, masks)
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    dtype = functools.reduce(jnp.promote_types, [x.dtype for _, x in leaves], "float32")
+    dtype = wider("float32", *(x.dtype for _, x in leaves))
     last_names = [masking.leaf_name(path).rsplit("/", 1)[-1] for path, _ in leaves]
     min_scales = [0.0 if "bias" in name else config.min_scale for name in last_names]
     zeros = jnp.zeros(len(leaves), dtype)

@@ -13,10 +13,10 @@ import optax
 import pytest
 
 import granet_jax
-from granet_jax import schedules
+from granet_jax import schedules, structures
 from tests.helpers import own_methods
 from tests.helpers.compiler_options import STRICT
-from tests.helpers.training import compiled_step, differ
+from tests.helpers.training import compiled_step, differ, make_step
 
 PyTree = Any
 LAST = 2**31 - 1
@@ -222,3 +222,42 @@ def test_2_32_weights_in_a_global_ranking() -> None:
     lowered(granet_jax.gmp(0.9, 4, interval=2, scope="layer"), 2)
     with jax.enable_x64(True):
         lowered(across, 2)
+
+
+# --- Without implicit promotion ---------------------------------------------------
+
+IN_PARTS = {"scope": "layer", "distribution": "uniform"}
+STRICT_METHODS = {
+    "granet": granet_jax.granet(0.5, 4, interval=1),
+    "cyclical": granet_jax.cyclical(0.5, 8, cycles=2, interval=2),
+    "projected": granet_jax.cyclical(
+        0.5, 8, cycles=2, interval=2, recovery="projected"
+    ),
+    "acdc": granet_jax.acdc(0.5, (1, 2, 3)),
+    "snfs": granet_jax.snfs(0.5, 8, interval=2),
+    "dsr": granet_jax.dsr(0.5, 8, interval=2),
+    "mest": granet_jax.mest(0.5, 8, interval=2),
+    "greg2": granet_jax.greg2(0.5, interval=2),
+    "top_kast": granet_jax.top_kast(0.75, backward_sparsity=0.5, interval=2),
+    "block": granet_jax.granet(0.5, 4, interval=1, structure=structures.block(2, 1)),
+    "n_of_m": granet_jax.straight_through(
+        0.5, 4, interval=1, structure=structures.n_of_m(2, 4), **IN_PARTS
+    ),
+    "fan_in": granet_jax.granet(
+        0.5, 4, interval=1, structure=structures.constant_fan_in(), **IN_PARTS
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRICT_METHODS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_implicit_promotion(name: str, dtype: str) -> None:
+    params = {"a": jnp.ones((8, 4), dtype), "b": jnp.ones((2, 3, 4, 8), dtype)}
+    inner = optax.sgd(0.1, momentum=0.9)
+    with jax.numpy_dtype_promotion("strict"):
+        for packed in (False, True):
+            tx = granet_jax.transform(STRICT_METHODS[name], inner, packed=packed)
+            state = tx.init(params)
+            jax.eval_shape(make_step(tx), params, state, params)
+            granet_jax.set_masks(state, granet_jax.get_masks(state))
+            granet_jax.sparse_view(params, state)

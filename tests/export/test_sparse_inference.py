@@ -3,10 +3,12 @@
 import functools
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import granet_jax
 from granet_jax.export.sparse_inference import FanIn
@@ -71,6 +73,31 @@ def test_leaves_that_would_not_gain_are_unchanged():
     assert len(jax.tree.leaves(fast)) == len(unchanged) + 2 * 3
     with pytest.raises(ValueError, match="5% of the inputs"):
         granet_jax.accelerate(*({k: t[k] for k in unchanged} for t in (params, masks)))
+
+
+EQUINOX = eqx.nn.Linear(30, 40, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda kernel: eqx.tree_at(lambda m: m.weight, EQUINOX, kernel)(jnp.ones(30)),
+        lambda kernel: nnx_layer(kernel)(jnp.ones((2, 40))),
+        lambda kernel: kernel.T,
+        jnp.asarray,
+        np.asarray,
+    ],
+)
+def test_other_uses_of_the_matrix_say_what_it_is_for(use: Any):
+    kernel = example()[2]["constant"]
+    with pytest.raises((TypeError, AttributeError), match="for products x @ matrix"):
+        use(kernel)
+
+
+def nnx_layer(kernel: Any) -> nnx.Linear:
+    layer = nnx.Linear(40, 50, rngs=nnx.Rngs(0))
+    nnx.update(layer, {"kernel": kernel})
+    return layer
 
 
 def test_half_precision_is_summed_in_float32():

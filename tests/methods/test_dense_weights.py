@@ -134,7 +134,7 @@ def test_the_view_of_sparse_weights_is_the_weights() -> None:
     view = granet_jax.sparse_view(params, (optax.EmptyState(), state))
     for name in SHAPES:
         np.testing.assert_array_equal(view[name], params[name])
-    with pytest.raises(ValueError, match="must hold one state of"):
+    with pytest.raises(ValueError, match="must hold a state of"):
         granet_jax.sparse_view(params, optax.EmptyState())
 
 

@@ -1,6 +1,8 @@
 """Users' own methods, by hand; `test_methods` compares whole trainings of them."""
 
 import dataclasses
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +12,8 @@ import optax
 import pytest
 
 import granet_jax
+from granet_jax import schedules, scores, structures
+from granet_jax.phases import Phase
 from tests.methods.records import own
 from tests.methods.test_methods import smallest
 
@@ -123,3 +127,62 @@ def test_records_do_not_change() -> None:
     assert (method.name, other.name, other.phases) == ("own", "other", method.phases)
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.name = "changed"  # pyright: ignore
+
+
+# --- Methods as values ------------------------------------------------------------
+
+# Every method, with each kind of schedule, score, penalty and structure.
+MAKERS: dict[str, Callable[[float], granet_jax.Method]] = {
+    "granet": lambda s: granet_jax.granet(s, 8, interval=2, grow="momentum"),
+    "gmp": lambda s: granet_jax.gmp(s, 8, interval=2, structure=structures.block(2, 1)),
+    "rigl": lambda s: granet_jax.rigl(s, 8, interval=2, structure=structures.channel()),
+    "set": lambda s: granet_jax.set_(s, 8, interval=2),
+    "snfs": lambda s: granet_jax.snfs(s, 8, interval=2),
+    "mest": lambda s: granet_jax.mest(s, 8, interval=2),
+    "dsr": lambda s: granet_jax.dsr(s, 8, interval=2),
+    "static": granet_jax.static,
+    "cyclical": lambda s: granet_jax.cyclical(s, 8, cycles=2, interval=2),
+    "acdc": lambda s: granet_jax.acdc(s, (2, 4, 6)),
+    "sculpt": lambda s: granet_jax.sculpt(s, 8, cycles=3, initial_sparsity=0.25),
+    "straight_through": lambda s: granet_jax.straight_through(
+        s, 8, interval=2, penalty=1e-4
+    ),
+    "n_of_m": lambda s: granet_jax.straight_through(
+        s, 8, interval=2, structure=structures.n_of_m(round(4 - 4 * s), 4)
+    ),
+    "top_kast": lambda s: granet_jax.top_kast(s, backward_sparsity=0.25),
+    "greg1": granet_jax.greg1,
+    "greg2": granet_jax.greg2,
+    "own": lambda s: granet_jax.Method(
+        name="own",
+        sparsity=schedules.constant(s),
+        rank=scores.lookahead(("a", "b")),
+        weights="projected",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_methods_of_equal_arguments_are_equal(name: str) -> None:
+    first, second, other = (MAKERS[name](s) for s in (0.5, 0.5, 0.75))
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first != other
+    assert pickle.loads(pickle.dumps(first)) == first
+    # So a method may be a static argument.
+    traces = []
+    compiled = jax.jit(lambda m: traces.append(m), static_argnums=0)
+    for method in (first, second, other):
+        compiled(method)
+    assert traces == [first, other]
+
+
+def test_a_part_that_has_no_hash_is_refused() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Listed(Phase):
+        sizes: list[int]
+
+    with pytest.raises(TypeError, match=r"hashable.*tuples instead of lists"):
+        granet_jax.Method(
+            name="own", sparsity=schedules.constant(0.5), phases=(Listed([1]),)
+        )
