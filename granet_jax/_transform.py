@@ -15,7 +15,7 @@ from jax import Array
 from jax.core import Tracer
 
 from granet_jax import dense_weights, masking, structures
-from granet_jax.checks import check_flag, check_seed
+from granet_jax.checks import check_flag, check_integer, check_seed
 from granet_jax.dtypes import wider
 from granet_jax.initial_masks import init_masks
 from granet_jax.masking import PyTree, Where, map_masked
@@ -27,9 +27,11 @@ from granet_jax.state import SparseState
 from granet_jax.step import (
     Setup,
     begin_step,
+    continuing,
     gradient_of,
     hold,
     hold_step,
+    is_due,
     mark_weights,
     names_of,
     renewed,
@@ -37,6 +39,7 @@ from granet_jax.step import (
     stepped,
     storage,
     update_or_zero,
+    warmed_up,
     weights_of,
     zero_outside,
 )
@@ -50,6 +53,7 @@ def transform(
     masks: PyTree | None = None,
     seed: int | Array = 0,
     packed: bool = False,
+    warmup: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Make training sparse: prune-and-regrow as an optax transformation.
 
@@ -124,6 +128,11 @@ def transform(
         Orbax saves such masks, flax's msgpack does not. (Where the last axis is divided
         among devices into shards whose length is not a multiple of eight, an update
         gathers the bits of a leaf.)
+      warmup: The number of steps over which the updates of weights that entered in the
+        last update of the masks grow linearly to their full size. Under Adam with b2 =
+        0.999, such weights take steps about 3 times as large as their neighbours do,
+        because their second moments start at zero (Xiao et al. 2026). 0 for none. At
+        most the interval between updates has an effect.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `SparseState`. The
@@ -138,10 +147,14 @@ def transform(
     References:
       Liu et al., Sparse Training via Boosting Pruning Plasticity with
       Neuroregeneration, NeurIPS 2021 (the order within a step is that of their code).
+      Xiao et al., SMET, ICML 2026 (the warm-up).
     """
     _check_arguments(method, inner, where, masks, seed, packed)
+    check_integer("warmup", warmup, least=0)
     optimizer = optax.with_extra_args_support(inner or optax.identity())
-    setup = Setup(method, optimizer, inner is not None, where, masks, seed, packed)
+    setup = Setup(
+        method, optimizer, inner is not None, where, masks, seed, packed, warmup
+    )
     step = update if method.weights == "sparse" else dense_weights.update
     return optax.GradientTransformationExtraArgs(
         functools.partial(init, setup), functools.partial(step, setup)
@@ -180,10 +193,11 @@ def init(setup: Setup, params: PyTree) -> SparseState:
         marked = map_masked(
             lambda m, _, p: masking.placed_like(m, p), marked, marked, params
         )
+    entered = jax.tree.map(jnp.zeros_like, masks) if method.grows else ()
     phases = tuple(phase.init(jax.tree.leaves(masks)) for phase in method.phases)
     if setup.packed:
-        masks, marked = masking.pack_masks((masks, marked))
-    return SparseState(count, masks, inner_state, average, marked, phases)
+        masks, marked, entered = masking.pack_masks((masks, marked, entered))
+    return SparseState(count, masks, inner_state, average, marked, entered, phases)
 
 
 def update(
@@ -199,7 +213,7 @@ def update(
     load, store = storage(state, params)
 
     def change(now: tuple[PyTree, PyTree, Any]) -> tuple[PyTree, PyTree, Any]:
-        """The masks, the weights among them that continue, and the phases' states."""
+        """The masks, the weights among them that entered, and the phases' states."""
         now, held = hold_step(now, step)
         masks, phases = load(now[0]), now[2]
 
@@ -213,13 +227,15 @@ def update(
         names, weights = names_of(masks), weights_of(held, masks, after)
         run = update_masks if isinstance(step.count, Tracer) else update_masks_compiled
         new, kept, phases = run(method, names, leaves, phases, weights, step.count, key)
-        new, kept = treedef.unflatten(new), treedef.unflatten(kept)
-        return store(new), store(kept) if method.grows else (), phases
+        entered = treedef.unflatten(n & ~k for n, k in zip(new, kept, strict=True))
+        entered = store(entered) if method.grows else ()
+        return store(treedef.unflatten(new)), entered, phases
 
-    # Where no phase grows, every weight that is active continues.
-    now = (state.masks, state.masks if method.grows else (), state.phases)
-    masks, kept, phases = run_if(method.updates, step, change, now)
-    kept = load(kept if method.grows else masks)
+    now = (state.masks, state.entered, state.phases)
+    masks, entered, phases = run_if(method.updates, step, change, now)
+    kept = load(masks)
+    if method.grows:
+        kept = continuing(kept, load(entered), is_due(method.updates, step))
 
     if not setup.has_inner or is_per_weight(optimizer, params, kept, extra):
         # At pruned weights, zeros and fresh moments go into the optimizer, and the same
@@ -234,6 +250,8 @@ def update(
         grads = zero_outside(step.masks, grads)
         moved, inner_state = optimizer.update(grads, step.inner_state, params, **extra)
         inner_state = renewed(setup, inner_state, params, kept)
+    if method.grows and setup.warmup:
+        moved = warmed_up(setup, step, load(entered), moved)
     moved = map_masked(update_or_zero, kept, moved, params)
 
     weights = stepped(step.masks, params, moved)
@@ -244,7 +262,7 @@ def update(
 
     marked = run_if(method.marks, step, mark, state.marked)
     return moved, SparseState(
-        step.count, masks, inner_state, step.average, marked, phases
+        step.count, masks, inner_state, step.average, marked, entered, phases
     )
 
 
@@ -263,6 +281,7 @@ def _placeholder_state(setup: Setup, placeholder: Any) -> SparseState:
         inner_state=setup.optimizer.init(placeholder),
         average=() if method.average_decay is None else placeholder,
         marked=() if method.marked_sparsity is None else placeholder,
+        entered=placeholder if method.grows else (),
         phases=tuple(0 if jax.tree.leaves(state) else state for state in phases),
     )
 

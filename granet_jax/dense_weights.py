@@ -90,7 +90,7 @@ def update(
         fresh = optimizer.init(optax.apply_updates(step.params, moved))
         inner_state = renew_moments(inner_state, fresh, load(marked))
     return moved, SparseState(
-        step.count, masks, inner_state, step.average, marked, state.phases
+        step.count, masks, inner_state, step.average, marked, (), state.phases
     )
 
 

@@ -25,6 +25,9 @@ class SparseState(NamedTuple):
         for a method with `average_decay`; else the empty tuple.
       marked: A second tree of masks, stored like `masks`, for a method with
         `marked_sparsity`; else the empty tuple.
+      entered: The weights that became active in the last update of the masks and did
+        not keep a value from before, stored like `masks`; the empty tuple for a method
+        that never grows weights.
       phases: The states of the method's phases.
     """
 
@@ -33,6 +36,7 @@ class SparseState(NamedTuple):
     inner_state: optax.OptState
     average: PyTree = ()
     marked: PyTree = ()
+    entered: PyTree = ()
     phases: tuple[Any, ...] = ()
 
 

@@ -35,6 +35,7 @@ class Setup(NamedTuple):
       masks: The masks to start from, or None.
       seed: The seed of random masks and random growth.
       packed: Whether the state holds its masks at 1 bit a weight.
+      warmup: The steps over which the updates of weights that entered grow.
     """
 
     method: Method
@@ -44,6 +45,7 @@ class Setup(NamedTuple):
     masks: PyTree | None
     seed: int | Array
     packed: bool
+    warmup: int
 
 
 class Step(NamedTuple):
@@ -218,10 +220,30 @@ def update_or_zero(keep: Array, update: Array, param: Array) -> Array:
     return jnp.where(keep, update.astype(dtype), -param.astype(dtype))
 
 
+def continuing(masks: PyTree, entered: PyTree, updated: Array) -> PyTree:
+    """The active weights, without those that entered if this step updated the masks."""
+    return map_masked(lambda m, _, e: m & ~(e & updated), masks, masks, entered)
+
+
+def warmed_up(setup: Setup, step: Step, entered: PyTree, updates: PyTree) -> PyTree:
+    """The updates, smaller at weights that entered fewer than `warmup` steps ago."""
+    steps = setup.method.updates
+    last = jnp.asarray(steps.steps(), jnp.int32)[steps.update_index(step.count)]
+    share = jnp.clip((step.count - last) / setup.warmup, 0.0, 1.0)
+    return map_masked(
+        lambda e, u: jnp.where(e, u * share.astype(u.dtype), u), entered, updates
+    )
+
+
 def names_of(masks: PyTree) -> tuple[str, ...]:
     """The names of the leaves that carry a mask."""
     paths = jax.tree_util.tree_leaves_with_path(masks)
     return tuple(masking.leaf_name(path) for path, _ in paths)
+
+
+def is_due(steps: Steps, step: Step) -> Array:
+    """Whether this is one of the given steps."""
+    return steps.contains(step.count) & (step.count > step.done)
 
 
 def run_if(
@@ -230,8 +252,7 @@ def run_if(
     """`change(value)` at the given steps, else `value`."""
     if not steps.steps():
         return value
-    due = steps.contains(step.count) & (step.count > step.done)
-    return run_once_if(due, change, value)
+    return run_once_if(is_due(steps, step), change, value)
 
 
 def run_once_if(

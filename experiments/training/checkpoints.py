@@ -14,7 +14,7 @@ from granet_jax import masking
 
 PyTree = Any
 
-FORMAT = 4
+FORMAT = 5
 """Version of the checkpoint format. It is part of every checkpoint, except that version
 1 did not state it. Other versions are refused."""
 

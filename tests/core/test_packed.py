@@ -163,9 +163,10 @@ QUICK = ("granet, lamb", "snfs", "SR-STE 2:4", "top_kast")
 
 def unpacked(state: granet_jax.SparseState) -> dict[str, Any]:
     """All fields of a state, with boolean masks."""
-    fields = {k: v for k, v in state._asdict().items() if k != "masks"}
-    masks = granet_jax.get_masks(state)
-    return {**fields, "masks": masks, "marked": granet_jax.unpack_masks(state.marked)}
+    packable = ("masks", "marked", "entered")
+    fields = state._asdict()
+    masks = {name: granet_jax.unpack_masks(fields[name]) for name in packable}
+    return {**fields, **masks}
 
 
 @functools.cache

@@ -368,6 +368,7 @@ BAD: dict[str, list[Any] | Free] = {
         Bad(["a", "a"], "('a', 'a')"),
     ],
     "packed": FLAG,
+    "warmup": [-1, *INTEGER],
     "param": [
         *(Bad(ONES, "not exactly 0.0"), Bad(np.ones((2, 2), np.float32), "(2, 2)")),
         *(Bad("kernel", "'kernel'"), Bad(np.ones(4, np.float32), "(4,)")),

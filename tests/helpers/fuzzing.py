@@ -395,8 +395,9 @@ class Run:
         )
         new = self.host_masks(granet_jax.get_masks(self.state))
         training.step(host(grads), lab.luck, functools.partial(self._adjust, old, new))
-        # Nothing is compiled again, and nothing changes its type.
-        assert compiled.step._cache_size() == len(compiled.devices)
+        # Nothing is compiled again, and nothing changes its type. (A process that has
+        # compiled thousands of programs forgets some.)
+        assert compiled.step._cache_size() <= len(compiled.devices)
         assert trees.types((self.params, self.state)) == types
         self.check_masks()
         if advances:

@@ -1,0 +1,64 @@
+"""How large the steps of weights are that a mask update has activated.
+
+    python -m benchmarks.entered_weights
+
+RigL with Adam (b2 = 0.999) on random gradients with a mean of 1 or -1 per weight. The
+table has the mean of abs(update) / learning rate, of weights that entered with the last
+mask update and of those that were active before, without and with a warm-up. It takes
+half a minute on a CPU.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import granet_jax
+
+LEARNING_RATE = 1e-3
+INTERVAL, UPDATES, WARMUP = 100, 6, 100
+AGES = (1, 3, 10, 30)  # steps since the update
+SHAPE = (512, 512)
+
+
+def ratios(warmup: int, seed: int = 0) -> dict[int, tuple[float, float]]:
+    """Mean abs(update) / learning rate by age: of entered and of other weights."""
+    steps = INTERVAL * (UPDATES + 2)
+    method = granet_jax.rigl(0.5, steps, interval=INTERVAL, stop=1.0)
+    tx = granet_jax.transform(method, optax.adam(LEARNING_RATE), warmup=warmup)
+    key = jax.random.key(seed)
+    params = {"w": jax.random.normal(key, SHAPE)}
+    sign = jnp.sign(jax.random.normal(jax.random.fold_in(key, 1), SHAPE))
+
+    @jax.jit
+    def step(params: dict, state: granet_jax.SparseState) -> tuple:
+        noise = jax.random.normal(jax.random.fold_in(key, state.count + 2), SHAPE)
+        updates, state = tx.update({"w": sign + noise}, state, params)
+        return optax.apply_updates(params, updates), state, updates["w"]
+
+    state = tx.init(params)
+    params = granet_jax.apply_masks(params, granet_jax.get_masks(state))
+    found = {}
+    for count in range(1, INTERVAL * UPDATES + AGES[-1] + 1):
+        params, state, update = step(params, state)
+        age = count - INTERVAL * UPDATES
+        if age in AGES:
+            size = np.abs(update) / LEARNING_RATE
+            entered, masks = state.entered["w"], granet_jax.get_masks(state)["w"]
+            found[age] = (size[entered].mean(), size[masks & ~entered].mean())
+    return found
+
+
+def main() -> None:
+    """Print the table."""
+    print("| warm-up / steps | weights |" + "".join(f" {age} |" for age in AGES))
+    print("| ---: | --- |" + " ---: |" * len(AGES))
+    for warmup in (0, 30, WARMUP):
+        found = ratios(warmup)
+        for i, name in enumerate(("entered", "others")):
+            cells = "".join(f" {found[age][i]:.2f} |" for age in found)
+            print(f"| {warmup} | {name} |{cells}")
+
+
+if __name__ == "__main__":
+    main()
