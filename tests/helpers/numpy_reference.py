@@ -443,6 +443,11 @@ def _steps(interval: int, last: int, begin: int = 0) -> list[int]:
     return [t for t in range(1, last + 1) if (t - begin) % interval == 0]
 
 
+def _exchanges(interval: int, total: int, stop: float) -> list[int]:
+    """Steps until the share `stop` of the training, one interval before the end."""
+    return _steps(interval, min(math.floor(stop * total + 1e-6), total - interval))
+
+
 def _cosine(steps, first: float, last: float, end: float) -> dict[int, float]:
     wave = {t: (1 + math.cos(math.pi * t / end)) / 2 for t in steps}
     return {t: last + (first - last) * w for t, w in wave.items()}
@@ -468,7 +473,7 @@ def granet(
     grow="gradient",
     **rest,
 ) -> ReferenceMethod:
-    steps = _steps(interval, total_steps, begin_step)
+    steps = _steps(interval, total_steps - interval, begin_step)
     return gmp(
         sparsity,
         total_steps // 2 if end_step is None else end_step,
@@ -484,15 +489,15 @@ def granet(
 def rigl(
     sparsity, total_steps, *, interval=100, fraction=0.3, stop=0.75, **rest
 ) -> ReferenceMethod:
-    end = stop * total_steps
-    fractions = _cosine(_steps(interval, math.floor(end)), fraction, 0.0, end)
+    steps = _exchanges(interval, total_steps, stop)
+    fractions = _cosine(steps, fraction, 0.0, stop * total_steps)
     return ReferenceMethod(start=sparsity, fractions=fractions, **rest)
 
 
 def set_(
-    sparsity, total_steps, *, interval=100, fraction=0.3, **rest
+    sparsity, total_steps, *, interval=100, fraction=0.3, stop=0.75, **rest
 ) -> ReferenceMethod:
-    fractions = dict.fromkeys(_steps(interval, total_steps), fraction)
+    fractions = dict.fromkeys(_exchanges(interval, total_steps, stop), fraction)
     return ReferenceMethod(start=sparsity, fractions=fractions, grow=random, **rest)
 
 

@@ -23,10 +23,13 @@ from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import numpy as np
+import optax
 import pytest
 from hypothesis import stateful
 
+import granet_jax
 from tests.helpers import fuzzing, luck, numpy_reference
 from tests.helpers.compiler_options import DEFAULT, QUICK
 from tests.helpers.fuzzing import (
@@ -251,6 +254,46 @@ def test_schedules_follow_the_reference() -> None:
             fraction = fraction_of(ours)
             for t, expected in reference.fractions.items():
                 assert math.isclose(fraction(t), expected, abs_tol=1e-12)
+
+
+LATE: list[MethodSpec] = [
+    # The interval divides the number of steps, and one more than it.
+    *(
+        spec(name, 0.5, total, interval=4, **options)
+        for total in (24, 25)
+        for name, options in {
+            "granet": {},
+            "rigl": {"stop": 1.0},
+            "set_": {"stop": 1.0},
+            "mest": {},
+            "snfs": {},
+            "dsr": {"stop": 1.0},
+        }.items()
+    ),
+    spec("granet", 0.5, 24, interval=4, end_step=24),
+    spec("cyclical", 0.5, 24, interval=4, cycles=2),
+    spec("acdc", 0.5, (8, 16, 24)),
+]
+
+
+@pytest.mark.parametrize("method", LATE, ids=lambda m: m.function)
+def test_nothing_grows_in_the_last_interval(method: MethodSpec) -> None:
+    # What is delivered holds no weight that has not been trained.
+    ours, _ = method.build()
+    steps = method.args[1] if method.function != "acdc" else 24
+    grads = np.float32(np.random.default_rng(0).normal(size=(steps, 16, 16)))
+    params = {"w": grads[0]}
+    tx = granet_jax.transform(ours, optax.sgd(0.25))
+    step = jax.jit(tx.update)
+    state = tx.init(params)
+    active = [granet_jax.get_masks(state)["w"]]
+    for g in grads:
+        updates, state = step({"w": g}, state, params)
+        params = optax.apply_updates(params, updates)
+        active.append(granet_jax.get_masks(state)["w"])
+    assert any((m & ~before).any() for before, m in itertools.pairwise(active))
+    assert all(not (active[-1] & ~m).any() for m in active[-4:])
+    assert int(active[-1].sum()) == 128
 
 
 @pytest.mark.parametrize(("name", "method"), SINGLE)
