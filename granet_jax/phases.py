@@ -55,6 +55,8 @@ class UpdateInputs(NamedTuple):
       boxes: The structure whose boxes all keep the same number of weights, if the
         method has one. (Boxes that are kept or pruned as a whole appear to a phase as
         single weights.)
+      makes_up: Whether leaves make up for others that have fewer active weights than
+        their targets, see `within_reach`.
     """
 
     before: Masks
@@ -64,6 +66,7 @@ class UpdateInputs(NamedTuple):
     row: Array
     steps: Steps
     boxes: Structure | None
+    makes_up: bool = False
 
     def at_this_update(self, schedule: Callable[[int], Any], dtype: Any) -> Array:
         """The value of a host-side function of the step at this update."""
@@ -122,8 +125,11 @@ class Prune(Phase):
 
         def prune() -> Masks:
             ranked = at.score(self.by, masks)
+            number = at.target
+            if at.makes_up:
+                number = within_reach(number, active(masks))
             return structures.select(
-                at.boxes, ranked, at.target, among=masks, scope=at.scope
+                at.boxes, ranked, number, among=masks, scope=at.scope
             )
 
         if at.boxes is not None:
@@ -187,7 +193,7 @@ class Exchange(Phase):
         for step in (0, *method.updates.steps()):
             check_fraction(f"fraction({step})", self.fraction(step))
         structure = method.structure
-        if self.across and structure is not None and not structure.whole:
+        if self.across and structures.has_equal_boxes(structure):
             raise ValueError(
                 f"structure must be None, block or channel for {method.name}, which "
                 f"moves weights between leaves, got {structure.name}: each part of a "
@@ -222,6 +228,23 @@ def grow(masks: Masks, ranked: list[Array], number: Array, scope: Scope) -> Mask
     inactive = [~m for m in masks]
     grown = top_k(ranked, number, among=inactive, scope=scope)
     return [m | g for m, g in zip(masks, grown, strict=True)]
+
+
+def within_reach(target: Array, present: Array) -> Array:
+    """The target of every leaf, where some leaves have fewer active weights than that.
+
+    Those keep what they have. The others keep more than their targets, in proportion to
+    what they have above them, so that the total is the same. (Masks of the method never
+    need this. Masks from the user may.)
+
+    Args:
+      target: Vector of unsigned integers, one per leaf.
+      present: The active weights of every leaf.
+    """
+    kept = jnp.minimum(target.astype(present.dtype), present)
+    room = present - kept
+    missing = jnp.sum(target.astype(present.dtype) - kept, dtype=present.dtype)
+    return kept + redistribute(missing, room.astype(jnp.float32), room)
 
 
 def active(masks: Masks, scope: Scope = "layer") -> Array:
@@ -278,6 +301,7 @@ def update_masks(
     structure = method.structure
     shapes = tuple(tuple(m.shape) for m in masks)
     row = method.updates.update_index(count)
+    boxes = structure if structures.has_equal_boxes(structure) else None
     at = UpdateInputs(
         before=[structures.merge_mask(structure, m) for m in masks],
         score=score_function(names, masks, weights, key, structure),
@@ -285,7 +309,8 @@ def update_masks(
         scope=method.scope,
         row=row,
         steps=method.updates,
-        boxes=None if structure is None or structure.whole else structure,
+        boxes=boxes,
+        makes_up=method.scope == "layer" and boxes is None and not method.revives,
     )
     present, kept, states = run_phases(method.phases, states, at)
 

@@ -22,7 +22,7 @@ gathered.
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -271,6 +271,11 @@ def check_masks(
                 f"masks must have the structure {structure.name} of the method, and "
                 f"the mask at {name!r} does not have it."
             )
+
+
+def has_equal_boxes(structure: Structure | None) -> TypeGuard[Structure]:
+    """Whether all boxes of a leaf keep the same number of weights."""
+    return structure is not None and not structure.whole
 
 
 def parts(structure: Structure | None, shapes: Sequence[Shape]) -> list[int]:

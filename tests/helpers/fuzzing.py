@@ -484,6 +484,8 @@ class Run:
                 assert method.structure is not None or active == expected
         elif method.targets and t in self.training.plan:
             number = self.training.plan[t]
+            if method.makes_up:
+                active, number, was = [sum(active)], [sum(number)], [sum(was)]
             few = [min(n, w) for n, w in zip(number, was, strict=True)]
             expected = few if method.revive is None else number
             assert method.structure is not None or active == expected

@@ -100,8 +100,9 @@ def redistributed(total: int, weights: Sequence[float], room: Sequence[int]) -> 
         mass = [w if s else 0.0 for w, s in zip(weights, space, strict=True)]
         if sum(mass) == 0.0:
             mass = [float(s) for s in space]
+        whole = np.float32(math.fsum(mass))
         more = [
-            min(math.floor(left * m / math.fsum(mass)), s)
+            min(math.floor(np.float32(m) / whole * np.float32(left)), s)
             for m, s in zip(mass, space, strict=True)
         ]
         if sum(more) == 0:
@@ -110,6 +111,15 @@ def redistributed(total: int, weights: Sequence[float], room: Sequence[int]) -> 
                 more[i] = min(more[i], left - sum(more[:i]))
         shares = [g + p for g, p in zip(shares, more, strict=True)]
     return shares
+
+
+def within_reach(target: Sequence[int], present: Sequence[int]) -> list[int]:
+    """The target; leaves above theirs make up for those below."""
+    kept = [min(pair) for pair in zip(target, present, strict=True)]
+    room = [p - k for p, k in zip(present, kept, strict=True)]
+    missing = min(sum(target) - sum(kept), sum(room))
+    extra = redistributed(missing, [float(r) for r in room], room)
+    return [k + e for k, e in zip(kept, extra, strict=True)]
 
 
 # --- Structures ---------------------------------------------------------------------
@@ -305,6 +315,12 @@ class ReferenceMethod:
         return self.scope == "global" and (
             self.structure is None or self.structure.whole
         )
+
+    @property
+    def makes_up(self) -> bool:
+        """Whether denser leaves make up for sparser ones when weights are pruned."""
+        boxes = self.structure is not None and not self.structure.whole
+        return self.scope == "layer" and not boxes and self.revive is None
 
     @property
     def draws_boxes(self) -> bool:
@@ -843,6 +859,8 @@ class ReferenceTraining:
         if method.weights == "dense":
             among = [np.ones(p.shape, bool) for p in weights]
         numbers = method.numbers([p.shape for p in weights], method.marked)
+        if method.weights == "sparse" and method.makes_up:
+            numbers = within_reach(numbers, method.active(among))
         self.marked = self.spread(
             method.choose([np.abs(p) for p in weights], among, numbers)
         )
@@ -880,6 +898,8 @@ class ReferenceTraining:
         new = kept = old
         if method.targets and t in self.plan:
             number = self.plan[t]
+            if method.makes_up:
+                number = within_reach(number, method.active(new))
             new = kept = method.choose(score(method.prune, weights, new), new, number)
             if method.revive is not None:
                 new = self._revived(new, score(method.revive, weights, new), number)

@@ -185,7 +185,7 @@ def test_transform_reproduces_every_mask(run):
         if keeps:
             return 1.0 - keeps[-1] / size
         # Before any pruning the masks keep the sparsity that they start with.
-        return 0.0
+        return 1.0 - sum(int(m.sum()) for m in tree(run, "mask0").values()) / size
 
     steps = schedules.every(meta(run)["interval"], last=meta(run)["steps"])
     method = with_schedules(
