@@ -64,6 +64,7 @@ INTERNAL = {
     *names("masking.", "placed_like", "check_arrays", "check_concrete", "given_masks"),
     *names("structures.", "box_counts", "check_leaves", "check_masks", "check_use"),
     *names("structures.", "counts", "fill", "merge", "merge_mask", "parts", "select"),
+    *names("structures.", "has_equal_boxes"),
     *names("structures.", "spread"),
     *names("schedules.", "ceil_of", "fixed_point", "increasing"),
     *names("distributions.", "check_distribution"),
