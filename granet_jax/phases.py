@@ -9,7 +9,15 @@ a phase of your own, subclass `Phase`.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    get_args,
+)
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
     from granet_jax.methods.method import Method
 
 Masks = list[Array]
+Selection = Literal["drop", "grow", "revive"]
 
 
 class ScoreMasks(Protocol):
@@ -55,6 +64,8 @@ class UpdateInputs(NamedTuple):
       boxes: The structure whose boxes all keep the same number of weights, if the
         method has one. (Boxes that are kept or pruned as a whole appear to a phase as
         single weights.)
+      key: A random key of this update, by which phases put equal scores in a random
+        order; None for the lowest index first.
       makes_up: Whether leaves make up for others that have fewer active weights than
         their targets, see `within_reach`.
     """
@@ -66,12 +77,18 @@ class UpdateInputs(NamedTuple):
     row: Array
     steps: Steps
     boxes: Structure | None
+    key: Array | None = None
     makes_up: bool = False
 
     def at_this_update(self, schedule: Callable[[int], Any], dtype: Any) -> Array:
         """The value of a host-side function of the step at this update."""
         table = [schedule(step) for step in self.steps.steps()]
         return jnp.asarray(table, dtype)[self.row]
+
+    def order_of(self, selection: Selection) -> Array | None:
+        """A random key for the order of equal scores in one selection of an update."""
+        number = get_args(Selection).index(selection)
+        return None if self.key is None else jax.random.fold_in(self.key, number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +171,13 @@ class Revive(Phase):
 
     def __call__(self, masks: Masks, state: Any, at: UpdateInputs) -> tuple[Masks, Any]:
         """Revive. Where as many weights are active as the target, nothing changes."""
-        ranked = at.score(self.by, masks, growing=True)
+        ranked, key = at.score(self.by, masks, growing=True), at.order_of("revive")
         if at.boxes is not None:
-            return structures.fill(at.boxes, masks, ranked, at.target), state
+            return structures.fill(at.boxes, masks, ranked, at.target, key=key), state
         present = active(masks, at.scope)
         missing = at.target.astype(present.dtype)
         missing -= jnp.minimum(present, missing)
-        return grow(masks, ranked, missing, at.scope), state
+        return grow(masks, ranked, missing, at.scope, key), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,24 +226,34 @@ class Exchange(Phase):
         freed = schedules.ceil_of(fraction, number)
 
         ranked = at.score(self.drop, masks)
-        stay = top_k(ranked, number - freed, among=masks)
+        stay = top_k(ranked, number - freed, among=masks, key=at.order_of("drop"))
 
-        ranked = at.score(self.grow, stay, growing=True)
+        ranked, key = at.score(self.grow, stay, growing=True), at.order_of("grow")
         if at.boxes is not None:
             counts = [structures.box_counts(at.boxes, m) for m in masks]
-            return structures.fill(at.boxes, stay, ranked, counts), state
+            return structures.fill(at.boxes, stay, ranked, counts, key=key), state
         if self.across:
             means = mean_score(masks, at.score(self.grow, masks, growing=True))
             room = active([~m for m in stay])
             total = jnp.sum(freed, dtype=freed.dtype)
             freed = redistribute(total, means, room)
-        return grow(stay, ranked, freed, "layer"), state
+        return grow(stay, ranked, freed, "layer", key), state
 
 
-def grow(masks: Masks, ranked: list[Array], number: Array, scope: Scope) -> Masks:
-    """Activate the `number` highest-ranked of the inactive weights."""
+def grow(
+    masks: Masks,
+    ranked: list[Array],
+    number: Array,
+    scope: Scope,
+    key: Array | None = None,
+) -> Masks:
+    """Activate the `number` highest-ranked of the inactive weights.
+
+    Equal ranks come in a random order that the key decides. A weight without gradient,
+    such as that of a rare token, would otherwise come by its index.
+    """
     inactive = [~m for m in masks]
-    grown = top_k(ranked, number, among=inactive, scope=scope)
+    grown = top_k(ranked, number, among=inactive, scope=scope, key=key)
     return [m | g for m, g in zip(masks, grown, strict=True)]
 
 
@@ -310,6 +337,7 @@ def update_masks(
         row=row,
         steps=method.updates,
         boxes=boxes,
+        key=jax.random.fold_in(key, len(masks)),  # Leaves fold in their numbers.
         makes_up=method.scope == "layer" and boxes is None and not method.revives,
     )
     present, kept, states = run_phases(method.phases, states, at)

@@ -33,11 +33,13 @@ from jax.typing import ArrayLike
 from granet_jax import distributions, masking, selection
 from granet_jax.checks import check_choice, check_integer
 from granet_jax.distributions import Distribution, Shape
-from granet_jax.positions import from_end, iota, mesh_axes
+from granet_jax.positions import from_end, mesh_axes
 from granet_jax.selection import (
     Scope,
     find_threshold,
     highest,
+    odd_factors,
+    shuffled,
     sort_keys,
     ties_by_rank,
 )
@@ -356,7 +358,12 @@ def select(
 
 
 def fill(
-    structure: Structure, masks: Sequence[Array], scores: Sequence[Array], number: Any
+    structure: Structure,
+    masks: Sequence[Array],
+    scores: Sequence[Array],
+    number: Any,
+    *,
+    key: Array | None = None,
 ) -> list[Array]:
     """Activate the best inactive weights of every box, up to a number of active ones.
 
@@ -366,15 +373,20 @@ def fill(
       scores: One array of scores per leaf. Weights of larger score come first.
       number: Number of active weights per box after the call: for every leaf an
         integer, or an array as from `box_counts`.
+      key: A random key, which decides the order of equal scores; None for the lowest
+        index first.
 
     Returns:
       One boolean array per leaf, which contains the weights of `masks`.
     """
+    factors: Any = [None] * len(masks)
+    if key is not None:
+        factors = odd_factors(key, len(masks), "layer", jnp.dtype(jnp.uint32))
     filled = []
-    for i, (key, mask) in enumerate(zip(sort_keys(scores), masks, strict=True)):
+    for i, (x, mask) in enumerate(zip(sort_keys(scores), masks, strict=True)):
         # No score has the highest key, so the active weights come first.
-        ranked = jnp.where(mask, highest(key.dtype), key)
-        best = _best_of_boxes(structure, ranked, number[i])
+        ranked = jnp.where(mask, highest(x.dtype), x)
+        best = _best_of_boxes(structure, ranked, number[i], factors[i])
         filled.append(best | mask)
     return filled
 
@@ -413,13 +425,17 @@ def spread(structure: Structure | None, chosen: Array, like: Array) -> Array:
     return masking.placed_like(_unboxed(wide, like), like)
 
 
-def _best_of_boxes(structure: Structure, keys: Array, number: ArrayLike) -> Array:
-    """Select the `number` largest keys of every box. The lowest index wins ties.
+def _best_of_boxes(
+    structure: Structure, keys: Array, number: ArrayLike, factors: Array | None = None
+) -> Array:
+    """Select the `number` largest keys of every box.
 
     Args:
       structure: Structure whose boxes all keep the same number of weights.
       keys: Keys of one leaf from `sort_keys`.
       number: Unsigned integer, or an array as from `box_counts`.
+      factors: Three odd numbers, which put equal keys in a random order, another one in
+        every box; None for the lowest index first.
 
     Returns:
       Boolean array of the shape of `keys`.
@@ -427,9 +443,10 @@ def _best_of_boxes(structure: Structure, keys: Array, number: ArrayLike) -> Arra
     values, axes = _boxed(structure, keys)
     number = jnp.asarray(number, jnp.uint32)
     if len(axes) == 1 and values.shape[axes[0]] <= _FEW:
-        best = _best_by_comparison(_whole_along(values, axes[0]), number, axes[0])
+        values = _whole_along(values, axes[0])
+        best = _best_by_comparison(values, number, axes[0], factors)
     else:
-        best = _best_by_digits(values, number, axes)
+        best = _best_by_digits(values, number, axes, factors)
     return _unboxed(best, keys)
 
 
@@ -438,17 +455,35 @@ def _best_of_boxes(structure: Structure, keys: Array, number: ArrayLike) -> Arra
 _FEW = 16
 
 
-def _best_by_comparison(keys: Array, number: Array, axis: int) -> Array:
-    place = iota(jax.typeof(keys), jnp.dtype(jnp.uint32), axis)
+def _best_by_comparison(
+    keys: Array, number: Array, axis: int, factors: Array | None
+) -> Array:
+    rank = _rank_in_box(keys, (axis,), factors)
     better = jnp.zeros_like(keys, jnp.uint32)
     for j in range(keys.shape[axis]):
-        other = lax.slice_in_dim(keys, j, j + 1, axis=axis)
-        ahead = (other > keys) | ((other == keys) & (j < place))
+        other, other_rank = (
+            lax.slice_in_dim(x, j, j + 1, axis=axis) for x in (keys, rank)
+        )
+        ahead = (other > keys) | ((other == keys) & (other_rank > rank))
         better += ahead.astype(jnp.uint32)
     return better < number
 
 
-def _best_by_digits(keys: Array, number: Array, axes: tuple[int, ...]) -> Array:
+def _rank_in_box(keys: Array, axes: tuple[int, ...], factors: Array | None) -> Array:
+    """The rank of every entry of a box among equal keys, uint32, higher first."""
+    size = jnp.asarray(math.prod(keys.shape[axis] for axis in axes), jnp.uint32)
+    rank = from_end(size, keys, axes)
+    if factors is None:
+        return rank
+    # An odd number for every box gives each another order.
+    grid = [axis for axis in range(keys.ndim) if axis not in axes]
+    box = from_end(jnp.zeros_like(size), keys, grid)
+    return shuffled(rank * (2 * box + 1), factors)
+
+
+def _best_by_digits(
+    keys: Array, number: Array, axes: tuple[int, ...], factors: Array | None
+) -> Array:
     """Select by a threshold for each box, as `selection.top_k` does for each leaf."""
     bits = jnp.asarray(8 * keys.dtype.itemsize, jnp.int32)
     keys = keys.astype(jnp.promote_types(keys.dtype, jnp.uint32))
@@ -464,8 +499,7 @@ def _best_by_digits(keys: Array, number: Array, axes: tuple[int, ...]) -> Array:
 
         return find_threshold(count, numbers, bits, keys.dtype)[0]
 
-    size = jnp.asarray(math.prod(keys.shape[axis] for axis in axes), keys.dtype)
-    rank = from_end(size, keys, axes)
+    rank = _rank_in_box(keys, axes, factors).astype(keys.dtype)
     ties = ties_by_rank(keys, threshold(keys, bits), rank)
     return ties >= threshold(ties, jnp.full_like(bits, 32))
 

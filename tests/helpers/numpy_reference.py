@@ -2,7 +2,7 @@
 
 It is written from the specification alone and imports nothing from granet_jax. It sorts
 one leaf, or all leaves in one vector, and counts in Python integers and float64. Random
-scores are an input (see `luck`).
+scores and the random order of equal scores are inputs (see `luck`).
 
 Parameters and moments are float32 arrays, and every operation rounds once. If learning
 rate, momentum and decays are powers of two, products are exact, and a fused
@@ -176,34 +176,61 @@ def unboxed(rows: np.ndarray, shape: tuple, sides: tuple) -> np.ndarray:
 # --- Selection ----------------------------------------------------------------------
 
 
-def best(score: np.ndarray, candidate: np.ndarray, k: int) -> np.ndarray:
-    """Selects the k best candidates of a vector: largest first, then lowest index.
+def best(
+    score: np.ndarray, candidate: np.ndarray, k: int, rank: np.ndarray | None = None
+) -> np.ndarray:
+    """Selects the k best candidates of a vector: largest first, then highest rank.
 
-    NaN ranks below every number, and -0.0 equals 0.0.
+    Without ranks, the lowest index. NaN is below every number, and -0.0 equals 0.0.
     """
     score = score.astype(np.float64)
     nan = np.isnan(score)
+    last = np.arange(score.size) if rank is None else -rank.astype(np.int64)
     # `lexsort` sorts by its last key first.
-    order = np.lexsort(
-        (np.arange(score.size), np.where(nan, 0.0, -score), nan, ~candidate)
-    )
+    order = np.lexsort((last, np.where(nan, 0.0, -score), nan, ~candidate))
     chosen = np.zeros(score.size, bool)
     chosen[order[: min(int(k), int(candidate.sum()))]] = True
     return chosen
 
 
-def best_per_leaf(scores: Leaves, candidates: Leaves, ks: Sequence[int]) -> Leaves:
+def shuffled(rank: np.ndarray, factors: Sequence[int]) -> np.ndarray:
+    """Ranks, put in another order by a bijection of the integers below 2**32."""
+    words = np.uint64(2**32 - 1)
+
+    def mixed(x: np.ndarray) -> np.ndarray:
+        for factor in factors:
+            x = (x * np.uint64(factor)) & words
+            x = x ^ (x >> np.uint64(16))
+        return x
+
+    x = mixed(rank.astype(np.uint64) & words)
+    return np.where(x == words, mixed(np.asarray([words]))[0], x)
+
+
+def tie_ranks(size: int, factors: Sequence[int] | None) -> np.ndarray:
+    """The ranks of equal scores: the first index first, or a random order."""
+    ranks = size - np.arange(size)
+    return ranks if factors is None else shuffled(ranks, factors)
+
+
+def best_per_leaf(
+    scores: Leaves, candidates: Leaves, ks: Sequence[int], factors: Any = None
+) -> Leaves:
+    factors = [None] * len(scores) if factors is None else factors
     return [
-        best(s.ravel(), c.ravel(), k).reshape(s.shape)
-        for s, c, k in zip(scores, candidates, ks, strict=True)
+        best(s.ravel(), c.ravel(), k, tie_ranks(s.size, f)).reshape(s.shape)
+        for s, c, k, f in zip(scores, candidates, ks, factors, strict=True)
     ]
 
 
-def best_across(scores: Leaves, candidates: Leaves, k: int) -> Leaves:
+def best_across(
+    scores: Leaves, candidates: Leaves, k: int, factors: Any = None
+) -> Leaves:
     chosen = best(
         np.concatenate([s.ravel().astype(np.float64) for s in scores]),
         np.concatenate([c.ravel() for c in candidates]),
         k,
+        tie_ranks(sum(s.size for s in scores), None if factors is None else factors[0]),
     )
     ends = np.cumsum([s.size for s in scores])[:-1]
     parts = np.split(chosen, ends)
@@ -384,11 +411,20 @@ class ReferenceMethod:
             rows[step] = present
         return rows
 
-    def choose(self, scores: Leaves, among: Leaves, numbers: Sequence[int]) -> Leaves:
-        """Selects as many of the best parts among candidates as `numbers` says."""
+    def choose(
+        self,
+        scores: Leaves,
+        among: Leaves,
+        numbers: Sequence[int],
+        factors: Any = None,
+    ) -> Leaves:
+        """Selects as many of the best parts among candidates as `numbers` says.
+
+        `factors` are three for each leaf, which put equal scores in a random order.
+        """
         structure = self.structure
         if structure is None:
-            return self._select(scores, among, numbers)
+            return self._select(scores, among, numbers, factors)
         boxes = [structure.sides(s.shape) for s in scores]
         rows = [boxed(s, b) for s, b in zip(scores, boxes, strict=True)]
         open_ = [boxed(m, b) for m, b in zip(among, boxes, strict=True)]
@@ -397,6 +433,7 @@ class ReferenceMethod:
                 [_norm(r, structure.norm) for r in rows],
                 [o.all(axis=-1) for o in open_],
                 numbers,
+                factors,
             )
             chosen = [
                 np.broadcast_to(c[:, None], r.shape)
@@ -412,10 +449,12 @@ class ReferenceMethod:
             for c, s, b in zip(chosen, scores, boxes, strict=True)
         ]
 
-    def _select(self, scores: Leaves, among: Leaves, numbers: Sequence[int]) -> Leaves:
+    def _select(
+        self, scores: Leaves, among: Leaves, numbers: Sequence[int], factors: Any
+    ) -> Leaves:
         if self.ranks_across:
-            return best_across(scores, among, numbers[0])
-        return best_per_leaf(scores, among, numbers)
+            return best_across(scores, among, numbers[0], factors)
+        return best_per_leaf(scores, among, numbers, factors)
 
     def active(self, masks: Leaves) -> list[int]:
         """Active weights, or whole boxes, of every leaf."""
@@ -424,16 +463,27 @@ class ReferenceMethod:
         sides = self.structure.sides
         return [int(boxed(m, sides(m.shape)).all(axis=-1).sum()) for m in masks]
 
-    def filled(self, masks: Leaves, scores: Leaves, numbers: Leaves) -> Leaves:
+    def filled(
+        self, masks: Leaves, scores: Leaves, numbers: Leaves, factors: Any = None
+    ) -> Leaves:
         """Activates the best of each box, up to `numbers` (an integer or one a box)."""
         assert self.structure is not None
         filled = []
-        for mask, score, number in zip(masks, scores, numbers, strict=True):
+        factors = [None] * len(masks) if factors is None else factors
+        for mask, score, number, odd in zip(
+            masks, scores, numbers, factors, strict=True
+        ):
             sides = self.structure.sides(mask.shape)
             rows, ranks = boxed(mask, sides), boxed(score, sides)
             missing = np.maximum(number - rows.sum(axis=-1), 0)
+            order = [tie_ranks(rows.shape[1], None)] * len(rows)
+            if odd is not None:  # Another order in every box.
+                order = [
+                    shuffled(r * (1 - 2 * box), odd) for box, r in enumerate(order)
+                ]
             back = [
-                best(s, ~m, k) for s, m, k in zip(ranks, rows, missing, strict=True)
+                best(s, ~m, k, r)
+                for s, m, k, r in zip(ranks, rows, missing, order, strict=True)
             ]
             filled.append(unboxed(rows | np.stack(back), mask.shape, sides))
         return filled
@@ -767,6 +817,7 @@ class ReferenceTraining:
         grads: Leaves,
         random_scores: Callable[[int], Leaves] | None = None,
         adjust: Callable[[list[int], list[int]], None] | None = None,
+        factors: Callable[[int], dict[str, Any]] | None = None,
     ) -> None:
         """Takes one optimizer step, and updates the masks if the step is due.
 
@@ -775,6 +826,9 @@ class ReferenceTraining:
           random_scores: Function from a step to one array of random scores per mask.
           adjust: Function of (grown, room) that may change, in place, how many weights
             each leaf grows where the exchange moves weights between leaves.
+          factors: Function from a step to the odd numbers that put equal scores in a
+            random order when weights are dropped, grown and revived. Without it, the
+            first index comes first.
         """
         method, old = self.method, self.masks
         advances = self.step_count < LAST_STEP
@@ -801,7 +855,8 @@ class ReferenceTraining:
         stepped = [zeroed(p, m) for p, m in zip(stepped, old, strict=True)]
         new = kept = self.masked(old)
         if advances:
-            new, kept = self._update(stepped, grads, random_scores, adjust)
+            odd = {} if factors is None else factors(t)
+            new, kept = self._update(stepped, grads, random_scores, adjust, odd)
         self.keeps = self.spread([k & n for k, n in zip(kept, new, strict=True)])
         self.masks = self.spread(new)
         self._move(changes)
@@ -879,7 +934,9 @@ class ReferenceTraining:
             sums.append(g)
         return sums
 
-    def _update(self, stepped, grads, random_scores, adjust) -> tuple[Leaves, Leaves]:
+    def _update(
+        self, stepped, grads, random_scores, adjust, odd
+    ) -> tuple[Leaves, Leaves]:
         """The new masks, and the old weights that no phase before the last removed."""
         method, t = self.method, self.step_count
         old = self.masked(self.masks)
@@ -902,11 +959,14 @@ class ReferenceTraining:
                 number = within_reach(number, method.active(new))
             new = kept = method.choose(score(method.prune, weights, new), new, number)
             if method.revive is not None:
-                new = self._revived(new, score(method.revive, weights, new), number)
+                scores = score(method.revive, weights, new)
+                new = self._revived(new, scores, number, odd)
         if t not in method.fractions:
             return new, [o & k for o, k in zip(old, kept, strict=True)]
         present = [zeroed(p, m) for p, m in zip(weights, new, strict=True)]
-        left, freed = self._dropped(new, score(method.drop, present, new))
+        left, freed = self._dropped(
+            new, score(method.drop, present, new), odd.get("drop")
+        )
         scores = score(method.grow, weights, left)
         grown = freed
         if method.across or method.threshold is not None:
@@ -920,25 +980,31 @@ class ReferenceTraining:
         if method.structure is not None and not method.structure.whole:
             sides = method.structure.sides
             before = [boxed(m, sides(m.shape)).sum(axis=-1) for m in new]
-            new = method.filled(left, scores, before)
+            new = method.filled(left, scores, before, odd.get("grow"))
         else:
             within = dataclasses.replace(method, scope="layer")
-            chosen = within.choose(scores, [~m for m in left], grown)
+            unused = [~m for m in left]
+            chosen = within.choose(scores, unused, grown, odd.get("grow"))
             new = [m | c for m, c in zip(left, chosen, strict=True)]
         return new, [o & k for o, k in zip(old, kept, strict=True)]
 
-    def _revived(self, masks: Leaves, scores: Leaves, number: list[int]) -> Leaves:
+    def _revived(
+        self, masks: Leaves, scores: Leaves, number: list[int], odd: dict[str, Any]
+    ) -> Leaves:
         method = self.method
         if method.structure is not None and not method.structure.whole:
-            return method.filled(masks, scores, number)
+            return method.filled(masks, scores, number, odd.get("revive"))
         active = method.active(masks)
         if method.ranks_across:
             active = [sum(active)]
         missing = [max(n - a, 0) for n, a in zip(number, active, strict=True)]
-        back = method.choose(scores, [~m for m in masks], missing)
+        factors = odd.get("revive across" if method.ranks_across else "revive")
+        back = method.choose(scores, [~m for m in masks], missing, factors)
         return [m | b for m, b in zip(masks, back, strict=True)]
 
-    def _dropped(self, masks: Leaves, scores: Leaves) -> tuple[Leaves, list[int]]:
+    def _dropped(
+        self, masks: Leaves, scores: Leaves, factors: Any
+    ) -> tuple[Leaves, list[int]]:
         """The masks without what the exchange drops, and how much each leaf drops."""
         method = self.method
         fraction = method.fractions[self.step_count]
@@ -959,7 +1025,7 @@ class ReferenceTraining:
         within = dataclasses.replace(method, scope="layer")
         if method.structure is not None and not method.structure.whole:
             within = dataclasses.replace(within, structure=None)
-        return within.choose(scores, masks, number), freed
+        return within.choose(scores, masks, number, factors), freed
 
 
 def _mean(score: np.ndarray, mask: np.ndarray) -> float:
