@@ -20,6 +20,7 @@ gathered.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeGuard
@@ -102,39 +103,53 @@ def block(*shape: int, norm: Norm = "l1") -> Structure:
     )
 
 
-def channel(*, norm: Norm = "l1") -> Structure:
-    """Output units (the last axis of a kernel), kept or pruned with all their inputs.
+def channel(*, norm: Norm = "l1", axis: int = -1) -> Structure:
+    """Output units of a kernel, kept or pruned with all their inputs.
 
     Args:
       norm: Norm of the scores of a unit by which it ranks, "l1" or "l2".
+      axis: Axis of a leaf that counts the outputs. -1 for kernels of shape (..., in,
+        out), as flax has them; 0 for weights of shape (out, in, ...), as equinox and
+        PyTorch have them.
 
     Returns:
       A structure. It does not prune the bias of a unit, or the weights of the next
       layer that read the unit.
 
     Raises:
-      ValueError: The norm is unknown.
+      TypeError, ValueError: The norm is unknown, or axis is not an integer.
 
     References:
       Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017 (filters by norm).
     """
     check_choice("norm", norm, NORMS)
-    return Structure(name="channel", box=_unit, whole=True, norm=norm)
+    check_integer("axis", axis)
+    name = _with_axis("channel", axis)
+    return Structure(name, _unit(axis), whole=True, norm=norm)
 
 
-def constant_fan_in() -> Structure:
+def constant_fan_in(*, axis: int = -1) -> Structure:
     """Every output unit of a leaf keeps the same number of inputs, at least one.
 
     An exchange drops the lowest weights of the leaf, and every unit regrows the number
     of weights that it lost. The paper's ablation of whole units is not included.
 
+    Args:
+      axis: Axis of a leaf that counts the outputs, as in `channel`: -1 for flax, 0 for
+        equinox and PyTorch.
+
     Returns:
       A structure. A method that prunes or chooses weights needs scope "layer" with it.
+
+    Raises:
+      TypeError: axis is not an integer.
 
     References:
       Lasby et al., Dynamic Sparse Training with Structured Sparsity, ICLR 2024 (SRigL).
     """
-    return Structure(name="constant fan-in", box=_unit, whole=False)
+    check_integer("axis", axis)
+    name = _with_axis("constant fan-in", axis)
+    return Structure(name, _unit(axis), whole=False)
 
 
 def n_of_m(n: int, m: int, *, axis: int = -2) -> Structure:
@@ -240,8 +255,10 @@ def check_leaves(
         return
     for name, shape in leaves:
         box = structure.box(shape)
-        if len(box) != len(shape) or any(
-            not b or n % b for n, b in zip(shape, box, strict=True)
+        if (
+            not box
+            or len(box) != len(shape)
+            or any(not b or n % b for n, b in zip(shape, box, strict=True))
         ):
             parts = f"parts of shape {box}" if box else "such an axis"
             raise ValueError(
@@ -504,8 +521,20 @@ def _best_by_digits(
     return ties >= threshold(ties, jnp.full_like(bits, 32))
 
 
-def _unit(leaf: Shape) -> Shape:
-    return (*leaf[:-1], 1)
+@functools.cache  # So that two structures of one axis are equal.
+def _unit(axis: int) -> Callable[[Shape], Shape]:
+    """The shape of one output with all its inputs; () where there is no such axis."""
+
+    def box(leaf: Shape) -> Shape:
+        if not -len(leaf) <= axis < len(leaf):
+            return ()
+        return tuple(1 if i == axis % len(leaf) else n for i, n in enumerate(leaf))
+
+    return box
+
+
+def _with_axis(name: str, axis: int) -> str:
+    return name if axis == -1 else f"{name} along axis {axis}"
 
 
 def _split(structure: Structure, shape: Shape) -> tuple[Shape, tuple[int, ...]]:

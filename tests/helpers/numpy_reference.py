@@ -143,12 +143,19 @@ def block(*sides: int, norm: str = "l1") -> Structure:
     return Structure(lambda shape: (1,) * (len(shape) - len(sides)) + sides, True, norm)
 
 
-def channel(*, norm: str = "l1") -> Structure:
-    return Structure(lambda shape: (*shape[:-1], 1), True, norm)
+def unit(axis: int) -> Callable[[tuple], tuple]:
+    def sides(shape: tuple) -> tuple:
+        return tuple(1 if i == axis % len(shape) else n for i, n in enumerate(shape))
+
+    return sides
 
 
-def constant_fan_in() -> Structure:
-    return Structure(lambda shape: (*shape[:-1], 1), False)
+def channel(*, norm: str = "l1", axis: int = -1) -> Structure:
+    return Structure(unit(axis), True, norm)
+
+
+def constant_fan_in(*, axis: int = -1) -> Structure:
+    return Structure(unit(axis), False)
 
 
 def n_of_m(n: int, m: int, *, axis: int = -2) -> Structure:
