@@ -164,8 +164,8 @@ def accelerate(params: PyTree, masks: PyTree, *, axis: int = -1) -> PyTree:
 
     Raises:
       TypeError: Masks or parameters are traced, or axis is not an integer.
-      ValueError: There is no such axis; the masks have another structure or shape; or no
-        matrix is sparse enough.
+      ValueError: There is no such axis; the masks have another structure or shape; or
+        no matrix is sparse enough.
     """
     check_concrete("masks", masks)
     check_concrete("params", params)
