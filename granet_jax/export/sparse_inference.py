@@ -176,7 +176,7 @@ def accelerate(params: PyTree, masks: PyTree, *, axis: int = -1) -> PyTree:
             f"n_out), 0 for weights of shape (n_out, n_in), got {axis}."
         )
     axis %= 2
-    masks = check_masks(masks, params)
+    masks = check_masks(masks, params, integers=True)
 
     def convert(mask: Any, param: Any) -> Any:
         return fan_in(param, mask, axis) if _is_sparse_enough(mask, axis) else param

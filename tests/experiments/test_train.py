@@ -312,6 +312,16 @@ def test_a_network_that_is_not_as_sparse_as_it_should_be_is_noticed():
         loop._check_state(each, state._replace(params=filled), 1, None)
 
 
+def test_layers_without_active_weights_are_named(tmp_path):
+    # One weight of all layers is active.
+    each = setup(method="static", sparsity=1 - 1 / TOTAL, steps=1, eval_every=1)
+    with pytest.warns(UserWarning, match="no active weight is left at 'h") as seen:
+        (record, *_), _ = fit(each, 0, tmp_path)
+    empty = record.sparsity.empty
+    assert len(empty) == 2
+    assert all(name in str(seen[0].message) for name in empty)
+
+
 def reference_loss(params: Any, x: np.ndarray, labels: np.ndarray, smoothing: float):
     for name in ("hidden_0", "hidden_1", "output"):
         x = x @ params[name]["kernel"] + params[name]["bias"]

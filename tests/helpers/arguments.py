@@ -498,7 +498,8 @@ def special_methods() -> Entries:
         granet_jax.sparse_view, params=[Bad({"w": jnp.ones((2, 2))}, "structure")]
     )
     yield entry(granet_jax.apply_masks, params=[OTHER_TREE])
-    yield entry(masking.check_masks, params=[OTHER_TREE])
+    integers = Free("a constant of the caller")
+    yield entry(masking.check_masks, params=[OTHER_TREE], integers=integers)
     yield entry(
         granet_jax.accelerate,
         params=[OTHER_TREE, Bad(parameters(), "the dense product is faster")],
@@ -671,6 +672,17 @@ def special_analyses() -> Entries:
     )
     yield entry(analysis.keep_counts, {"masks": EYE}, masks=[NO_MASK, NOT_A_MASK])
     yield entry(analysis.prune, params=[OTHER_TREE])
+    yield entry(
+        analysis.batch_statistics,
+        {
+            "forward": lambda stats, x: 0.5 * stats + 0.5 * x,
+            "batch_stats": np.zeros(2),
+            "batches": [np.ones(2)],
+        },
+        forward=[*FUNCTION, Bad(lambda stats, x: stats, "training mode")],
+        batch_stats=Free("any pytree of arrays"),
+        batches=[Bad([], "one or more")],
+    )
     yield entry(analysis.apply_pruned, {"params": WEIGHTS}, params=[OTHER_WEIGHTS])
 
 
