@@ -8,6 +8,7 @@ a phase of your own, subclass `Phase`.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import (
     TYPE_CHECKING,
@@ -21,6 +22,7 @@ from typing import (
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from granet_jax import schedules, scores, structures, targets
@@ -128,14 +130,31 @@ class Prune(Phase):
 
     Attributes:
       by: The score that ranks active weights.
+      floor: The density, rounded down to whole weights, that every leaf keeps with
+        scope "global". The total number is the same.
     """
 
     grows: ClassVar[bool] = False
     by: Score = scores.magnitude
+    floor: float = 0.0
 
     def check(self, method: "Method") -> None:
-        """Raise TypeError unless the score is a function."""
+        """Raise TypeError or ValueError if a part does not fit the method."""
         check_function("by", self.by)
+        check_fraction("floor", self.floor)
+        if not self.floor:
+            return
+        if method.scope != "global":
+            raise ValueError(
+                f'floor must be 0 with scope="layer", got {self.floor}: there the '
+                "distribution gives every layer its density."
+            )
+        density = 1.0 - max(method.sparsity(step) for step in method.updates.steps())
+        if self.floor > density:
+            raise ValueError(
+                f"floor must be at most the density that {method.name} prunes to, "
+                f"{density:g}, got {self.floor}: the layers could not all keep it."
+            )
 
     def __call__(self, masks: Masks, state: Any, at: UpdateInputs) -> tuple[Masks, Any]:
         """Prune. Where no more weights are active than the target, nothing changes."""
@@ -145,14 +164,26 @@ class Prune(Phase):
             number = at.target
             if at.makes_up:
                 number = within_reach(number, active(masks))
-            return structures.select(
-                at.boxes, ranked, number, among=masks, scope=at.scope
-            )
+            if not self.floor:
+                return structures.select(
+                    at.boxes, ranked, number, among=masks, scope=at.scope
+                )
+            first = top_k(ranked, self._least(masks), among=masks)
+            others = [m & ~f for m, f in zip(masks, first, strict=True)]
+            number = number - active(first, "global").astype(number.dtype)
+            chosen = top_k(ranked, number, among=others, scope="global")
+            return [f | c for f, c in zip(first, chosen, strict=True)]
 
         if at.boxes is not None:
             return prune(), state
         excess = jnp.any(active(masks, at.scope) > at.target)
         return lax.cond(excess, prune, lambda: masks), state
+
+    def _least(self, masks: Masks) -> np.ndarray:
+        """The number of weights that every leaf keeps."""
+        # The small addend undoes the rounding error of a product such as 0.29 * 100.
+        least = [math.floor(self.floor * m.size + 1e-6) for m in masks]
+        return np.asarray(least, np.uint32 if max(least) < 2**32 else np.uint64)
 
 
 @dataclasses.dataclass(frozen=True)

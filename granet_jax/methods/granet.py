@@ -40,6 +40,7 @@ def granet(
     scope: Scope = "global",
     grow: str = "gradient",
     structure: Structure | None = None,
+    floor: float = 0.0,
 ) -> Method:
     """GraNet: gradual magnitude pruning with zero-cost neuroregeneration.
 
@@ -74,6 +75,9 @@ def granet(
         compete within each layer, at the sparsity that `distribution` gives it.
       grow: Score by which weights are regrown: "gradient", "momentum" or "random".
       structure: Structure of the masks, one of `structures`; None for single weights.
+      floor: Least density of every layer in global pruning, rounded down to whole
+        weights, at most 1 - sparsity. Without it, a layer whose weights are small can
+        lose them all.
 
     Returns:
       A record for `transform`.
@@ -109,7 +113,7 @@ def granet(
         distribution=distribution,
         structure=structure,
         scope=scope,
-        phases=(Prune(), Exchange(regeneration, grow=_GROW[grow])),
+        phases=(Prune(floor=floor), Exchange(regeneration, grow=_GROW[grow])),
         average_decay=0.9 if grow == "momentum" else None,
         needs_gradient=grow != "random",
     )

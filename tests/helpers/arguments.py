@@ -306,6 +306,7 @@ BAD: dict[str, list[Any] | Free] = {
     "flops": ["flops", 3, Bad(analysis.Flops({}, 0), "leaves")],
     "following": [*MATRIX, Bad(np.ones((3, 3), bool), "must follow 4 units")],
     "form": CHOICE,
+    "floor": SHARE,
     "fraction": SHARE,
     "gamma": MAY_BE_INFINITE,
     "ghost_fraction": OPTIONAL_SHARE,

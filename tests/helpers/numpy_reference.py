@@ -313,6 +313,7 @@ class ReferenceMethod:
       marked: Sparsity of the second masks, or None.
       marks: Steps that choose the second masks again, with sparse weights.
       penalty: Extra L2 coefficients, or None.
+      floor: The density that global pruning leaves in every leaf.
     """
 
     start: float
@@ -334,6 +335,7 @@ class ReferenceMethod:
     marked: float | None = None
     marks: frozenset[int] = frozenset()
     penalty: Coefficients | None = None
+    floor: float = 0.0
 
     @property
     def update_steps(self) -> list[int]:
@@ -455,6 +457,18 @@ class ReferenceMethod:
             unboxed(c, s.shape, b)
             for c, s, b in zip(chosen, scores, boxes, strict=True)
         ]
+
+    def pruned(self, scores: Leaves, masks: Leaves, number: list[int]) -> Leaves:
+        """Keeps the best weights, but in every leaf those that `floor` keeps there."""
+        if not self.floor or sum(self.active(masks)) <= number[0]:
+            return self.choose(scores, masks, number)
+        sizes = self.sizes([m.shape for m in masks])
+        least = [math.floor(self.floor * size + 1e-6) for size in sizes]
+        within = dataclasses.replace(self, scope="layer")
+        first = within.choose(scores, masks, least)
+        others = [m & ~f for m, f in zip(masks, first, strict=True)]
+        rest = self.choose(scores, others, [number[0] - sum(self.active(first))])
+        return [f | r for f, r in zip(first, rest, strict=True)]
 
     def _select(
         self, scores: Leaves, among: Leaves, numbers: Sequence[int], factors: Any
@@ -964,7 +978,8 @@ class ReferenceTraining:
             number = self.plan[t]
             if method.makes_up:
                 number = within_reach(number, method.active(new))
-            new = kept = method.choose(score(method.prune, weights, new), new, number)
+            scores = score(method.prune, weights, new)
+            new = kept = method.pruned(scores, new, number)
             if method.revive is not None:
                 scores = score(method.revive, weights, new)
                 new = self._revived(new, scores, number, odd)
