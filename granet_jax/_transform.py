@@ -14,10 +14,10 @@ import optax
 from jax import Array
 from jax.core import Tracer
 
-from granet_jax import dense_weights, masking, structures
+from granet_jax import dense_weights, masking
 from granet_jax.checks import check_flag, check_integer, check_seed
 from granet_jax.dtypes import wider
-from granet_jax.initial_masks import init_masks
+from granet_jax.initial_masks import given_masks, init_masks
 from granet_jax.masking import PyTree, Where, map_masked
 from granet_jax.methods.method import Method, check_method
 from granet_jax.moments import refuse_flattened
@@ -120,7 +120,9 @@ def transform(
         every leaf, such as "dense/kernel"; a function of (name, leaf); or a pytree of
         bools of the structure of params. Evaluated at init.
       masks: Masks to start from instead of the method's own: boolean or 0/1 arrays in
-        the structure of params, None at dense leaves.
+        the structure of params, None at dense leaves. A method that prunes ends at its
+        sparsity from any masks that are at least as dense. One that only exchanges
+        weights needs masks of its sparsity.
       seed: Seed of random initial masks and random growth: an integer or an integer
         scalar array. An array may be traced, so that one compiled step (or one `vmap`)
         serves many seeds; then call `transform` inside the traced function.
@@ -141,8 +143,8 @@ def transform(
     Raises:
       TypeError, ValueError: Here or at init: an argument has the wrong type; both
         `where` and `masks` are given; no leaf is maskable; masks have another structure
-        or shape. At update: params are missing; or, without `inner`, the dense gradient
-        is missing.
+        or shape, or the method cannot end at its sparsity from them. At update: params
+        are missing; or, without `inner`, the dense gradient is missing.
 
     References:
       Liu et al., Sparse Training via Boosting Pruning Plasticity with
@@ -169,7 +171,7 @@ def init(setup: Setup, params: PyTree) -> SparseState:
     if setup.masks is None:
         masks = init_masks(method, params, where=setup.where, seed=setup.seed)
     else:
-        masks = _checked_masks(method, setup.masks, params)
+        masks = given_masks(method, setup.masks, params)
     inner_state: Any = optax.EmptyState()
     if setup.has_inner:
         inner_state = setup.optimizer.init(params)
@@ -284,16 +286,6 @@ def _placeholder_state(setup: Setup, placeholder: Any) -> SparseState:
         entered=placeholder if method.grows else (),
         phases=tuple(0 if jax.tree.leaves(state) else state for state in phases),
     )
-
-
-def _checked_masks(method: Method, masks: PyTree, params: PyTree) -> PyTree:
-    """Masks given by the user, checked and placed like the parameters."""
-    masks = masking.check_masks(masks, params)
-    named = list(zip(names_of(masks), jax.tree.leaves(masks), strict=True))
-    shapes = [(name, m.shape) for name, m in named]
-    structures.check_leaves(method.structure, shapes)
-    structures.check_masks(method.structure, named)
-    return map_masked(lambda m, _, p: masking.placed_like(m, p), masks, masks, params)
 
 
 def _check_arguments(

@@ -2,19 +2,22 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
+from jax.core import Tracer
 
 from granet_jax import masking, structures, targets
 from granet_jax.checks import check_seed
 from granet_jax.distributions import Shape
-from granet_jax.masking import PyTree, Where
+from granet_jax.masking import PyTree, Where, map_masked
 from granet_jax.methods.method import Method, check_method
-from granet_jax.phases import Masks, Weights, evaluate, step_key
+from granet_jax.phases import Masks, Prune, Weights, evaluate, step_key
 from granet_jax.scores import ScoreInputs, random
 from granet_jax.selection import counter_dtype
 from granet_jax.structures import Structure
@@ -108,6 +111,65 @@ def _draw(
 
     ranked = [score(i, shape) for i, shape in enumerate(shapes)]
     return structures.select(structure, ranked, counts, scope="layer")
+
+
+def given_masks(method: Method, masks: PyTree, params: PyTree) -> PyTree:
+    """The masks that a user passes to `transform`, checked and placed like `params`."""
+    checked = masking.check_masks(masks, params)
+    paths = jax.tree_util.tree_leaves_with_path(checked)
+    named = [(masking.leaf_name(path), m) for path, m in paths]
+    structures.check_leaves(method.structure, [(name, m.shape) for name, m in named])
+    structures.check_masks(method.structure, named)
+    if not any(isinstance(m, Tracer) for m in jax.tree.leaves(masks)):
+        with jax.ensure_compile_time_eval():
+            counts = masking.active_counts(masking.check_masks(masks, params))
+            active = [int(n) for n in counts]
+        _check_numbers(method, tuple(m.shape for _, m in named), active)
+    return map_masked(
+        lambda m, _, p: masking.placed_like(m, p), checked, checked, params
+    )
+
+
+def _check_numbers(
+    method: Method, shapes: tuple[Shape, ...], active: Sequence[int]
+) -> None:
+    """Raise ValueError if the method cannot end at its sparsity from given masks.
+
+    Args:
+      method: The method.
+      shapes: The shapes of the maskable leaves.
+      active: The number of active weights of every leaf.
+    """
+    steps = method.updates.steps()
+    if not steps or method.weights != "sparse" or method.revives:
+        return
+    sizes = [math.prod(s) for s in shapes]
+    parts = structures.parts(method.structure, shapes)
+    # The number of weights that a part stands for.
+    units = [n // k if k else 1 for n, k in zip(sizes, parts, strict=True)]
+    present = [a // u for a, u in zip(active, units, strict=True)]
+    final, number, size = method.sparsity(steps[-1]), sum(active), sum(sizes)
+    if any(isinstance(phase, Prune) for phase in method.phases):
+        wanted = targets.active_counts(method, shapes)[-1]
+        if structures.has_equal_boxes(method.structure):
+            fits = all(np.asarray(present) >= wanted)
+        else:
+            fits = sum(present) >= sum(wanted.ravel().tolist())
+        problem = f"fewer than {method.name} ends with, and it does not add any"
+    elif method.sparsity(0) == final:
+        own = targets.initial_counts(method, shapes)
+        fits = number == sum(k * u for k, u in zip(own, units, strict=True))
+        if method.structure is not None:  # Every leaf is rounded to whole parts.
+            fits |= abs(number - (1.0 - final) * size) <= sum(units) / 2
+        problem = f"and {method.name} keeps their number"
+    else:
+        return
+    if not fits:
+        raise ValueError(
+            f"masks have {number} of {size} weights active, {problem}: they cannot end "
+            f"at sparsity {final:g}. Pass denser or sparser masks, or ask for their "
+            f"sparsity, granet_jax.sparsity(masks).overall ({1.0 - number / size:.6g})."
+        )
 
 
 def choose_among_all(

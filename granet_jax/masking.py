@@ -49,6 +49,11 @@ class Sparsity(NamedTuple):
     active: int
     total: int
 
+    @property
+    def empty(self) -> tuple[str, ...]:
+        """The names of the leaves without active weights."""
+        return tuple(name for name, sparsity in self.leaves.items() if sparsity == 1.0)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +262,13 @@ def placed_like(mask: Array, leaf: Any) -> Array:
     return mask | jnp.zeros_like(leaf, bool)
 
 
-def check_masks(masks: PyTree, params: PyTree, argument: str = "params") -> PyTree:
+def check_masks(
+    masks: PyTree,
+    params: PyTree,
+    argument: str = "params",
+    *,
+    integers: bool = False,
+) -> PyTree:
     """Check masks from the user against the parameters, and make them boolean.
 
     Args:
@@ -265,6 +276,7 @@ def check_masks(masks: PyTree, params: PyTree, argument: str = "params") -> PyTr
         `optax.MaskedNode()` at dense leaves.
       params: Pytree of arrays or `jax.ShapeDtypeStruct`.
       argument: Name of `params` in error messages.
+      integers: Whether leaves of integers, such as quantised weights, may carry a mask.
 
     Returns:
       Pytree of the structure of `params`: boolean arrays, and `optax.MaskedNode()` at
@@ -287,7 +299,7 @@ def check_masks(masks: PyTree, params: PyTree, argument: str = "params") -> PyTr
             f"at leaves without a mask): {error}"
         ) from error
     checked = [
-        _check_mask(leaf_name(path), mask, leaf, argument)
+        _check_mask(leaf_name(path), mask, leaf, argument, integers)
         for (path, mask), leaf in zip(entries, leaves, strict=True)
     ]
     if not jax.tree.leaves(checked):
@@ -295,7 +307,7 @@ def check_masks(masks: PyTree, params: PyTree, argument: str = "params") -> PyTr
     return treedef.unflatten(checked)
 
 
-def _check_mask(name: str, mask: Any, leaf: Any, argument: str) -> Any:
+def _check_mask(name: str, mask: Any, leaf: Any, argument: str, integers: bool) -> Any:
     if _is_absent(mask):
         # It may stand for a subtree. A None in the parameters is no leaf, and stays.
         return jax.tree.map(lambda _: optax.MaskedNode(), leaf)
@@ -310,7 +322,8 @@ def _check_mask(name: str, mask: Any, leaf: Any, argument: str) -> Any:
             f"masks has shape {jnp.shape(mask)} at {name!r}, where {argument} has "
             f"{shape}."
         )
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    is_integer = jnp.issubdtype(leaf.dtype, jnp.integer)
+    if not (jnp.issubdtype(leaf.dtype, jnp.floating) or (integers and is_integer)):
         raise TypeError(
             f"masks has a mask at {name!r} of dtype {leaf.dtype}: only floating leaves "
             "can carry one; put None there."

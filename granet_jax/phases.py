@@ -8,11 +8,21 @@ a phase of your own, subclass `Phase`.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    get_args,
+)
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from granet_jax import schedules, scores, structures, targets
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
     from granet_jax.methods.method import Method
 
 Masks = list[Array]
+Selection = Literal["drop", "grow", "revive"]
 
 
 class ScoreMasks(Protocol):
@@ -55,6 +66,10 @@ class UpdateInputs(NamedTuple):
       boxes: The structure whose boxes all keep the same number of weights, if the
         method has one. (Boxes that are kept or pruned as a whole appear to a phase as
         single weights.)
+      key: A random key of this update, by which phases put equal scores in a random
+        order; None for the lowest index first.
+      makes_up: Whether leaves make up for others that have fewer active weights than
+        their targets, see `within_reach`.
     """
 
     before: Masks
@@ -64,11 +79,18 @@ class UpdateInputs(NamedTuple):
     row: Array
     steps: Steps
     boxes: Structure | None
+    key: Array | None = None
+    makes_up: bool = False
 
     def at_this_update(self, schedule: Callable[[int], Any], dtype: Any) -> Array:
         """The value of a host-side function of the step at this update."""
         table = [schedule(step) for step in self.steps.steps()]
         return jnp.asarray(table, dtype)[self.row]
+
+    def order_of(self, selection: Selection) -> Array | None:
+        """A random key for the order of equal scores in one selection of an update."""
+        number = get_args(Selection).index(selection)
+        return None if self.key is None else jax.random.fold_in(self.key, number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,28 +130,60 @@ class Prune(Phase):
 
     Attributes:
       by: The score that ranks active weights.
+      floor: The density, rounded down to whole weights, that every leaf keeps with
+        scope "global". The total number is the same.
     """
 
     grows: ClassVar[bool] = False
     by: Score = scores.magnitude
+    floor: float = 0.0
 
     def check(self, method: "Method") -> None:
-        """Raise TypeError unless the score is a function."""
+        """Raise TypeError or ValueError if a part does not fit the method."""
         check_function("by", self.by)
+        check_fraction("floor", self.floor)
+        if not self.floor:
+            return
+        if method.scope != "global":
+            raise ValueError(
+                f'floor must be 0 with scope="layer", got {self.floor}: there the '
+                "distribution gives every layer its density."
+            )
+        density = 1.0 - max(method.sparsity(step) for step in method.updates.steps())
+        if self.floor > density:
+            raise ValueError(
+                f"floor must be at most the density that {method.name} prunes to, "
+                f"{density:g}, got {self.floor}: the layers could not all keep it."
+            )
 
     def __call__(self, masks: Masks, state: Any, at: UpdateInputs) -> tuple[Masks, Any]:
         """Prune. Where no more weights are active than the target, nothing changes."""
 
         def prune() -> Masks:
             ranked = at.score(self.by, masks)
-            return structures.select(
-                at.boxes, ranked, at.target, among=masks, scope=at.scope
-            )
+            number = at.target
+            if at.makes_up:
+                number = within_reach(number, active(masks))
+            if not self.floor:
+                return structures.select(
+                    at.boxes, ranked, number, among=masks, scope=at.scope
+                )
+            first = top_k(ranked, self._least(masks), among=masks)
+            others = [m & ~f for m, f in zip(masks, first, strict=True)]
+            number = number - active(first, "global").astype(number.dtype)
+            chosen = top_k(ranked, number, among=others, scope="global")
+            return [f | c for f, c in zip(first, chosen, strict=True)]
 
         if at.boxes is not None:
             return prune(), state
         excess = jnp.any(active(masks, at.scope) > at.target)
         return lax.cond(excess, prune, lambda: masks), state
+
+    def _least(self, masks: Masks) -> np.ndarray:
+        """The number of weights that every leaf keeps."""
+        # The small addend undoes the rounding error of a product such as 0.29 * 100.
+        least = [math.floor(self.floor * m.size + 1e-6) for m in masks]
+        return np.asarray(least, np.uint32 if max(least) < 2**32 else np.uint64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,13 +202,13 @@ class Revive(Phase):
 
     def __call__(self, masks: Masks, state: Any, at: UpdateInputs) -> tuple[Masks, Any]:
         """Revive. Where as many weights are active as the target, nothing changes."""
-        ranked = at.score(self.by, masks, growing=True)
+        ranked, key = at.score(self.by, masks, growing=True), at.order_of("revive")
         if at.boxes is not None:
-            return structures.fill(at.boxes, masks, ranked, at.target), state
+            return structures.fill(at.boxes, masks, ranked, at.target, key=key), state
         present = active(masks, at.scope)
         missing = at.target.astype(present.dtype)
         missing -= jnp.minimum(present, missing)
-        return grow(masks, ranked, missing, at.scope), state
+        return grow(masks, ranked, missing, at.scope, key), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +241,7 @@ class Exchange(Phase):
         for step in (0, *method.updates.steps()):
             check_fraction(f"fraction({step})", self.fraction(step))
         structure = method.structure
-        if self.across and structure is not None and not structure.whole:
+        if self.across and structures.has_equal_boxes(structure):
             raise ValueError(
                 f"structure must be None, block or channel for {method.name}, which "
                 f"moves weights between leaves, got {structure.name}: each part of a "
@@ -203,25 +257,52 @@ class Exchange(Phase):
         freed = schedules.ceil_of(fraction, number)
 
         ranked = at.score(self.drop, masks)
-        stay = top_k(ranked, number - freed, among=masks)
+        stay = top_k(ranked, number - freed, among=masks, key=at.order_of("drop"))
 
-        ranked = at.score(self.grow, stay, growing=True)
+        ranked, key = at.score(self.grow, stay, growing=True), at.order_of("grow")
         if at.boxes is not None:
             counts = [structures.box_counts(at.boxes, m) for m in masks]
-            return structures.fill(at.boxes, stay, ranked, counts), state
+            return structures.fill(at.boxes, stay, ranked, counts, key=key), state
         if self.across:
             means = mean_score(masks, at.score(self.grow, masks, growing=True))
             room = active([~m for m in stay])
             total = jnp.sum(freed, dtype=freed.dtype)
             freed = redistribute(total, means, room)
-        return grow(stay, ranked, freed, "layer"), state
+        return grow(stay, ranked, freed, "layer", key), state
 
 
-def grow(masks: Masks, ranked: list[Array], number: Array, scope: Scope) -> Masks:
-    """Activate the `number` highest-ranked of the inactive weights."""
+def grow(
+    masks: Masks,
+    ranked: list[Array],
+    number: Array,
+    scope: Scope,
+    key: Array | None = None,
+) -> Masks:
+    """Activate the `number` highest-ranked of the inactive weights.
+
+    Equal ranks come in a random order that the key decides. A weight without gradient,
+    such as that of a rare token, would otherwise come by its index.
+    """
     inactive = [~m for m in masks]
-    grown = top_k(ranked, number, among=inactive, scope=scope)
+    grown = top_k(ranked, number, among=inactive, scope=scope, key=key)
     return [m | g for m, g in zip(masks, grown, strict=True)]
+
+
+def within_reach(target: Array, present: Array) -> Array:
+    """The target of every leaf, where some leaves have fewer active weights than that.
+
+    Those keep what they have. The others keep more than their targets, in proportion to
+    what they have above them, so that the total is the same. (Masks of the method never
+    need this. Masks from the user may.)
+
+    Args:
+      target: Vector of unsigned integers, one per leaf.
+      present: The active weights of every leaf.
+    """
+    kept = jnp.minimum(target.astype(present.dtype), present)
+    room = present - kept
+    missing = jnp.sum(target.astype(present.dtype) - kept, dtype=present.dtype)
+    return kept + redistribute(missing, room.astype(jnp.float32), room)
 
 
 def active(masks: Masks, scope: Scope = "layer") -> Array:
@@ -278,6 +359,7 @@ def update_masks(
     structure = method.structure
     shapes = tuple(tuple(m.shape) for m in masks)
     row = method.updates.update_index(count)
+    boxes = structure if structures.has_equal_boxes(structure) else None
     at = UpdateInputs(
         before=[structures.merge_mask(structure, m) for m in masks],
         score=score_function(names, masks, weights, key, structure),
@@ -285,7 +367,9 @@ def update_masks(
         scope=method.scope,
         row=row,
         steps=method.updates,
-        boxes=None if structure is None or structure.whole else structure,
+        boxes=boxes,
+        key=jax.random.fold_in(key, len(masks)),  # Leaves fold in their numbers.
+        makes_up=method.scope == "layer" and boxes is None and not method.revives,
     )
     present, kept, states = run_phases(method.phases, states, at)
 

@@ -13,13 +13,14 @@ def redistribute(number: Array, weights: Array, room: Array) -> Array:
     room. A leaf of weight 0 gets a share only when all others are full.
 
     Args:
-      number: Unsigned integer, at most the sum of `room`.
+      number: Unsigned integer. Of more than the sum of `room`, only that is divided.
       weights: Non-negative float32 vector, one weight per leaf. NaN and infinite
         weights count as 0.
       room: Vector of unsigned integers, the most that each leaf can take.
 
     Returns:
-      Integers of the dtype and shape of `room` that sum to `number` exactly.
+      Integers of the dtype and shape of `room` that sum to `number` exactly, or to the
+      sum of `room`.
     """
     weights = jnp.where(jnp.isfinite(weights), weights, 0.0)
     count_type = room.dtype

@@ -34,12 +34,13 @@ def top_k(
     *,
     among: Sequence[Array] | None = None,
     scope: Scope = "layer",
+    key: Array | None = None,
 ) -> list[Array]:
     """Select exactly the `k` largest scores.
 
     Larger scores rank first. Equal scores rank by lowest row-major index first; with
-    scope "global", by leaf order and then by index. -0.0 equals 0.0. NaN ranks below
-    every number, -inf included.
+    scope "global", by leaf order and then by index. With a `key` they rank in a random
+    order instead. -0.0 equals 0.0. NaN ranks below every number, -inf included.
 
     Args:
       scores: Arrays of any shapes. Either all are floating, and are compared exactly in
@@ -52,6 +53,8 @@ def top_k(
       among: Boolean arrays of the shapes of `scores`. Only True entries are candidates.
         By default all entries are.
       scope: "layer" ranks within each leaf, "global" across all leaves together.
+      key: A random key, which decides the order of equal scores; None for the lowest
+        index first.
 
     Returns:
       Boolean arrays of the shapes of `scores`, True where selected.
@@ -73,6 +76,7 @@ def top_k(
     wanted = jnp.broadcast_to(jnp.asarray(k).astype(counter), (len(keys),))
     # With scope "global", the positions of later leaves follow those of earlier ones.
     ends = np.cumsum(sizes[::-1])[::-1] if scope == "global" else np.asarray(sizes)
+    factors = None if key is None else odd_factors(key, len(keys), scope, counter)
 
     def count(keys: list[Array], bounds: list[Array]) -> list[Array]:
         flags = [[x >= bound[i] for bound in bounds] for i, x in enumerate(keys)]
@@ -88,11 +92,15 @@ def top_k(
         too_many = jnp.any(number > wanted)
         # The choice makes the ranks depend on the loop. Otherwise, XLA would compute
         # them before it and keep them in memory.
-        end = jnp.where(too_many, ends.astype(dtype), highest(dtype))
-        ties = [
-            ties_by_rank(x, threshold[i], from_end(end[i], x, range(x.ndim)))
-            for i, x in enumerate(s.keys)
-        ]
+        end = jnp.where(too_many, ends.astype(counter), highest(counter))
+
+        def rank(i: int, x: Array) -> Array:
+            place = from_end(end[i], x, range(x.ndim))
+            if factors is not None:
+                place = shuffled(place, factors[i])
+            return place.astype(dtype)
+
+        ties = [ties_by_rank(x, threshold[i], rank(i, x)) for i, x in enumerate(s.keys)]
         return _Search(ties, jnp.full_like(s.bits, 8 * counter.itemsize), too_many)
 
     start = _Search(keys, bits, jnp.asarray(True))
@@ -173,6 +181,35 @@ def ties_by_rank(keys: Array, threshold: Array, rank: Array) -> Array:
     """
     tied = jnp.where(keys == threshold, rank, jnp.zeros_like(keys))
     return jnp.where(keys > threshold, highest(keys.dtype), tied)
+
+
+def odd_factors(key: Array, leaves: int, scope: Scope, dtype: jnp.dtype) -> Array:
+    """Random odd numbers for `shuffled`, three a leaf, all alike with global scope."""
+    shape = (1 if scope == "global" else leaves, 3)
+    drawn = jax.random.bits(key, shape, dtype) | jnp.ones((), dtype)
+    return jnp.broadcast_to(drawn, (leaves, 3))
+
+
+def shuffled(rank: Array, factors: Array) -> Array:
+    """Put ranks in a random order: distinct ranks become other distinct ranks.
+
+    To multiply by an odd number, and to add the upper half of the bits to the lower
+    half without carry, can both be undone. So no two unsigned integers become the same
+    one. 0 stays 0, and no other rank becomes 0 or the highest number, which are no
+    ranks.
+    """
+
+    def mix(x: Array) -> Array:
+        for factor in factors:
+            x = x * factor
+            x = x ^ (x >> jnp.asarray(4 * x.dtype.itemsize, x.dtype))
+        return x
+
+    # Only one number becomes the highest one, and the highest one is no rank: so what
+    # the highest one becomes is free.
+    top = highest(rank.dtype)
+    mixed = mix(rank)
+    return jnp.where(mixed == top, mix(top), mixed)
 
 
 def highest(dtype: jnp.dtype) -> Array:

@@ -10,14 +10,14 @@ import optax
 from jax import Array, lax
 from jax.core import Tracer
 
-from granet_jax import masking, targets
+from granet_jax import masking, structures, targets
 from granet_jax.dtypes import wider
 from granet_jax.initial_masks import choose_among_all
 from granet_jax.masking import PyTree, Where, map_masked, maskable_leaves
 from granet_jax.methods.method import Method
 from granet_jax.moments import renew_moments, restart_moments
 from granet_jax.penalties import penalised
-from granet_jax.phases import Weights, step_key
+from granet_jax.phases import Weights, active, step_key, within_reach
 from granet_jax.schedules import Steps
 from granet_jax.state import SparseState, is_packed_state, unpacked_like
 
@@ -186,6 +186,10 @@ def mark_weights(
     assert method.marked_sparsity is not None
     number = targets.counts_at(method, shapes, method.marked_sparsity)
     among = None if method.weights == "dense" else leaves
+    boxes = structures.has_equal_boxes(method.structure)
+    if among is not None and number.ndim and not boxes:
+        present = active([structures.merge_mask(method.structure, m) for m in leaves])
+        number = within_reach(jnp.asarray(number), present)
     key = step_key(setup.seed, count)
     names = names_of(masks)
     chosen = choose_among_all(

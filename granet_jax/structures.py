@@ -20,9 +20,10 @@ gathered.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +35,13 @@ from granet_jax import distributions, masking, selection
 from granet_jax.checks import check_choice, check_integer
 from granet_jax.distributions import Distribution, Shape
 from granet_jax.dtypes import wider
-from granet_jax.positions import from_end, iota, mesh_axes
+from granet_jax.positions import from_end, mesh_axes
 from granet_jax.selection import (
     Scope,
     find_threshold,
     highest,
+    odd_factors,
+    shuffled,
     sort_keys,
     ties_by_rank,
 )
@@ -109,39 +112,53 @@ class _Block:
         return (1,) * (len(leaf) - len(self.sides)) + self.sides
 
 
-def channel(*, norm: Norm = "l1") -> Structure:
-    """Output units (the last axis of a kernel), kept or pruned with all their inputs.
+def channel(*, norm: Norm = "l1", axis: int = -1) -> Structure:
+    """Output units of a kernel, kept or pruned with all their inputs.
 
     Args:
       norm: Norm of the scores of a unit by which it ranks, "l1" or "l2".
+      axis: Axis of a leaf that counts the outputs. -1 for kernels of shape (..., in,
+        out), as flax has them; 0 for weights of shape (out, in, ...), as equinox and
+        PyTorch have them.
 
     Returns:
       A structure. It does not prune the bias of a unit, or the weights of the next
       layer that read the unit.
 
     Raises:
-      ValueError: The norm is unknown.
+      TypeError, ValueError: The norm is unknown, or axis is not an integer.
 
     References:
       Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017 (filters by norm).
     """
     check_choice("norm", norm, NORMS)
-    return Structure(name="channel", box=_unit, whole=True, norm=norm)
+    check_integer("axis", axis)
+    name = _with_axis("channel", axis)
+    return Structure(name, _Unit(axis), whole=True, norm=norm)
 
 
-def constant_fan_in() -> Structure:
+def constant_fan_in(*, axis: int = -1) -> Structure:
     """Every output unit of a leaf keeps the same number of inputs, at least one.
 
     An exchange drops the lowest weights of the leaf, and every unit regrows the number
     of weights that it lost. The paper's ablation of whole units is not included.
 
+    Args:
+      axis: Axis of a leaf that counts the outputs, as in `channel`: -1 for flax, 0 for
+        equinox and PyTorch.
+
     Returns:
       A structure. A method that prunes or chooses weights needs scope "layer" with it.
+
+    Raises:
+      TypeError: axis is not an integer.
 
     References:
       Lasby et al., Dynamic Sparse Training with Structured Sparsity, ICLR 2024 (SRigL).
     """
-    return Structure(name="constant fan-in", box=_unit, whole=False)
+    check_integer("axis", axis)
+    name = _with_axis("constant fan-in", axis)
+    return Structure(name, _Unit(axis), whole=False)
 
 
 def n_of_m(n: int, m: int, *, axis: int = -2) -> Structure:
@@ -254,8 +271,10 @@ def check_leaves(
         return
     for name, shape in leaves:
         box = structure.box(shape)
-        if len(box) != len(shape) or any(
-            not b or n % b for n, b in zip(shape, box, strict=True)
+        if (
+            not box
+            or len(box) != len(shape)
+            or any(not b or n % b for n, b in zip(shape, box, strict=True))
         ):
             parts = f"parts of shape {box}" if box else "such an axis"
             raise ValueError(
@@ -287,6 +306,11 @@ def check_masks(
                 f"masks must have the structure {structure.name} of the method, and "
                 f"the mask at {name!r} does not have it."
             )
+
+
+def has_equal_boxes(structure: Structure | None) -> TypeGuard[Structure]:
+    """Whether all boxes of a leaf keep the same number of weights."""
+    return structure is not None and not structure.whole
 
 
 def parts(structure: Structure | None, shapes: Sequence[Shape]) -> list[int]:
@@ -367,7 +391,12 @@ def select(
 
 
 def fill(
-    structure: Structure, masks: Sequence[Array], scores: Sequence[Array], number: Any
+    structure: Structure,
+    masks: Sequence[Array],
+    scores: Sequence[Array],
+    number: Any,
+    *,
+    key: Array | None = None,
 ) -> list[Array]:
     """Activate the best inactive weights of every box, up to a number of active ones.
 
@@ -377,15 +406,20 @@ def fill(
       scores: One array of scores per leaf. Weights of larger score come first.
       number: Number of active weights per box after the call: for every leaf an
         integer, or an array as from `box_counts`.
+      key: A random key, which decides the order of equal scores; None for the lowest
+        index first.
 
     Returns:
       One boolean array per leaf, which contains the weights of `masks`.
     """
+    factors: Any = [None] * len(masks)
+    if key is not None:
+        factors = odd_factors(key, len(masks), "layer", jnp.dtype(jnp.uint32))
     filled = []
-    for i, (key, mask) in enumerate(zip(sort_keys(scores), masks, strict=True)):
+    for i, (x, mask) in enumerate(zip(sort_keys(scores), masks, strict=True)):
         # No score has the highest key, so the active weights come first.
-        ranked = jnp.where(mask, highest(key.dtype), key)
-        best = _best_of_boxes(structure, ranked, number[i])
+        ranked = jnp.where(mask, highest(x.dtype), x)
+        best = _best_of_boxes(structure, ranked, number[i], factors[i])
         filled.append(best | mask)
     return filled
 
@@ -424,13 +458,17 @@ def spread(structure: Structure | None, chosen: Array, like: Array) -> Array:
     return masking.placed_like(_unboxed(wide, like), like)
 
 
-def _best_of_boxes(structure: Structure, keys: Array, number: ArrayLike) -> Array:
-    """Select the `number` largest keys of every box. The lowest index wins ties.
+def _best_of_boxes(
+    structure: Structure, keys: Array, number: ArrayLike, factors: Array | None = None
+) -> Array:
+    """Select the `number` largest keys of every box.
 
     Args:
       structure: Structure whose boxes all keep the same number of weights.
       keys: Keys of one leaf from `sort_keys`.
       number: Unsigned integer, or an array as from `box_counts`.
+      factors: Three odd numbers, which put equal keys in a random order, another one in
+        every box; None for the lowest index first.
 
     Returns:
       Boolean array of the shape of `keys`.
@@ -438,9 +476,10 @@ def _best_of_boxes(structure: Structure, keys: Array, number: ArrayLike) -> Arra
     values, axes = _boxed(structure, keys)
     number = jnp.asarray(number, jnp.uint32)
     if len(axes) == 1 and values.shape[axes[0]] <= _FEW:
-        best = _best_by_comparison(_whole_along(values, axes[0]), number, axes[0])
+        values = _whole_along(values, axes[0])
+        best = _best_by_comparison(values, number, axes[0], factors)
     else:
-        best = _best_by_digits(values, number, axes)
+        best = _best_by_digits(values, number, axes, factors)
     return _unboxed(best, keys)
 
 
@@ -449,17 +488,35 @@ def _best_of_boxes(structure: Structure, keys: Array, number: ArrayLike) -> Arra
 _FEW = 16
 
 
-def _best_by_comparison(keys: Array, number: Array, axis: int) -> Array:
-    place = iota(jax.typeof(keys), jnp.dtype(jnp.uint32), axis)
+def _best_by_comparison(
+    keys: Array, number: Array, axis: int, factors: Array | None
+) -> Array:
+    rank = _rank_in_box(keys, (axis,), factors)
     better = jnp.zeros_like(keys, jnp.uint32)
     for j in range(keys.shape[axis]):
-        other = lax.slice_in_dim(keys, j, j + 1, axis=axis)
-        ahead = (other > keys) | ((other == keys) & (j < place))
+        other, other_rank = (
+            lax.slice_in_dim(x, j, j + 1, axis=axis) for x in (keys, rank)
+        )
+        ahead = (other > keys) | ((other == keys) & (other_rank > rank))
         better += ahead.astype(jnp.uint32)
     return better < number
 
 
-def _best_by_digits(keys: Array, number: Array, axes: tuple[int, ...]) -> Array:
+def _rank_in_box(keys: Array, axes: tuple[int, ...], factors: Array | None) -> Array:
+    """The rank of every entry of a box among equal keys, uint32, higher first."""
+    size = jnp.asarray(math.prod(keys.shape[axis] for axis in axes), jnp.uint32)
+    rank = from_end(size, keys, axes)
+    if factors is None:
+        return rank
+    # An odd number for every box gives each another order.
+    grid = [axis for axis in range(keys.ndim) if axis not in axes]
+    box = from_end(jnp.zeros_like(size), keys, grid)
+    return shuffled(rank * (2 * box + 1), factors)
+
+
+def _best_by_digits(
+    keys: Array, number: Array, axes: tuple[int, ...], factors: Array | None
+) -> Array:
     """Select by a threshold for each box, as `selection.top_k` does for each leaf."""
     bits = jnp.asarray(8 * keys.dtype.itemsize, jnp.int32)
     keys = keys.astype(wider(keys.dtype, jnp.uint32))
@@ -475,14 +532,27 @@ def _best_by_digits(keys: Array, number: Array, axes: tuple[int, ...]) -> Array:
 
         return find_threshold(count, numbers, bits, keys.dtype)[0]
 
-    size = jnp.asarray(math.prod(keys.shape[axis] for axis in axes), keys.dtype)
-    rank = from_end(size, keys, axes)
+    rank = _rank_in_box(keys, axes, factors).astype(keys.dtype)
     ties = ties_by_rank(keys, threshold(keys, bits), rank)
     return ties >= threshold(ties, jnp.full_like(bits, 32))
 
 
-def _unit(leaf: Shape) -> Shape:
-    return (*leaf[:-1], 1)
+@functools.cache  # So that two structures of one axis are equal.
+@dataclasses.dataclass(frozen=True)
+class _Unit:
+    """The shape of one output with all its inputs; () where there is no such axis."""
+
+    axis: int
+
+    def __call__(self, leaf: Shape) -> Shape:
+        ndim = len(leaf)
+        if not -ndim <= self.axis < ndim:
+            return ()
+        return tuple(1 if i == self.axis % ndim else n for i, n in enumerate(leaf))
+
+
+def _with_axis(name: str, axis: int) -> str:
+    return name if axis == -1 else f"{name} along axis {axis}"
 
 
 def _split(structure: Structure, shape: Shape) -> tuple[Shape, tuple[int, ...]]:

@@ -95,7 +95,7 @@ def _row(method: "Method", counts: list[int]) -> int | list[int]:
 
 def _is_global(method: "Method") -> bool:
     # Boxes that all keep the same number of weights cannot compete across leaves.
-    boxes = method.structure is not None and not method.structure.whole
+    boxes = structures.has_equal_boxes(method.structure)
     return method.scope == "global" and not boxes
 
 

@@ -209,13 +209,11 @@ def _create(
         case "rigl":
             return granet_jax.rigl(sparsity, steps, stop=fraction_of_steps, **options)
         case "set":
-            # SET drops the same fraction in every update. It stops before the end of
-            # training so that the network can recover from the last update.
-            return granet_jax.set_(sparsity, end, **options)
+            return granet_jax.set_(sparsity, steps, stop=fraction_of_steps, **options)
         case "mest":
             return granet_jax.mest(sparsity, steps, **options)
         case "dsr":
-            return granet_jax.dsr(sparsity, end, **options)
+            return granet_jax.dsr(sparsity, steps, stop=fraction_of_steps, **options)
         case "snfs":
             return granet_jax.snfs(sparsity, steps, **options)
         case "static":

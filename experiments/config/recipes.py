@@ -12,7 +12,7 @@ choices where they leave something open:
 - All methods of a setting have the same number of steps and update their masks at the
   same interval, so that they differ only in the method.
 - `rigl` is RigL-ITOP (Liu et al., 2021): the common interval, a fraction of 0.5, and
-  updates until the end of training. For RigL as in its paper (Evci et al., 2020), add
+  updates throughout the training. For RigL as in its paper (Evci et al., 2020), add
   `--masks.interval 100 --masks.fraction 0.3 --masks.stop 0.75`.
 - `set` exchanges a constant 0.3, as in its paper, until 0.75 of the steps, as RigL
   does.

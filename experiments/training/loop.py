@@ -4,6 +4,7 @@ import collections
 import math
 import pathlib
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -456,6 +457,14 @@ def _evaluate(
     total = setup.dataset.test_size
     active = np.asarray(compiled_step.inspect(state).active)
     learning_rate = float(np.asarray(compiled_step.train_step.schedule(step)))
+    sparsities = [_sparsity(setup, lane.tolist()) for lane in active]
+    empty = {name: None for sparsity in sparsities for name in sparsity.empty}
+    if empty:
+        warnings.warn(
+            f"no active weight is left at {', '.join(map(repr, empty))} after step "
+            f"{step}: signals pass there only by a shortcut, if there is one.",
+            stacklevel=2,
+        )
     return [
         MetricsRecord(
             step=step,
@@ -463,7 +472,7 @@ def _evaluate(
             test_correct=int(correct[lane]),
             test_accuracy=int(correct[lane]) / total,
             test_loss=float(loss[lane]) / total,
-            sparsity=_sparsity(setup, active[lane].tolist()),
+            sparsity=sparsities[lane],
             learning_rate=learning_rate,
             seconds=seconds,
         )

@@ -107,7 +107,7 @@ def save(
         raise TypeError(
             f"metadata must be a dict of values that JSON can hold, got {metadata!r}."
         )
-    header, tensors = _split(params, check_masks(masks, params))
+    header, tensors = _split(params, check_masks(masks, params, integers=True))
     try:
         stated = {
             "version": VERSION,

@@ -20,13 +20,13 @@ def to_bcoo(param: ArrayLike, mask: ArrayLike) -> "sparse.BCOO":
     """Convert the active weights of a leaf of any shape for `jax.experimental.sparse`.
 
     Args:
-      param: Floating array, zero where `mask` is False.
+      param: Floating or integer array (quantised weights), zero where `mask` is False.
       mask: Boolean array of the same shape.
 
     Returns:
       BCOO of that shape with all dimensions sparse. `nse` is the number of active
-      weights, including those that are zero. The dtype is that of `param`, but float32
-      for float64 unless JAX has 64-bit types enabled.
+      weights, including those that are zero. The dtype is that of `param`, but of 32
+      bits for 64 unless JAX has 64-bit types enabled.
 
     Raises:
       ValueError: The shapes differ, or a pruned weight is not zero.
@@ -66,11 +66,12 @@ def to_csr(param: ArrayLike, mask: ArrayLike) -> "scipy.sparse.csr_array":
 
     Raises:
       ImportError: SciPy is missing.
-      TypeError: SciPy's sparse arrays do not support the dtype (float16, bfloat16).
+      TypeError: SciPy's sparse arrays do not support the dtype (float16, bfloat16,
+        int4).
     """
     scipy_sparse = import_extra("scipy.sparse")
     values, columns, starts, shape = _compress_rows(param, mask)
-    if values.dtype.name not in ("float32", "float64"):
+    if values.dtype.char not in "fdbhilqBHILQ":
         raise TypeError(
             f"param has dtype {values.dtype}, which SciPy's sparse arrays do not "
             "support: convert it with .astype(np.float32)."
@@ -99,8 +100,8 @@ def _check(param: ArrayLike, mask: Any) -> tuple[np.ndarray, np.ndarray]:
     check_concrete("mask", mask)
     check_concrete("param", param)
     x = np.asarray(param)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"param must be a floating array, got {param!r}.")
+    if not any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"param must be a floating or integer array, got {param!r}.")
     if mask is None or is_masked_node(mask):
         raise ValueError(
             f"mask must be an array, got {mask!r}: this leaf carries no mask."

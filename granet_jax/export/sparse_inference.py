@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from granet_jax.checks import check_integer
 from granet_jax.dtypes import wider
 from granet_jax.masking import PyTree, check_concrete, check_masks, is_masked_node
 
@@ -25,27 +26,54 @@ matrix. `python -m benchmarks.sparse_linear` measures where the gain begins."""
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FanIn:
-    """A matrix with few active weights per output, for products `x @ matrix`.
+    """A matrix with few active weights per output.
+
+    It is for products `x @ matrix` if the matrix is (n_in, n_out), and for products
+    `matrix @ x` if it is (n_out, n_in).
 
     It is no array and computes nothing else. Other uses raise an error that says so.
 
     Attributes:
       values: Weights, shape (k, n_out). Outputs with fewer than k are padded by zeros.
       inputs: Input that each weight belongs to, int32, same shape.
-      n_in: Number of rows of the matrix (static).
+      n_in: Number of inputs of the matrix (static).
+      axis: Axis of the matrix that counts the outputs, 0 or 1 (static).
     """
 
     values: Array
     inputs: Array
     n_in: int = dataclasses.field(metadata={"static": True})
+    axis: int = dataclasses.field(default=1, metadata={"static": True})
 
     # Makes NumPy leave `x @ matrix` to the method below.
     __array_ufunc__ = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of the matrix: inputs, outputs."""
-        return self.n_in, self.values.shape[1]
+        """Shape of the matrix."""
+        n_out = self.values.shape[1]
+        return (n_out, self.n_in) if self.axis == 0 else (self.n_in, n_out)
+
+    @property
+    def T(self) -> "FanIn":  # noqa: N802
+        """The transposed matrix."""
+        return dataclasses.replace(self, axis=1 - self.axis)
+
+    def __matmul__(self, x: Any) -> Array:
+        """Return `self @ x`, for x with shape (n_in,) or (..., n_in, columns).
+
+        Raises:
+          ValueError: The matrix is (n_in, n_out), or x has another number of inputs.
+        """
+        x = jnp.asarray(x)
+        if self.axis == 1:
+            raise ValueError(
+                f"matrix @ x needs a matrix of shape (n_out, n_in), got {self.shape}: "
+                "take accelerate(params, masks, axis=0), or matrix.T."
+            )
+        if x.ndim < 2:
+            return x @ self.T
+        return jnp.swapaxes(jnp.swapaxes(x, -1, -2) @ self.T, -1, -2)
 
     def __rmatmul__(self, x: Any) -> Array:
         """Return `x @ self` with shape (..., n_out), for x with shape (..., n_in).
@@ -53,9 +81,15 @@ class FanIn:
         Products in half precision are summed in float32.
 
         Raises:
-          ValueError: The last dimension of x is not n_in.
+          ValueError: The matrix is (n_out, n_in), or the last dimension of x is not
+            n_in.
         """
         x = jnp.asarray(x)
+        if self.axis == 0:
+            raise ValueError(
+                f"x @ matrix needs a matrix of shape (n_in, n_out), got {self.shape}: "
+                "take accelerate(params, masks), or matrix.T."
+            )
         if x.ndim == 0 or x.shape[-1] != self.n_in:
             raise ValueError(
                 f"x @ matrix of shape {self.shape} needs x of shape "
@@ -88,31 +122,28 @@ class FanIn:
         """Raise TypeError that says what the matrix is for."""
         raise TypeError(_NO_ARRAY)
 
-    def __matmul__(self, x: Any) -> Any:
-        """Raise TypeError that says what the matrix is for."""
-        raise TypeError(_NO_ARRAY)
-
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         """Raise TypeError that says what the matrix is for."""
         raise TypeError(_NO_ARRAY)
 
 
 _NO_ARRAY = (
-    "A FanIn from granet_jax.accelerate is a sparse matrix for products x @ matrix, "
-    "and no array. Layers of flax and equinox compute otherwise: write the forward "
-    "pass of these layers as x @ kernel."
+    "A FanIn from granet_jax.accelerate is a sparse matrix for products with @, and no "
+    "array. Layers of flax compute otherwise: write their forward pass as x @ kernel."
 )
 
 
-def fan_in(param: ArrayLike, mask: ArrayLike) -> FanIn:
+def fan_in(param: ArrayLike, mask: ArrayLike, axis: int = 1) -> FanIn:
     """Return the active weights of every output of a matrix.
 
     Args:
-      param: Array of shape (n_in, n_out). Pruned weights count as zero whatever their
-        value.
+      param: Array of two axes. Pruned weights count as zero whatever their value.
       mask: Boolean array of the same shape.
+      axis: Axis that counts the outputs, 0 or 1.
     """
     active, weights = np.asarray(mask), np.asarray(param)
+    if axis == 0:
+        active, weights = active.T, weights.T
     largest = int(active.sum(axis=0).max(initial=0))
     # A stable sort puts the active inputs of every output first, in order. Outputs with
     # fewer of them are filled with pruned inputs, whose weight is zero.
@@ -122,10 +153,11 @@ def fan_in(param: ArrayLike, mask: ArrayLike) -> FanIn:
         values=jnp.asarray(np.take_along_axis(weights, inputs, axis=0)),
         inputs=jnp.asarray(inputs, jnp.int32),
         n_in=active.shape[0],
+        axis=axis,
     )
 
 
-def accelerate(params: PyTree, masks: PyTree) -> PyTree:
+def accelerate(params: PyTree, masks: PyTree, *, axis: int = -1) -> PyTree:
     """Return parameters for inference, with the sparsest matrices in a compact form.
 
         fast = granet_jax.accelerate(params, granet_jax.get_masks(opt_state))
@@ -133,19 +165,24 @@ def accelerate(params: PyTree, masks: PyTree) -> PyTree:
         predict(fast, x)
 
     It works for networks that compute `x @ kernel` with kernels of shape (n_in, n_out).
-    Layers of flax and equinox do not: they convert and index their kernels, and linen
-    raises an error because the kernel has the shape (k, n_out) of the active weights.
-    The guide to exporting shows how linen's layers can compute `x @ kernel`.
+    With `axis=0` it works for those that compute `weight @ x`, or `x @ weight.T`, with
+    weights of shape (n_out, n_in), as equinox and PyTorch have them.
+
+    Layers of flax do not: they convert and index their kernels, and linen raises an
+    error because the kernel has the shape (k, n_out) of the active weights. The guide
+    to exporting shows how linen's layers can compute `x @ kernel`.
+
     The time of a product depends on the output with the most active inputs, so masks
-    with constant fan-in (`structures.constant_fan_in`) gain most. The results equal
-    those of the dense product up to rounding, because the order of the sums differs. It
-    was measured on CPU only. Small matrices with few examples gain nothing (256 x 256
-    with up to 8 examples).
+    with constant fan-in (`structures.constant_fan_in`, with the same `axis`) gain most.
+    The results equal those of the dense product up to rounding, because the order of
+    the sums differs. It was measured on CPU only. Small matrices with few examples gain
+    nothing (256 x 256 with up to 8 examples).
 
     Args:
       params: Pytree of arrays. Pruned weights count as zero whatever their value.
       masks: Pytree of masks with the same structure, as from `get_masks`, with known
         (not traced) values.
+      axis: Axis of a matrix that counts the outputs: -1 or 1, or 0.
 
     Returns:
       `params` with a `FanIn` in place of every masked matrix in which each output has
@@ -153,18 +190,25 @@ def accelerate(params: PyTree, masks: PyTree) -> PyTree:
       since the dense product is faster for them.
 
     Raises:
-      TypeError: Masks or parameters are traced.
-      ValueError: The masks have another structure or shape, or no matrix is sparse
-        enough.
+      TypeError: Masks or parameters are traced, or axis is not an integer.
+      ValueError: There is no such axis; the masks have another structure or shape; or
+        no matrix is sparse enough.
     """
     check_concrete("masks", masks)
     check_concrete("params", params)
-    masks = check_masks(masks, params)
+    check_integer("axis", axis)
+    if axis not in (-2, -1, 0, 1):
+        raise ValueError(
+            f"axis must be an axis of a matrix: -1 or 1 for kernels of shape (n_in, "
+            f"n_out), 0 for weights of shape (n_out, n_in), got {axis}."
+        )
+    axis %= 2
+    masks = check_masks(masks, params, integers=True)
 
     def convert(mask: Any, param: Any) -> Any:
-        return fan_in(param, mask) if _is_sparse_enough(mask) else param
+        return fan_in(param, mask, axis) if _is_sparse_enough(mask, axis) else param
 
-    if not any(map(_is_sparse_enough, jax.tree.leaves(masks))):
+    if not any(_is_sparse_enough(mask, axis) for mask in jax.tree.leaves(masks)):
         raise ValueError(
             "params has no matrix in which every output has at most "
             f"{MAX_DENSITY:.0%} of the inputs active: the dense product is faster for "
@@ -173,7 +217,9 @@ def accelerate(params: PyTree, masks: PyTree) -> PyTree:
     return jax.tree.map(convert, masks, params, is_leaf=is_masked_node)
 
 
-def _is_sparse_enough(mask: Any) -> bool:
+def _is_sparse_enough(mask: Any, axis: int) -> bool:
     if is_masked_node(mask) or mask.ndim != 2:
         return False
-    return bool(np.sum(mask, axis=0).max(initial=0) <= MAX_DENSITY * len(mask))
+    inputs = 1 - axis
+    most = np.sum(mask, axis=inputs).max(initial=0)
+    return bool(most <= MAX_DENSITY * mask.shape[inputs])

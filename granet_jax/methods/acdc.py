@@ -35,6 +35,7 @@ def acdc(
     scope: Scope = "global",
     distribution: Distribution = "uniform",
     structure: Structure | None = None,
+    floor: float = 0.0,
 ) -> Method:
     """AC/DC: training that alternates between compressed and decompressed phases.
 
@@ -55,6 +56,9 @@ def acdc(
         each layer, at the sparsity that `distribution` gives it.
       distribution: Distribution of the sparsity over layers, for scope "layer".
       structure: Structure of the masks, one of `structures`; None for single weights.
+      floor: Least density of every layer in global pruning, rounded down to whole
+        weights, at most 1 - sparsity. Without it, a layer whose weights are small can
+        lose them all.
 
     Returns:
       A record for `transform(method, inner)`.
@@ -82,6 +86,6 @@ def acdc(
         distribution=distribution,
         structure=structure,
         scope=scope,
-        phases=(Prune(), Revive()),
+        phases=(Prune(floor=floor), Revive()),
         resets=schedules.listed(resets) if resets else schedules.NEVER,
     )

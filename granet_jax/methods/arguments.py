@@ -1,10 +1,17 @@
 """Argument checks and fields that several methods share."""
 
 import dataclasses
+import math
 from typing import Any
 
 from granet_jax import schedules
-from granet_jax.checks import check_fraction, check_sparsity, check_steps
+from granet_jax.checks import (
+    check_fraction,
+    check_sparsity,
+    check_steps,
+    got,
+    is_number,
+)
 from granet_jax.distributions import Distribution
 from granet_jax.schedules import Schedule
 
@@ -52,25 +59,47 @@ def cubic_schedule(
 
 def constant_sparsity(
     sparsity: float,
-    last: int,
+    total_steps: int,
     interval: int,
     fraction: float,
     distribution: Distribution,
+    stop: float = 1.0,
 ) -> dict[str, Any]:
-    """Check the fields that methods of constant sparsity share, and return them."""
+    """Check the fields that methods of constant sparsity share, and return them.
+
+    The last update is at step stop * total_steps at the latest, and early enough that
+    `last_growth` allows it.
+    """
     check_sparsity("sparsity", sparsity)
+    check_steps("total_steps", total_steps, least=1)
     check_steps("interval", interval, least=1)
     check_fraction("fraction", fraction)
-    if interval > last:
+    if not is_number(stop) or not 0.0 < stop <= 1.0:
+        raise ValueError(f"stop must be a number in (0, 1], got {got(stop)}.")
+    # The small addend undoes the rounding error of a product such as 0.29 * 100.
+    end = math.floor(stop * total_steps + 1e-6)
+    if interval > min(end, total_steps // 2):
         raise ValueError(
-            f"interval must be at most the last step that updates masks ({last}), got "
-            f"{interval}: the masks would never change. For fixed masks use static()."
+            f"interval must be at most {min(end, total_steps // 2)}, got {interval}: "
+            f"updates end at step {end} of {total_steps}, and one interval before the "
+            "end of training, so the masks would never change. For fixed masks use "
+            "static()."
         )
+    last = min(end, last_growth(total_steps, interval))
     return {
         "sparsity": schedules.constant(sparsity),
         "updates": schedules.every(interval, last=last),
         "distribution": distribution,
     }
+
+
+def last_growth(total_steps: int, interval: int) -> int:
+    """The last step at which weights may grow: one interval before the end.
+
+    A weight starts at zero when it grows. So every weight of the result was trained for
+    one interval at least.
+    """
+    return total_steps - interval
 
 
 def steps_per_cycle(total_steps: int, name: str, cycles: int, number: int) -> int:

@@ -9,7 +9,7 @@ import math
 from typing import Literal
 
 from granet_jax import schedules, scores
-from granet_jax.checks import check_choice, check_steps, got, is_number
+from granet_jax.checks import check_choice, check_fraction, check_steps, got, is_number
 from granet_jax.distributions import Distribution
 from granet_jax.methods.arguments import cubic_schedule, steps_per_cycle
 from granet_jax.methods.method import Method, PrunedWeights
@@ -37,6 +37,7 @@ def cyclical(
     scope: Scope = "global",
     distribution: Distribution = "uniform",
     structure: Structure | None = None,
+    floor: float = 0.0,
 ) -> Method:
     """Cyclical pruning: gradual magnitude pruning, repeated in cycles.
 
@@ -76,6 +77,9 @@ def cyclical(
       distribution: Distribution of the sparsity over layers, for the initial masks and
         for scope "layer".
       structure: Structure of the masks, one of `structures`; None for single weights.
+      floor: Least density of every layer in global pruning, rounded down to whole
+        weights, at most 1 - sparsity. Without it, a layer whose weights are small can
+        lose them all.
 
     Returns:
       A record for `transform`.
@@ -90,6 +94,9 @@ def cyclical(
     """
     period = steps_per_cycle(total_steps, "cycles", cycles, cycles)
     check_choice("recovery", recovery, tuple(_WEIGHTS))
+    check_fraction("floor", floor)
+    if floor and recovery != "hard":
+        raise ValueError(f'floor must be 0 with recovery="{recovery}", got {floor}.')
     if not is_number(ramp) or not 0.0 < ramp <= 1.0:
         raise ValueError(f"ramp must be a number in (0, 1], got {got(ramp)}.")
     check_steps("interval", interval)
@@ -116,7 +123,10 @@ def cyclical(
         if cycle or step
     ]
     partial = initial_sparsity > 0 and recovery == "hard" and cycles > 1
-    phases = (Prune(), Revive(scores.gradient if partial else scores.magnitude))
+    phases = (
+        Prune(floor=floor),
+        Revive(scores.gradient if partial else scores.magnitude),
+    )
     return Method(
         name="cyclical",
         sparsity=schedules.repeated(rise, period=period, cycles=cycles),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from granet_jax import scores
-from granet_jax.checks import check_fraction, check_number, check_steps
+from granet_jax.checks import check_number
 from granet_jax.distributions import Distribution
 from granet_jax.dtypes import wider
 from granet_jax.methods.arguments import constant_sparsity
@@ -72,9 +72,13 @@ def dsr(
     interval: int = 1000,
     fraction: float = 0.01,
     threshold: float = 1e-3,
+    stop: float = 0.75,
     distribution: Distribution = "uniform",
 ) -> Method:
     """DSR: constant overall sparsity, with an adaptive threshold and adaptive layers.
+
+    Updates end at step stop * total_steps, as those of RigL and SET do, and one
+    interval before the end of training in any case.
 
     Args:
       sparsity: Constant overall sparsity, in [0, 1).
@@ -83,6 +87,7 @@ def dsr(
       fraction: Share of the active weights that an update should drop, in [0, 1]. The
         threshold doubles below 0.9 times this share and halves above 1.1 times it.
       threshold: Threshold of the first update, larger than 0.
+      stop: Share of the training after which masks no longer change, in (0, 1].
       distribution: Distribution of the initial masks: "uniform", "er", "erk" or a
         function.
 
@@ -96,11 +101,12 @@ def dsr(
       Mostafa & Wang, Parameter Efficient Training of Deep Convolutional Neural Networks
       by Dynamic Sparse Reparameterization, ICML 2019.
     """
-    check_steps("total_steps", total_steps)
-    check_fraction("fraction", fraction)
     check_number("threshold", threshold, above=0.0)
+    shared = constant_sparsity(
+        sparsity, total_steps, interval, fraction, distribution, stop
+    )
     return Method(
         name="dsr",
-        **constant_sparsity(sparsity, total_steps, interval, fraction, distribution),
+        **shared,
         phases=(Reallocate(fraction, threshold),),
     )

@@ -23,6 +23,7 @@ def gmp(
     scope: Scope = "global",
     distribution: Distribution = "uniform",
     structure: Structure | None = None,
+    floor: float = 0.0,
 ) -> Method:
     """GMP: gradual magnitude pruning by a cubic schedule, without regrowth.
 
@@ -41,6 +42,9 @@ def gmp(
       distribution: Distribution of the sparsity over layers, for the initial masks and
         for scope "layer".
       structure: Structure of the masks, one of `structures`; None for single weights.
+      floor: Least density of every layer in global pruning, rounded down to whole
+        weights, at most 1 - sparsity. Without it, a layer whose weights are small can
+        lose them all.
 
     Returns:
       A record for `transform`.
@@ -59,5 +63,5 @@ def gmp(
         distribution=distribution,
         structure=structure,
         scope=scope,
-        phases=(Prune(),),
+        phases=(Prune(floor=floor),),
     )

@@ -6,13 +6,13 @@ At every update step t:
    s(t) = s_f + (s_i - s_f) (1 - j/n)^3, where j of n pruning updates are done.
 2. In every leaf, drop the fraction r(t) of the active weights by magnitude, and regrow
    the same number by abs(dense gradient), with
-   r(t) = r_f + (r_0 - r_f) (1 + cos(pi t / T)) / 2.
+   r(t) = r_f + (r_0 - r_f) (1 + cos(pi t / T)) / 2, until one interval before the end.
 """
 
 from granet_jax import schedules, scores
 from granet_jax.checks import check_choice, check_fraction, check_steps
 from granet_jax.distributions import Distribution
-from granet_jax.methods.arguments import cubic_schedule
+from granet_jax.methods.arguments import cubic_schedule, last_growth
 from granet_jax.methods.method import Method
 from granet_jax.phases import Exchange, Prune
 from granet_jax.scores import Score
@@ -40,14 +40,18 @@ def granet(
     scope: Scope = "global",
     grow: str = "gradient",
     structure: Structure | None = None,
+    floor: float = 0.0,
 ) -> Method:
     """GraNet: gradual magnitude pruning with zero-cost neuroregeneration.
 
     Every `interval` steps until `end_step`, prune by magnitude to the sparsity of the
-    cubic schedule. Every `interval` steps until `total_steps`, after the pruning, drop
-    the fraction r of each layer's active weights by magnitude and regrow the same
-    number by abs(dense gradient), with
+    cubic schedule. Every `interval` steps, after the pruning, drop the fraction r of
+    each layer's active weights by magnitude and regrow the same number by
+    abs(dense gradient), with
     r(t) = final_fraction + (fraction - final_fraction)(1 + cos(pi t / total_steps))/2.
+    The last exchange is one interval before the end of training at the latest, so that
+    no weight is left untrained. (The authors' code exchanges in the last step too.) A
+    pruning after that has no exchange.
 
     Training is dense-to-sparse with `initial_sparsity=0`, and sparse-to-sparse
     (GraNet-ST) with `initial_sparsity=0.5`, for example.
@@ -71,6 +75,9 @@ def granet(
         compete within each layer, at the sparsity that `distribution` gives it.
       grow: Score by which weights are regrown: "gradient", "momentum" or "random".
       structure: Structure of the masks, one of `structures`; None for single weights.
+      floor: Least density of every layer in global pruning, rounded down to whole
+        weights, at most 1 - sparsity. Without it, a layer whose weights are small can
+        lose them all.
 
     Returns:
       A record for `transform`.
@@ -93,15 +100,20 @@ def granet(
     check_fraction("fraction", fraction)
     check_fraction("final_fraction", final_fraction)
     check_choice("grow", grow, tuple(_GROW))
-    regeneration = schedules.cosine(fraction, final_fraction, steps=total_steps)
+    cosine = schedules.cosine(fraction, final_fraction, steps=total_steps)
+    last = last_growth(total_steps, interval)
+
+    def regeneration(step: int) -> float:
+        return cosine(step) if step <= last else 0.0
+
     return Method(
         name="granet",
         sparsity=pruning,
-        updates=schedules.every(interval, begin=begin_step, last=total_steps),
+        updates=schedules.every(interval, begin=begin_step, last=max(last, end_step)),
         distribution=distribution,
         structure=structure,
         scope=scope,
-        phases=(Prune(), Exchange(regeneration, grow=_GROW[grow])),
+        phases=(Prune(floor=floor), Exchange(regeneration, grow=_GROW[grow])),
         average_decay=0.9 if grow == "momentum" else None,
         needs_gradient=grow != "random",
     )

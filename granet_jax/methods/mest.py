@@ -26,7 +26,8 @@ def mest(
 ) -> Method:
     """MEST: constant sparsity, drop by weight and gradient together, regrow at random.
 
-    A weight that is small but has a large gradient is about to grow, and stays.
+    A weight that is small but has a large gradient is about to grow, and stays. The
+    last update is one interval before the end of training at the latest.
 
     Args:
       sparsity: Constant sparsity, in [0, 1).

@@ -5,10 +5,7 @@ magnitude, and regrow the same number by abs(dense gradient), with
 r(t) = r_0/2 (1 + cos(pi t / T_stop)).
 """
 
-import math
-
 from granet_jax import schedules
-from granet_jax.checks import check_steps, got, is_number
 from granet_jax.distributions import Distribution
 from granet_jax.methods.arguments import constant_sparsity
 from granet_jax.methods.method import Method
@@ -29,11 +26,12 @@ def rigl(
     """RigL: constant sparsity, drop by magnitude, regrow by abs(dense gradient).
 
     The prune fraction is r(t) = fraction/2 (1 + cos(pi t / (stop total_steps))), and
-    updates end at step stop * total_steps. The optimizer also steps on update steps, as
-    in the GraNet code. RigL's own code skips the optimizer there.
+    updates end at step stop * total_steps, and one interval before the end of training
+    in any case. The optimizer also steps on update steps, as in the GraNet code. RigL's
+    own code skips the optimizer there.
 
     RigL-ITOP (Liu et al. 2021) has a larger fraction and longer intervals, and updates
-    until the end: `rigl(s, total_steps, interval=1500, fraction=0.5, stop=1.0)`. Its
+    throughout: `rigl(s, total_steps, interval=1500, fraction=0.5, stop=1.0)`. Its
     intervals are 1000 to 1500 steps for CIFAR and 4000 for ImageNet.
 
     Args:
@@ -56,14 +54,12 @@ def rigl(
       Evci et al., Rigging the Lottery, ICML 2020. Liu et al., Do We Actually Need
       Dense Over-Parameterization?, ICML 2021.
     """
-    check_steps("total_steps", total_steps, least=1)
-    if not is_number(stop) or not 0.0 < stop <= 1.0:
-        raise ValueError(f"stop must be a number in (0, 1], got {got(stop)}.")
+    shared = constant_sparsity(
+        sparsity, total_steps, interval, fraction, distribution, stop
+    )
     return Method(
         name="rigl",
-        **constant_sparsity(
-            sparsity, math.floor(stop * total_steps), interval, fraction, distribution
-        ),
+        **shared,
         structure=structure,
         phases=(Exchange(schedules.cosine(fraction, 0.0, steps=stop * total_steps)),),
         needs_gradient=True,

@@ -23,6 +23,7 @@ def sculpt(
     scope: Scope = "global",
     distribution: Distribution = "erk",
     structure: Structure | None = None,
+    floor: float = 0.0,
 ) -> Method:
     """SCULPT-ing: cyclic training of a fixed mask, one pruning, and another cycle.
 
@@ -46,6 +47,9 @@ def sculpt(
         for scope "layer". (The authors' ERK draws every weight independently, and
         clips densities without redistributing the rest.)
       structure: Structure of the masks, one of `structures`; None for single weights.
+      floor: Least density of every layer in global pruning, rounded down to whole
+        weights, at most 1 - sparsity. Without it, a layer whose weights are small can
+        lose them all.
 
     Returns:
       A record for `transform(method, inner)`.
@@ -74,6 +78,6 @@ def sculpt(
         distribution=distribution,
         structure=structure,
         scope=scope,
-        phases=(Prune(),),
+        phases=(Prune(floor=floor),),
         resets=UpdateSteps(period, end, period),
     )

@@ -33,7 +33,8 @@ def snfs(
     before the drop, and regrown by abs(momentum) among the inactive weights. The
     library keeps the momentum itself, in at least float32: a moving average of the
     dense gradient, v <- decay v + (1 - decay) g. The prune fraction is
-    r(t) = fraction/2 (1 + cos(pi t / total_steps)).
+    r(t) = fraction/2 (1 + cos(pi t / total_steps)). The last update is one interval
+    before the end of training at the latest, as in the authors' code.
 
     Args:
       sparsity: Constant sparsity, in [0, 1).

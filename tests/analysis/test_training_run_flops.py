@@ -47,10 +47,10 @@ CYCLICAL: dict[str, Any] = {"cycles": 2, "ramp": 0.25, "interval": 5}
             granet_jax.rigl(0.8, T, interval=5, **UNIFORM),
             0.75 * (3 * S80 * 5 + 2 * S80 + DENSE) / 6 + 0.25 * 3 * S80,
         ),
-        # An update every five steps, up to the last one.
+        # An update every five steps, except in the last five.
         (
             granet_jax.mest(0.8, T, interval=5, **UNIFORM),
-            (3 * S80 * 5 + 2 * S80 + DENSE) / 6,
+            7 / 8 * (3 * S80 * 5 + 2 * S80 + DENSE) / 6 + 1 / 8 * 3 * S80,
         ),
         (granet_jax.dsr(0.8, T, interval=5), 3 * S80),
         (granet_jax.snfs(0.8, T, interval=5), 2 * S80 + DENSE),
@@ -60,7 +60,8 @@ CYCLICAL: dict[str, Any] = {"cycles": 2, "ramp": 0.25, "interval": 5}
         ),
         (
             granet_jax.granet(0.8, T, interval=5, **UNIFORM),
-            sum(n * (3 * f * 5 + 2 * f + DENSE) / 6 for n, f in gradual(0.8)) / T,
+            sum(n * (3 * f * 5 + 2 * f + DENSE) / 6 for n, f in gradual(0.8)) / T
+            + 1 / 8 * (3 * S80 - (3 * S80 * 5 + 2 * S80 + DENSE) / 6),
         ),
         # The moving average needs a dense gradient in every step.
         (

@@ -201,6 +201,7 @@ def test_sparsity_by_hand() -> None:
         active=7,
         total=15,
     )
+    assert found.empty == ("c/1",)
     # The numbers are Python's.
     assert [type(x) for x in found] == [float, dict, int, int]
     assert {type(x) for x in found.leaves.values()} == {float}

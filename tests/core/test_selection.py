@@ -15,7 +15,8 @@ from jax.extend import core
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from granet_jax.selection import SCOPES, Scope, top_k
+from granet_jax.selection import SCOPES, Scope, shuffled, top_k
+from tests.helpers import numpy_reference
 
 # Fixed shapes, so that a dtype and a scope compile once. One shape occurs three times,
 # not all in a row.
@@ -377,3 +378,66 @@ def test_no_leaf_is_sorted_gathered_or_reshaped(scope: Scope) -> None:
             sizes = [v.aval.size for v in (*equation.invars, *equation.outvars)]
             assert max(sizes) <= 64, equation
     assert loops
+
+
+# --- Random order of ties -----------------------------------------------------------
+
+
+def odd(key: Any, rows: int, dtype: str = "uint32") -> np.ndarray:
+    """The odd numbers that `top_k` draws from a key."""
+    return np.asarray(jax.random.bits(key, (rows, 3), dtype)) | 1
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=40)
+def test_drawn_scores_in_a_random_order_of_ties(scope: Scope, data: Any) -> None:
+    scores = split(data.draw(score_values("float32", SIZE)))
+    flags = st.lists(st.booleans(), min_size=SIZE, max_size=SIZE)
+    among = split(np.asarray(data.draw(flags)))
+    key = jax.random.key(data.draw(st.integers(0, 2**20)))
+    if scope == "global":
+        k: Any = data.draw(st.integers(0, SIZE + 2))
+        expected = numpy_reference.best_across(scores, among, k, odd(key, 1))
+    else:
+        k = [data.draw(st.integers(0, n + 2)) for n in SIZES]
+        factors = odd(key, len(SHAPES))
+        expected = numpy_reference.best_per_leaf(scores, among, k, factors)
+    found = top_k(scores, k, among=among, scope=scope, key=key)
+    for mask, want in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(mask, want, strict=True)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64"])
+def test_shuffled_ranks_are_distinct_and_leave_the_ends_free(dtype: str) -> None:
+    with jax.enable_x64(dtype == "uint64"):
+        top = np.iinfo(dtype).max
+        ranks = np.arange(1, min(top, 2**16), dtype=dtype)
+        factors = np.asarray([3, 2**7 + 1, top], dtype)
+        mixed = np.asarray(jax.jit(shuffled)(ranks, factors))
+        assert mixed.dtype == dtype
+        assert len(set(mixed.tolist())) == len(ranks)
+        assert mixed.min() > 0
+        assert mixed.max() < top
+        if dtype == "uint32":
+            expected = numpy_reference.shuffled(ranks, factors.tolist())
+            np.testing.assert_array_equal(mixed, expected)
+
+
+def test_tied_entries_are_chosen_equally_often_and_apart_from_each_other() -> None:
+    draws, size, k = 2000, 400, 40
+    select = jax.jit(
+        lambda key: top_k([jnp.zeros((20, size // 20))] * 2, k, key=key),
+    )
+    found = [select(jax.random.key(i)) for i in range(draws)]
+    one, other = (np.stack([f[i] for f in found]).reshape(draws, -1) for i in (0, 1))
+    p = k / size
+    # 400 counts with variance n p (1 - p), so that chi-squared is 399 ± 28.
+    chi = ((one.sum(0) - draws * p) ** 2).sum() / (draws * p * (1 - p))
+    assert abs(chi - (size - 1)) < 5 * math.sqrt(2 * size)
+    pairs = p * (k - 1) / (size - 1)
+    for apart in (1, 2, 3, 16, 20, 64, 128, 256):
+        both = (one[:, apart:] & one[:, :-apart]).mean()
+        assert abs(both - pairs) < 0.05 * pairs, apart
+    # Two leaves of one shape have different orders.
+    assert abs((one & other).mean() - p * p) < 0.05 * p * p

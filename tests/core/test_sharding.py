@@ -60,9 +60,13 @@ METHODS = PLAIN | OTHERS
 
 
 def host_masks(seed: int, density: float) -> Any:
-    """Random masks as NumPy arrays."""
+    """Random masks as NumPy arrays, with the density in every leaf."""
     rng = np.random.default_rng(seed)
-    masks = jax.tree.map(lambda p: rng.random(p.shape) < density, exact_parameters())
+
+    def draw(p: Any) -> np.ndarray:
+        return rng.permutation(p.size).reshape(p.shape) < density * p.size
+
+    masks = jax.tree.map(draw, exact_parameters())
     masks["dense"]["bias"] = optax.MaskedNode()
     return masks
 

@@ -46,7 +46,7 @@ def shapes_of(tree: Any) -> Any:
 
 
 @pytest.mark.parametrize("shape", [(40, 7), (3, 1, 5, 2), (1, 1), (0, 4)])
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", [*FLOATS, "int8"])
 def test_every_bit_of_sparse_leaves_returns(path: Any, dtype: str, shape: Any):
     params, masks = {}, {}
     for i, density in enumerate([0.0, 0.02, 0.5, 1.0]):

@@ -45,3 +45,12 @@ def test_convolutions_and_half_precision():
     for convert in CONVERSIONS:
         with pytest.raises(ValueError, match="no mask"):
             convert(half, DENSE)
+
+
+def test_quantised_weights():
+    mask = np.arange(12).reshape(3, 4) % 3 == 0
+    w = np.where(mask, np.arange(12).reshape(3, 4) - 6, 0).astype(np.int8)
+    for convert in CONVERSIONS:
+        matrix = convert(w, mask)
+        assert matrix.dtype == np.int8
+        assert_same(np.asarray(matrix.todense()), w)

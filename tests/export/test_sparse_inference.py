@@ -109,3 +109,26 @@ def test_half_precision_is_summed_in_float32():
     # In bfloat16, 256 + 1 is 256.
     assert product.dtype == jnp.bfloat16
     assert float(product[0, 0]) == 300.0
+
+
+def test_matrices_with_outputs_first():
+    rng = np.random.default_rng(0)
+    mask = np.argsort(rng.random((50, 40)), axis=1) < 2  # 2 of 40 inputs.
+    weight = np.float32(rng.standard_normal((50, 40)))
+    dense = np.where(mask, weight, 0)
+    matrix = granet_jax.accelerate({"w": weight}, {"w": mask}, axis=0)["w"]
+    assert (matrix.shape, matrix.T.shape) == ((50, 40), (40, 50))
+    assert matrix.values.shape == (2, 50)
+    for shape in ((40,), (40, 3), (2, 40, 3)):
+        x = np.float32(rng.standard_normal(shape))
+        found = jax.jit(lambda w, x: w @ x)(matrix, x)
+        np.testing.assert_allclose(found, dense @ x, rtol=1e-5, atol=1e-6)
+    x = np.float32(rng.standard_normal((5, 40)))
+    np.testing.assert_allclose(x @ matrix.T, x @ dense.T, rtol=1e-5, atol=1e-6)
+    # A product on the wrong side says so, and so does the wrong axis.
+    with pytest.raises(ValueError, match=r"x @ matrix needs .* got \(50, 40\)"):
+        x @ matrix
+    with pytest.raises(ValueError, match=r"matrix @ x needs .* got \(40, 50\)"):
+        matrix.T @ x
+    with pytest.raises(ValueError, match="5% of the inputs"):
+        granet_jax.accelerate({"w": weight}, {"w": mask})

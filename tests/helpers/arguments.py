@@ -64,6 +64,7 @@ INTERNAL = {
     *names("masking.", "placed_like", "check_arrays", "check_concrete", "given_masks"),
     *names("structures.", "box_counts", "check_leaves", "check_masks", "check_use"),
     *names("structures.", "counts", "fill", "merge", "merge_mask", "parts", "select"),
+    *names("structures.", "has_equal_boxes"),
     *names("structures.", "spread"),
     *names("schedules.", "ceil_of", "fixed_point", "increasing"),
     *names("distributions.", "check_distribution"),
@@ -305,6 +306,7 @@ BAD: dict[str, list[Any] | Free] = {
     "flops": ["flops", 3, Bad(analysis.Flops({}, 0), "leaves")],
     "following": [*MATRIX, Bad(np.ones((3, 3), bool), "must follow 4 units")],
     "form": CHOICE,
+    "floor": SHARE,
     "fraction": SHARE,
     "gamma": MAY_BE_INFINITE,
     "ghost_fraction": OPTIONAL_SHARE,
@@ -502,7 +504,8 @@ def special_methods() -> Entries:
         granet_jax.sparse_view, params=[Bad({"w": jnp.ones((2, 2))}, "structure")]
     )
     yield entry(granet_jax.apply_masks, params=[OTHER_TREE])
-    yield entry(masking.check_masks, params=[OTHER_TREE])
+    integers = Free("a constant of the caller")
+    yield entry(masking.check_masks, params=[OTHER_TREE], integers=integers)
     yield entry(
         granet_jax.accelerate,
         params=[OTHER_TREE, Bad(parameters(), "the dense product is faster")],
@@ -675,6 +678,17 @@ def special_analyses() -> Entries:
     )
     yield entry(analysis.keep_counts, {"masks": EYE}, masks=[NO_MASK, NOT_A_MASK])
     yield entry(analysis.prune, params=[OTHER_TREE])
+    yield entry(
+        analysis.batch_statistics,
+        {
+            "forward": lambda stats, x: 0.5 * stats + 0.5 * x,
+            "batch_stats": np.zeros(2),
+            "batches": [np.ones(2)],
+        },
+        forward=[*FUNCTION, Bad(lambda stats, x: stats, "training mode")],
+        batch_stats=Free("any pytree of arrays"),
+        batches=[Bad([], "one or more")],
+    )
     yield entry(analysis.apply_pruned, {"params": WEIGHTS}, params=[OTHER_WEIGHTS])
 
 

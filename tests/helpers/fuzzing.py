@@ -199,6 +199,8 @@ class Lab:
         draw = functools.partial(luck.random_scores, shapes, SEED)
         draw = jax.jit(draw, compiler_options=QUICK)
         self.luck = functools.cache(lambda count: jax.device_get(draw(count)))
+        odd = functools.partial(luck.odd_factors, len(shapes), SEED)
+        self.odd_factors = functools.cache(lambda count: jax.device_get(odd(count)))
 
     def masked(self, leaves: list[Any]) -> list[Any]:
         return [x for x, c in zip(leaves, self.carries, strict=True) if c]
@@ -394,7 +396,8 @@ class Run:
             compiled.step(self.params, self.state, placed(grads, self.devices))
         )
         new = self.host_masks(granet_jax.get_masks(self.state))
-        training.step(host(grads), lab.luck, functools.partial(self._adjust, old, new))
+        adjust = functools.partial(self._adjust, old, new)
+        training.step(host(grads), lab.luck, adjust, lab.odd_factors)
         # Nothing is compiled again, and nothing changes its type. (A process that has
         # compiled thousands of programs forgets some.)
         assert compiled.step._cache_size() <= len(compiled.devices)
@@ -485,6 +488,8 @@ class Run:
                 assert method.structure is not None or active == expected
         elif method.targets and t in self.training.plan:
             number = self.training.plan[t]
+            if method.makes_up:
+                active, number, was = [sum(active)], [sum(number)], [sum(was)]
             few = [min(n, w) for n, w in zip(number, was, strict=True)]
             expected = few if method.revive is None else number
             assert method.structure is not None or active == expected

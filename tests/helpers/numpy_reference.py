@@ -2,7 +2,7 @@
 
 It is written from the specification alone and imports nothing from granet_jax. It sorts
 one leaf, or all leaves in one vector, and counts in Python integers and float64. Random
-scores are an input (see `luck`).
+scores and the random order of equal scores are inputs (see `luck`).
 
 Parameters and moments are float32 arrays, and every operation rounds once. If learning
 rate, momentum and decays are powers of two, products are exact, and a fused
@@ -100,8 +100,9 @@ def redistributed(total: int, weights: Sequence[float], room: Sequence[int]) -> 
         mass = [w if s else 0.0 for w, s in zip(weights, space, strict=True)]
         if sum(mass) == 0.0:
             mass = [float(s) for s in space]
+        whole = np.float32(math.fsum(mass))
         more = [
-            min(math.floor(left * m / math.fsum(mass)), s)
+            min(math.floor(np.float32(m) / whole * np.float32(left)), s)
             for m, s in zip(mass, space, strict=True)
         ]
         if sum(more) == 0:
@@ -110,6 +111,15 @@ def redistributed(total: int, weights: Sequence[float], room: Sequence[int]) -> 
                 more[i] = min(more[i], left - sum(more[:i]))
         shares = [g + p for g, p in zip(shares, more, strict=True)]
     return shares
+
+
+def within_reach(target: Sequence[int], present: Sequence[int]) -> list[int]:
+    """The target; leaves above theirs make up for those below."""
+    kept = [min(pair) for pair in zip(target, present, strict=True)]
+    room = [p - k for p, k in zip(present, kept, strict=True)]
+    missing = min(sum(target) - sum(kept), sum(room))
+    extra = redistributed(missing, [float(r) for r in room], room)
+    return [k + e for k, e in zip(kept, extra, strict=True)]
 
 
 # --- Structures ---------------------------------------------------------------------
@@ -133,12 +143,19 @@ def block(*sides: int, norm: str = "l1") -> Structure:
     return Structure(lambda shape: (1,) * (len(shape) - len(sides)) + sides, True, norm)
 
 
-def channel(*, norm: str = "l1") -> Structure:
-    return Structure(lambda shape: (*shape[:-1], 1), True, norm)
+def unit(axis: int) -> Callable[[tuple], tuple]:
+    def sides(shape: tuple) -> tuple:
+        return tuple(1 if i == axis % len(shape) else n for i, n in enumerate(shape))
+
+    return sides
 
 
-def constant_fan_in() -> Structure:
-    return Structure(lambda shape: (*shape[:-1], 1), False)
+def channel(*, norm: str = "l1", axis: int = -1) -> Structure:
+    return Structure(unit(axis), True, norm)
+
+
+def constant_fan_in(*, axis: int = -1) -> Structure:
+    return Structure(unit(axis), False)
 
 
 def n_of_m(n: int, m: int, *, axis: int = -2) -> Structure:
@@ -166,34 +183,61 @@ def unboxed(rows: np.ndarray, shape: tuple, sides: tuple) -> np.ndarray:
 # --- Selection ----------------------------------------------------------------------
 
 
-def best(score: np.ndarray, candidate: np.ndarray, k: int) -> np.ndarray:
-    """Selects the k best candidates of a vector: largest first, then lowest index.
+def best(
+    score: np.ndarray, candidate: np.ndarray, k: int, rank: np.ndarray | None = None
+) -> np.ndarray:
+    """Selects the k best candidates of a vector: largest first, then highest rank.
 
-    NaN ranks below every number, and -0.0 equals 0.0.
+    Without ranks, the lowest index. NaN is below every number, and -0.0 equals 0.0.
     """
     score = score.astype(np.float64)
     nan = np.isnan(score)
+    last = np.arange(score.size) if rank is None else -rank.astype(np.int64)
     # `lexsort` sorts by its last key first.
-    order = np.lexsort(
-        (np.arange(score.size), np.where(nan, 0.0, -score), nan, ~candidate)
-    )
+    order = np.lexsort((last, np.where(nan, 0.0, -score), nan, ~candidate))
     chosen = np.zeros(score.size, bool)
     chosen[order[: min(int(k), int(candidate.sum()))]] = True
     return chosen
 
 
-def best_per_leaf(scores: Leaves, candidates: Leaves, ks: Sequence[int]) -> Leaves:
+def shuffled(rank: np.ndarray, factors: Sequence[int]) -> np.ndarray:
+    """Ranks, put in another order by a bijection of the integers below 2**32."""
+    words = np.uint64(2**32 - 1)
+
+    def mixed(x: np.ndarray) -> np.ndarray:
+        for factor in factors:
+            x = (x * np.uint64(factor)) & words
+            x = x ^ (x >> np.uint64(16))
+        return x
+
+    x = mixed(rank.astype(np.uint64) & words)
+    return np.where(x == words, mixed(np.asarray([words]))[0], x)
+
+
+def tie_ranks(size: int, factors: Sequence[int] | None) -> np.ndarray:
+    """The ranks of equal scores: the first index first, or a random order."""
+    ranks = size - np.arange(size)
+    return ranks if factors is None else shuffled(ranks, factors)
+
+
+def best_per_leaf(
+    scores: Leaves, candidates: Leaves, ks: Sequence[int], factors: Any = None
+) -> Leaves:
+    factors = [None] * len(scores) if factors is None else factors
     return [
-        best(s.ravel(), c.ravel(), k).reshape(s.shape)
-        for s, c, k in zip(scores, candidates, ks, strict=True)
+        best(s.ravel(), c.ravel(), k, tie_ranks(s.size, f)).reshape(s.shape)
+        for s, c, k, f in zip(scores, candidates, ks, factors, strict=True)
     ]
 
 
-def best_across(scores: Leaves, candidates: Leaves, k: int) -> Leaves:
+def best_across(
+    scores: Leaves, candidates: Leaves, k: int, factors: Any = None
+) -> Leaves:
     chosen = best(
         np.concatenate([s.ravel().astype(np.float64) for s in scores]),
         np.concatenate([c.ravel() for c in candidates]),
         k,
+        tie_ranks(sum(s.size for s in scores), None if factors is None else factors[0]),
     )
     ends = np.cumsum([s.size for s in scores])[:-1]
     parts = np.split(chosen, ends)
@@ -269,6 +313,7 @@ class ReferenceMethod:
       marked: Sparsity of the second masks, or None.
       marks: Steps that choose the second masks again, with sparse weights.
       penalty: Extra L2 coefficients, or None.
+      floor: The density that global pruning leaves in every leaf.
     """
 
     start: float
@@ -290,6 +335,7 @@ class ReferenceMethod:
     marked: float | None = None
     marks: frozenset[int] = frozenset()
     penalty: Coefficients | None = None
+    floor: float = 0.0
 
     @property
     def update_steps(self) -> list[int]:
@@ -305,6 +351,12 @@ class ReferenceMethod:
         return self.scope == "global" and (
             self.structure is None or self.structure.whole
         )
+
+    @property
+    def makes_up(self) -> bool:
+        """Whether denser leaves make up for sparser ones when weights are pruned."""
+        boxes = self.structure is not None and not self.structure.whole
+        return self.scope == "layer" and not boxes and self.revive is None
 
     @property
     def draws_boxes(self) -> bool:
@@ -368,11 +420,20 @@ class ReferenceMethod:
             rows[step] = present
         return rows
 
-    def choose(self, scores: Leaves, among: Leaves, numbers: Sequence[int]) -> Leaves:
-        """Selects as many of the best parts among candidates as `numbers` says."""
+    def choose(
+        self,
+        scores: Leaves,
+        among: Leaves,
+        numbers: Sequence[int],
+        factors: Any = None,
+    ) -> Leaves:
+        """Selects as many of the best parts among candidates as `numbers` says.
+
+        `factors` are three for each leaf, which put equal scores in a random order.
+        """
         structure = self.structure
         if structure is None:
-            return self._select(scores, among, numbers)
+            return self._select(scores, among, numbers, factors)
         boxes = [structure.sides(s.shape) for s in scores]
         rows = [boxed(s, b) for s, b in zip(scores, boxes, strict=True)]
         open_ = [boxed(m, b) for m, b in zip(among, boxes, strict=True)]
@@ -381,6 +442,7 @@ class ReferenceMethod:
                 [_norm(r, structure.norm) for r in rows],
                 [o.all(axis=-1) for o in open_],
                 numbers,
+                factors,
             )
             chosen = [
                 np.broadcast_to(c[:, None], r.shape)
@@ -396,10 +458,24 @@ class ReferenceMethod:
             for c, s, b in zip(chosen, scores, boxes, strict=True)
         ]
 
-    def _select(self, scores: Leaves, among: Leaves, numbers: Sequence[int]) -> Leaves:
+    def pruned(self, scores: Leaves, masks: Leaves, number: list[int]) -> Leaves:
+        """Keeps the best weights, but in every leaf those that `floor` keeps there."""
+        if not self.floor or sum(self.active(masks)) <= number[0]:
+            return self.choose(scores, masks, number)
+        sizes = self.sizes([m.shape for m in masks])
+        least = [math.floor(self.floor * size + 1e-6) for size in sizes]
+        within = dataclasses.replace(self, scope="layer")
+        first = within.choose(scores, masks, least)
+        others = [m & ~f for m, f in zip(masks, first, strict=True)]
+        rest = self.choose(scores, others, [number[0] - sum(self.active(first))])
+        return [f | r for f, r in zip(first, rest, strict=True)]
+
+    def _select(
+        self, scores: Leaves, among: Leaves, numbers: Sequence[int], factors: Any
+    ) -> Leaves:
         if self.ranks_across:
-            return best_across(scores, among, numbers[0])
-        return best_per_leaf(scores, among, numbers)
+            return best_across(scores, among, numbers[0], factors)
+        return best_per_leaf(scores, among, numbers, factors)
 
     def active(self, masks: Leaves) -> list[int]:
         """Active weights, or whole boxes, of every leaf."""
@@ -408,16 +484,27 @@ class ReferenceMethod:
         sides = self.structure.sides
         return [int(boxed(m, sides(m.shape)).all(axis=-1).sum()) for m in masks]
 
-    def filled(self, masks: Leaves, scores: Leaves, numbers: Leaves) -> Leaves:
+    def filled(
+        self, masks: Leaves, scores: Leaves, numbers: Leaves, factors: Any = None
+    ) -> Leaves:
         """Activates the best of each box, up to `numbers` (an integer or one a box)."""
         assert self.structure is not None
         filled = []
-        for mask, score, number in zip(masks, scores, numbers, strict=True):
+        factors = [None] * len(masks) if factors is None else factors
+        for mask, score, number, odd in zip(
+            masks, scores, numbers, factors, strict=True
+        ):
             sides = self.structure.sides(mask.shape)
             rows, ranks = boxed(mask, sides), boxed(score, sides)
             missing = np.maximum(number - rows.sum(axis=-1), 0)
+            order = [tie_ranks(rows.shape[1], None)] * len(rows)
+            if odd is not None:  # Another order in every box.
+                order = [
+                    shuffled(r * (1 - 2 * box), odd) for box, r in enumerate(order)
+                ]
             back = [
-                best(s, ~m, k) for s, m, k in zip(ranks, rows, missing, strict=True)
+                best(s, ~m, k, r)
+                for s, m, k, r in zip(ranks, rows, missing, order, strict=True)
             ]
             filled.append(unboxed(rows | np.stack(back), mask.shape, sides))
         return filled
@@ -441,6 +528,11 @@ def _cubic(final, initial, begin, end, interval) -> dict[int, float]:
 
 def _steps(interval: int, last: int, begin: int = 0) -> list[int]:
     return [t for t in range(1, last + 1) if (t - begin) % interval == 0]
+
+
+def _exchanges(interval: int, total: int, stop: float) -> list[int]:
+    """Steps until the share `stop` of the training, one interval before the end."""
+    return _steps(interval, min(math.floor(stop * total + 1e-6), total - interval))
 
 
 def _cosine(steps, first: float, last: float, end: float) -> dict[int, float]:
@@ -468,7 +560,7 @@ def granet(
     grow="gradient",
     **rest,
 ) -> ReferenceMethod:
-    steps = _steps(interval, total_steps, begin_step)
+    steps = _steps(interval, total_steps - interval, begin_step)
     return gmp(
         sparsity,
         total_steps // 2 if end_step is None else end_step,
@@ -484,15 +576,15 @@ def granet(
 def rigl(
     sparsity, total_steps, *, interval=100, fraction=0.3, stop=0.75, **rest
 ) -> ReferenceMethod:
-    end = stop * total_steps
-    fractions = _cosine(_steps(interval, math.floor(end)), fraction, 0.0, end)
+    steps = _exchanges(interval, total_steps, stop)
+    fractions = _cosine(steps, fraction, 0.0, stop * total_steps)
     return ReferenceMethod(start=sparsity, fractions=fractions, **rest)
 
 
 def set_(
-    sparsity, total_steps, *, interval=100, fraction=0.3, **rest
+    sparsity, total_steps, *, interval=100, fraction=0.3, stop=0.75, **rest
 ) -> ReferenceMethod:
-    fractions = dict.fromkeys(_steps(interval, total_steps), fraction)
+    fractions = dict.fromkeys(_exchanges(interval, total_steps, stop), fraction)
     return ReferenceMethod(start=sparsity, fractions=fractions, grow=random, **rest)
 
 
@@ -746,6 +838,7 @@ class ReferenceTraining:
         grads: Leaves,
         random_scores: Callable[[int], Leaves] | None = None,
         adjust: Callable[[list[int], list[int]], None] | None = None,
+        factors: Callable[[int], dict[str, Any]] | None = None,
     ) -> None:
         """Takes one optimizer step, and updates the masks if the step is due.
 
@@ -754,6 +847,9 @@ class ReferenceTraining:
           random_scores: Function from a step to one array of random scores per mask.
           adjust: Function of (grown, room) that may change, in place, how many weights
             each leaf grows where the exchange moves weights between leaves.
+          factors: Function from a step to the odd numbers that put equal scores in a
+            random order when weights are dropped, grown and revived. Without it, the
+            first index comes first.
         """
         method, old = self.method, self.masks
         advances = self.step_count < LAST_STEP
@@ -780,7 +876,8 @@ class ReferenceTraining:
         stepped = [zeroed(p, m) for p, m in zip(stepped, old, strict=True)]
         new = kept = self.masked(old)
         if advances:
-            new, kept = self._update(stepped, grads, random_scores, adjust)
+            odd = {} if factors is None else factors(t)
+            new, kept = self._update(stepped, grads, random_scores, adjust, odd)
         self.keeps = self.spread([k & n for k, n in zip(kept, new, strict=True)])
         self.masks = self.spread(new)
         self._move(changes)
@@ -838,6 +935,8 @@ class ReferenceTraining:
         if method.weights == "dense":
             among = [np.ones(p.shape, bool) for p in weights]
         numbers = method.numbers([p.shape for p in weights], method.marked)
+        if method.weights == "sparse" and method.makes_up:
+            numbers = within_reach(numbers, method.active(among))
         self.marked = self.spread(
             method.choose([np.abs(p) for p in weights], among, numbers)
         )
@@ -856,7 +955,9 @@ class ReferenceTraining:
             sums.append(g)
         return sums
 
-    def _update(self, stepped, grads, random_scores, adjust) -> tuple[Leaves, Leaves]:
+    def _update(
+        self, stepped, grads, random_scores, adjust, odd
+    ) -> tuple[Leaves, Leaves]:
         """The new masks, and the old weights that no phase before the last removed."""
         method, t = self.method, self.step_count
         old = self.masked(self.masks)
@@ -875,13 +976,19 @@ class ReferenceTraining:
         new = kept = old
         if method.targets and t in self.plan:
             number = self.plan[t]
-            new = kept = method.choose(score(method.prune, weights, new), new, number)
+            if method.makes_up:
+                number = within_reach(number, method.active(new))
+            scores = score(method.prune, weights, new)
+            new = kept = method.pruned(scores, new, number)
             if method.revive is not None:
-                new = self._revived(new, score(method.revive, weights, new), number)
+                scores = score(method.revive, weights, new)
+                new = self._revived(new, scores, number, odd)
         if t not in method.fractions:
             return new, [o & k for o, k in zip(old, kept, strict=True)]
         present = [zeroed(p, m) for p, m in zip(weights, new, strict=True)]
-        left, freed = self._dropped(new, score(method.drop, present, new))
+        left, freed = self._dropped(
+            new, score(method.drop, present, new), odd.get("drop")
+        )
         scores = score(method.grow, weights, left)
         grown = freed
         if method.across or method.threshold is not None:
@@ -895,25 +1002,31 @@ class ReferenceTraining:
         if method.structure is not None and not method.structure.whole:
             sides = method.structure.sides
             before = [boxed(m, sides(m.shape)).sum(axis=-1) for m in new]
-            new = method.filled(left, scores, before)
+            new = method.filled(left, scores, before, odd.get("grow"))
         else:
             within = dataclasses.replace(method, scope="layer")
-            chosen = within.choose(scores, [~m for m in left], grown)
+            unused = [~m for m in left]
+            chosen = within.choose(scores, unused, grown, odd.get("grow"))
             new = [m | c for m, c in zip(left, chosen, strict=True)]
         return new, [o & k for o, k in zip(old, kept, strict=True)]
 
-    def _revived(self, masks: Leaves, scores: Leaves, number: list[int]) -> Leaves:
+    def _revived(
+        self, masks: Leaves, scores: Leaves, number: list[int], odd: dict[str, Any]
+    ) -> Leaves:
         method = self.method
         if method.structure is not None and not method.structure.whole:
-            return method.filled(masks, scores, number)
+            return method.filled(masks, scores, number, odd.get("revive"))
         active = method.active(masks)
         if method.ranks_across:
             active = [sum(active)]
         missing = [max(n - a, 0) for n, a in zip(number, active, strict=True)]
-        back = method.choose(scores, [~m for m in masks], missing)
+        factors = odd.get("revive across" if method.ranks_across else "revive")
+        back = method.choose(scores, [~m for m in masks], missing, factors)
         return [m | b for m, b in zip(masks, back, strict=True)]
 
-    def _dropped(self, masks: Leaves, scores: Leaves) -> tuple[Leaves, list[int]]:
+    def _dropped(
+        self, masks: Leaves, scores: Leaves, factors: Any
+    ) -> tuple[Leaves, list[int]]:
         """The masks without what the exchange drops, and how much each leaf drops."""
         method = self.method
         fraction = method.fractions[self.step_count]
@@ -934,7 +1047,7 @@ class ReferenceTraining:
         within = dataclasses.replace(method, scope="layer")
         if method.structure is not None and not method.structure.whole:
             within = dataclasses.replace(within, structure=None)
-        return within.choose(scores, masks, number), freed
+        return within.choose(scores, masks, number, factors), freed
 
 
 def _mean(score: np.ndarray, mask: np.ndarray) -> float:

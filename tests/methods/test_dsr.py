@@ -32,7 +32,7 @@ def test_trainings_follow_the_reference(threshold: float, rises: bool) -> None:
 
 
 def test_moves_weights_to_the_leaves_that_keep_theirs_by_hand() -> None:
-    method = granet_jax.dsr(0.5, 4, interval=1, fraction=0.5, threshold=1.0)
+    method = granet_jax.dsr(0.625, 4, interval=1, fraction=0.5, threshold=1.0)
     params: Any = {
         "a": np.float32([[8.0, 9.0, 0.1, 0, 0, 0, 0, 0]]),
         "b": np.float32([[8.0, 0.1, 0.1, 0, 0, 0, 0, 0]]),

@@ -23,10 +23,13 @@ from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import numpy as np
+import optax
 import pytest
 from hypothesis import stateful
 
+import granet_jax
 from tests.helpers import fuzzing, luck, numpy_reference
 from tests.helpers.compiler_options import DEFAULT, QUICK
 from tests.helpers.fuzzing import (
@@ -150,7 +153,7 @@ METHODS: dict[str, list[MethodSpec]] = {
     ],
     "mixed dtypes": [
         spec("granet", 0.8, 14, begin_step=1, end_step=8, interval=3),
-        spec("acdc", 0.75, (2, 4, 5, 7, 9)),
+        spec("acdc", 0.75, (2, 4, 5, 7, 9), floor=0.1),
         spec("cyclical", 0.8, 12, initial_sparsity=0.2, **SHORT),
         # The density divides the penalty: a quarter, so that products are exact.
         spec("top_kast", 0.75, backward_sparsity=0.5, interval=2, penalty=2.0**-5),
@@ -195,7 +198,7 @@ METHODS: dict[str, list[MethodSpec]] = {
         spec("cyclical", 0.5, 16, structure=("n_of_m", 4, 8), **SHORT, **LAYER),
         spec("granet", 0.75, 10, **EVERY, **FAN_IN, **LAYER),
         spec("acdc", 0.5, (2, 4, 6, 8, 9), structure=("channel",), **LAYER),
-        spec("granet", 0.75, 10, **EVERY, **BLOCKS),
+        spec("granet", 0.75, 10, floor=0.2, **EVERY, **BLOCKS),
         spec("snfs", 0.5, 10, decay=0.5, **EVERY, **BLOCKS),
         spec("top_kast", 0.75, backward_sparsity=0.5, penalty=0.0, **EVERY, **BLOCKS),
     ],
@@ -251,6 +254,76 @@ def test_schedules_follow_the_reference() -> None:
             fraction = fraction_of(ours)
             for t, expected in reference.fractions.items():
                 assert math.isclose(fraction(t), expected, abs_tol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gmp", "granet", "cyclical", "acdc", "sculpt"])
+def test_a_floor_keeps_layers_of_small_weights(name: str) -> None:
+    args: dict[str, Any] = {
+        "gmp": {"end_step": 8, "interval": 2},
+        "granet": {"total_steps": 16, "interval": 2},
+        "cyclical": {"total_steps": 16, "cycles": 2, "interval": 2},
+        "acdc": {"switches": (2, 4, 6)},
+        "sculpt": {"total_steps": 12, "cycles": 2, "initial_sparsity": 0.0},
+    }[name]
+    rng = np.random.default_rng(0)
+    params = {k: np.float32(rng.normal(size=(20, 20))) for k in ("large", "small")}
+    params["small"] = params["small"] / 100
+    for floor, kept in ((0.0, 0), (0.02, 8), (0.025, 10)):
+        method = getattr(granet_jax, name)(0.9, floor=floor, **args)
+        tx = granet_jax.transform(method, optax.sgd(0.0))
+        state, step = tx.init(params), jax.jit(tx.update)
+        for _ in range(16):
+            _, state = step(params, state, params)
+        masks = granet_jax.get_masks(state)
+        assert {k: int(m.sum()) for k, m in masks.items()} == {
+            "large": 80 - kept,
+            "small": kept,
+        }
+        assert granet_jax.sparsity(masks).empty == (() if kept else ("small",))
+    with pytest.raises(ValueError, match="floor must be at most the density"):
+        getattr(granet_jax, name)(0.9, floor=0.11, **args)
+    with pytest.raises(ValueError, match='floor must be 0 with scope="layer"'):
+        getattr(granet_jax, name)(0.9, floor=0.01, scope="layer", **args)
+
+
+LATE: list[MethodSpec] = [
+    # The interval divides the number of steps, and one more than it.
+    *(
+        spec(name, 0.5, total, interval=4, **options)
+        for total in (24, 25)
+        for name, options in {
+            "granet": {},
+            "rigl": {"stop": 1.0},
+            "set_": {"stop": 1.0},
+            "mest": {},
+            "snfs": {},
+            "dsr": {"stop": 1.0},
+        }.items()
+    ),
+    spec("granet", 0.5, 24, interval=4, end_step=24),
+    spec("cyclical", 0.5, 24, interval=4, cycles=2),
+    spec("acdc", 0.5, (8, 16, 24)),
+]
+
+
+@pytest.mark.parametrize("method", LATE, ids=lambda m: m.function)
+def test_nothing_grows_in_the_last_interval(method: MethodSpec) -> None:
+    # What is delivered holds no weight that has not been trained.
+    ours, _ = method.build()
+    steps = method.args[1] if method.function != "acdc" else 24
+    grads = np.float32(np.random.default_rng(0).normal(size=(steps, 16, 16)))
+    params = {"w": grads[0]}
+    tx = granet_jax.transform(ours, optax.sgd(0.25))
+    step = jax.jit(tx.update)
+    state = tx.init(params)
+    active = [granet_jax.get_masks(state)["w"]]
+    for g in grads:
+        updates, state = step({"w": g}, state, params)
+        params = optax.apply_updates(params, updates)
+        active.append(granet_jax.get_masks(state)["w"])
+    assert any((m & ~before).any() for before, m in itertools.pairwise(active))
+    assert all(not (active[-1] & ~m).any() for m in active[-4:])
+    assert int(active[-1].sum()) == 128
 
 
 @pytest.mark.parametrize(("name", "method"), SINGLE)

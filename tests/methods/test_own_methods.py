@@ -186,3 +186,24 @@ def test_a_part_that_has_no_hash_is_refused() -> None:
         granet_jax.Method(
             name="own", sparsity=schedules.constant(0.5), phases=(Listed([1]),)
         )
+@pytest.mark.parametrize("structure", [None, structures.constant_fan_in()])
+def test_weights_without_gradient_grow_anywhere(structure: Any) -> None:
+    # An embedding of which few rows have a gradient: the other rows tie at zero.
+    table = {"e": jax.random.normal(jax.random.key(0), (200, 16))}
+    grads = {"e": jnp.zeros((200, 16)).at[100:104].set(1.0)}
+    method = granet_jax.rigl(0.9, 40, interval=1, fraction=0.5, structure=structure)
+    tx = granet_jax.transform(method, optax.sgd(0.1))
+    state = tx.init(table)
+    params = granet_jax.apply_masks(table, granet_jax.get_masks(state))
+    _, after = jax.jit(tx.update)(grads, state, params)
+    old, new = (granet_jax.get_masks(s)["e"] for s in (state, after))
+    grown = np.asarray(new & ~old)
+    assert new[100:104].all()
+    elsewhere = np.delete(grown, np.s_[100:104], axis=0)
+    rows, columns = elsewhere.nonzero()
+    # Uniform, to five standard deviations.
+    for place, size in ((rows, 196), (columns, 16)):
+        error = size / np.sqrt(12 * len(place))
+        assert abs(place.mean() - (size - 1) / 2) < 5 * error
+    # Every unit of constant fan-in has an order of its own.
+    assert elsewhere.any(axis=1).sum() > 0.7 * len(rows)

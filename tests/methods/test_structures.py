@@ -266,3 +266,24 @@ def test_shapes_that_do_not_divide(structure: Structure) -> None:
         granet_jax.transform(method).init(params)
     with pytest.raises(ValueError, match=message):
         mask_sources.magnitude(params, 0.75, scope="layer", structure=structure)
+
+
+@pytest.mark.parametrize("form", [structures.channel, structures.constant_fan_in])
+def test_outputs_on_the_first_axis(form: Any) -> None:
+    # Weights (out, in, ...), as equinox has them: the transposed masks of flax kernels.
+    shapes = {"dense": (8, 12), "conv": (6, 4, 3, 3)}
+    rng = np.random.default_rng(0)
+    params = {k: np.float32(rng.normal(size=s)) for k, s in shapes.items()}
+    kernels = {k: np.moveaxis(p, 0, -1) for k, p in params.items()}
+    first, last = (
+        mask_sources.magnitude(p, 0.5, scope="layer", structure=form(axis=axis))
+        for p, axis in ((params, 0), (kernels, -1))
+    )
+    for name, mask in first.items():
+        np.testing.assert_array_equal(mask, np.moveaxis(last[name], -1, 0))
+        inputs = np.asarray(mask).reshape(len(mask), -1).sum(1)
+        size = mask[0].size
+        assert set(inputs) == ({0, size} if form is structures.channel else {size // 2})
+    assert form(axis=0) == form(axis=0) != form()
+    with pytest.raises(ValueError, match=r"along axis 4 needs leaves of such an axis"):
+        mask_sources.magnitude(params, 0.5, scope="layer", structure=form(axis=4))
