@@ -186,6 +186,8 @@ def test_a_part_that_has_no_hash_is_refused() -> None:
         granet_jax.Method(
             name="own", sparsity=schedules.constant(0.5), phases=(Listed([1]),)
         )
+
+
 @pytest.mark.parametrize("structure", [None, structures.constant_fan_in()])
 def test_weights_without_gradient_grow_anywhere(structure: Any) -> None:
     # An embedding of which few rows have a gradient: the other rows tie at zero.
