@@ -286,6 +286,12 @@ def test_a_floor_keeps_layers_of_small_weights(name: str) -> None:
         getattr(granet_jax, name)(0.9, floor=0.01, scope="layer", **args)
 
 
+def test_a_floor_is_for_phases_that_prune() -> None:
+    for recovery in ("projected", "straight_through"):
+        with pytest.raises(ValueError, match=f'floor must be 0 with .*"{recovery}"'):
+            granet_jax.cyclical(0.9, 400, recovery=recovery, floor=0.01, interval=10)
+
+
 LATE: list[MethodSpec] = [
     # The interval divides the number of steps, and one more than it.
     *(
