@@ -8,6 +8,8 @@ mask update and of those that were active before, without and with a warm-up. It
 half a minute on a CPU.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,10 +33,10 @@ def ratios(warmup: int, seed: int = 0) -> dict[int, tuple[float, float]]:
     sign = jnp.sign(jax.random.normal(jax.random.fold_in(key, 1), SHAPE))
 
     @jax.jit
-    def step(params: dict, state: granet_jax.SparseState) -> tuple:
+    def step(params: Any, state: Any) -> tuple[Any, Any, Any]:
         noise = jax.random.normal(jax.random.fold_in(key, state.count + 2), SHAPE)
         updates, state = tx.update({"w": sign + noise}, state, params)
-        return optax.apply_updates(params, updates), state, updates["w"]
+        return optax.apply_updates(params, updates), state, updates
 
     state = tx.init(params)
     params = granet_jax.apply_masks(params, granet_jax.get_masks(state))
@@ -43,7 +45,7 @@ def ratios(warmup: int, seed: int = 0) -> dict[int, tuple[float, float]]:
         params, state, update = step(params, state)
         age = count - INTERVAL * UPDATES
         if age in AGES:
-            size = np.abs(update) / LEARNING_RATE
+            size = np.abs(update["w"]) / LEARNING_RATE
             entered, masks = state.entered["w"], granet_jax.get_masks(state)["w"]
             found[age] = (size[entered].mean(), size[masks & ~entered].mean())
     return found

@@ -148,7 +148,7 @@ def maskable(params: PyTree, where: Where = None) -> PyTree:
         )
     check_arrays("params", params)
     if where is None or isinstance(where, str) or callable(where):
-        rule = _rule(where)
+        rule = _rule(where)  # pyright: ignore[reportArgumentType]
         chosen = [bool(rule(leaf_name(path), leaf)) for path, leaf in leaves]
     else:
         if jax.tree.structure(where) != treedef:
