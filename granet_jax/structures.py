@@ -20,7 +20,6 @@ gathered.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeGuard
@@ -537,7 +536,6 @@ def _best_by_digits(
     return ties >= threshold(ties, jnp.full_like(bits, 32))
 
 
-@functools.cache  # So that two structures of one axis are equal.
 @dataclasses.dataclass(frozen=True)
 class _Unit:
     """The shape of one output with all its inputs; () where there is no such axis."""

@@ -57,6 +57,18 @@ def cubic_schedule(
     return schedules.cubic(initial, final, begin=begin, end=end, interval=interval)
 
 
+@dataclasses.dataclass(frozen=True)
+class Until:
+    """A schedule that is 0 after the step `last`."""
+
+    schedule: Schedule
+    last: int
+
+    def __call__(self, step: int) -> float:
+        """The value at a step."""
+        return self.schedule(step) if step <= self.last else 0.0
+
+
 def constant_sparsity(
     sparsity: float,
     total_steps: int,

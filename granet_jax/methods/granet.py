@@ -12,7 +12,7 @@ At every update step t:
 from granet_jax import schedules, scores
 from granet_jax.checks import check_choice, check_fraction, check_steps
 from granet_jax.distributions import Distribution
-from granet_jax.methods.arguments import cubic_schedule, last_growth
+from granet_jax.methods.arguments import Until, cubic_schedule, last_growth
 from granet_jax.methods.method import Method
 from granet_jax.phases import Exchange, Prune
 from granet_jax.scores import Score
@@ -102,10 +102,7 @@ def granet(
     check_choice("grow", grow, tuple(_GROW))
     cosine = schedules.cosine(fraction, final_fraction, steps=total_steps)
     last = last_growth(total_steps, interval)
-
-    def regeneration(step: int) -> float:
-        return cosine(step) if step <= last else 0.0
-
+    regeneration = Until(cosine, last)
     return Method(
         name="granet",
         sparsity=pruning,
