@@ -624,6 +624,9 @@ TRAINED = ("top-kast", "greg2")
 def test_every_method_trains(method, tmp_path):
     options = ["--method", method, "--no-baseline", "--seeds", "1"]
     options += ["--eval-every", "160"]
+    if method == "dsr":
+        # In so short a training it stays near its first distribution, uniform.
+        options += ["--masks.distribution", "erk"]
     assert train.main([*SHORT, *options, "--out", str(tmp_path)]) == 0
     first, last = lines(tmp_path / f"{method}-seed0" / "metrics.jsonl")
     assert (first["method"], last["method"]) == (method, method)
