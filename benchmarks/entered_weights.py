@@ -8,6 +8,8 @@ mask update and of those that were active before, without and with a warm-up. It
 half a minute on a CPU.
 """
 
+import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -51,8 +53,10 @@ def ratios(warmup: int, seed: int = 0) -> dict[int, tuple[float, float]]:
     return found
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
+    summary = __doc__.split("\n")[0]
+    argparse.ArgumentParser(description=summary).parse_args(arguments)
     print("| warm-up / steps | weights |" + "".join(f" {age} |" for age in AGES))
     print("| ---: | --- |" + " ---: |" * len(AGES))
     for warmup in (0, 30, WARMUP):

@@ -239,17 +239,13 @@ def test_contract_of_a_network(name: str) -> None:
         if inputs & set(equation.outvars):
             inputs |= {x for x in equation.invars if not hasattr(x, "val")}
     assert set(jaxpr.invars) <= inputs
-    # Kernels are pruned. Nothing else has two dimensions but what embeds.
+    # Kernels are pruned; the library's default rule also takes embeddings.
     params = shapes(name)["params"]
     maskable = leaves(masking.maskable(params, models.maskable))
     assert [x for x in maskable if maskable[x]] == kernels(name)
     default = leaves(masking.maskable(params))
-    embeddings = {
-        "vit-s-16": {"position", "token"},
-        "gpt": {"position", "embedding/embedding"},
-    }
     extra = {x for x in default if default[x] and not maskable[x]}
-    assert extra == embeddings.get(name, set())
+    assert extra == ({"embedding/embedding"} if name == "gpt" else set())
     # Multiply-accumulates are those of the products in the traced program.
     flops = flops_of(network(name), example(name))
     # Queries times keys and weights times values, (positions, positions, width) each.
