@@ -256,7 +256,16 @@ def test_schedules_follow_the_reference() -> None:
                 assert math.isclose(fraction(t), expected, abs_tol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["gmp", "granet", "cyclical", "acdc", "sculpt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "granet",
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in ("gmp", "cyclical", "acdc", "sculpt")
+        ),
+    ],
+)
 def test_a_floor_keeps_layers_of_small_weights(name: str) -> None:
     args: dict[str, Any] = {
         "gmp": {"end_step": 8, "interval": 2},
