@@ -55,7 +55,7 @@ def ratios(warmup: int, seed: int = 0) -> dict[int, tuple[float, float]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
-    summary = __doc__.split("\n")[0]
+    summary = (__doc__ or "").split("\n")[0]
     argparse.ArgumentParser(description=summary).parse_args(arguments)
     print("| warm-up / steps | weights |" + "".join(f" {age} |" for age in AGES))
     print("| ---: | --- |" + " ---: |" * len(AGES))
