@@ -25,12 +25,10 @@ Where = str | Callable[[str, Any], bool] | PyTree | None
 # Words in the name of a parameter that is no kernel and no embedding, however many
 # dimensions it has: flax's attention biases have two, and so have the biases and scales
 # of layers that `nn.scan` stacks; class tokens and learned positions have three.
-_DENSE_WORDS = frozenset(
-    [
-        *("bias", "biases", "scale", "scales", "gamma", "beta", "token", "tokens"),
-        *("cls", "class", "pos", "position", "positions", "positional", "lora"),
-    ]
-)
+_POSITIONS = {"pos", "position", "positions", "positional", "wpe"}
+_DENSE = {"bias", "biases", "scale", "scales", "gamma", "beta", "lora"} | _POSITIONS
+_TOKENS = {"token", "tokens", "cls", "class"}
+_TABLES = {"embed", "embeds", "embedding", "embeddings"}
 
 
 class Sparsity(NamedTuple):
@@ -114,13 +112,18 @@ def default_where(name: str, leaf: Any) -> bool:
 
     It is if it is floating, has two or more dimensions, and no word of its own name
     (after the last slash, words divided by underscores) says that it is a bias, a
-    norm's scale, a token, a table of positions, or an adapter.
+    norm's scale, a token, a table of positions, or an adapter. "token_embedding" is the
+    table of an embedding, and so is "embedding" alone, unless the module around it is
+    named after positions ("position_embeddings/embedding").
     """
     if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return False
     # In the parameters of flax.nnx, an attribute of the parameter comes last.
-    own = re.sub("/(raw_)?value$", "", name).rpartition("/")[2]
-    return _DENSE_WORDS.isdisjoint(own.lower().split("_"))
+    path = re.sub("/(raw_)?value$", "", name).lower().split("/")
+    words = set(path[-1].split("_"))
+    if words == {"embedding"} and len(path) > 1:
+        words |= _POSITIONS.intersection(path[-2].split("_"))
+    return not words & _DENSE and (bool(words & _TABLES) or not words & _TOKENS)
 
 
 def maskable(params: PyTree, where: Where = None) -> PyTree:

@@ -107,10 +107,14 @@ def test_default_leaves_of_flax_models() -> None:
         "layers/Dense_0/kernel",
         *(f"{attention}/{part}/kernel" for part in ("key", "out", "query", "value")),
     ]
-    # nnx names the attribute of a parameter last.
     leaf = jax.ShapeDtypeStruct((2, 2), jnp.float32)
-    assert masking.default_where("linear/kernel/value", leaf)
-    assert not masking.default_where("attention/bias/value", leaf)
+    tables = ("token_embedding", "token_embedder/embedding", "wte/embedding")
+    # nnx names the attribute of a parameter last.
+    for name in (*tables, "linear/kernel/value"):
+        assert masking.default_where(name, leaf), name
+    positions = ("position_embeddings/embedding", "wpe/embedding", "pos_embed")
+    for name in (*positions, "attention/bias/value", "cls", "dense/lora_a"):
+        assert not masking.default_where(name, leaf), name
 
 
 def test_where_as_a_regular_expression() -> None:
