@@ -133,8 +133,8 @@ def transform(
       warmup: The number of steps over which the updates of weights that entered in the
         last update of the masks grow linearly to their full size. Under Adam with b2 =
         0.999, such weights take steps about 3 times as large as their neighbours do,
-        because their second moments start at zero (Xiao et al. 2026). 0 for none. At
-        most the interval between updates has an effect.
+        because their second moments start at zero (Xiao et al. 2026). A warm-up longer
+        than the interval between updates ends with the next update. 0 for none.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `SparseState`. The
@@ -153,6 +153,11 @@ def transform(
     """
     _check_arguments(method, inner, where, masks, seed, packed)
     check_integer("warmup", warmup, least=0)
+    if warmup and not method.grows:
+        raise ValueError(
+            f"warmup must be 0 for {method.name}, which never activates weights in an "
+            f"update of its masks, got {warmup}."
+        )
     optimizer = optax.with_extra_args_support(inner or optax.identity())
     setup = Setup(
         method, optimizer, inner is not None, where, masks, seed, packed, warmup
@@ -165,6 +170,7 @@ def transform(
 
 def init(setup: Setup, params: PyTree) -> SparseState:
     """The first state: initial masks, and zeros."""
+    # optax exports neither this class nor a test for it.
     if type(params).__name__ == "_ParamsPlaceholder":
         return _placeholder_state(setup, params)
     method, count = setup.method, jnp.zeros((), jnp.int32)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import granet_jax
 from tests.helpers.training import arrays
@@ -25,8 +26,8 @@ def test_entered_weights_warm_up_linearly() -> None:
         plain, plain_state = plain_step(grads, state, params)
         updates, state = step(grads, state, params)
         new = granet_jax.get_masks(state)
-        # Growth by gradient among the inactive weights: an exchange of the same weights
-        # keeps them, so those that enter are the new ones.
+        # A weight that RigL drops and regrows at once continues. So the weights that
+        # enter are those that were inactive before.
         age = 0 if count % INTERVAL == 0 else age + 1
         if age == 0:
             entered = jax.tree.map(lambda n, o: n & ~o, new, old)
@@ -61,3 +62,8 @@ def test_a_weight_that_an_update_prunes_and_regrows_has_entered() -> None:
     assert masks[0, 3]
     assert entered.tolist() == [[False, False, False, True]]
     assert (params["w"] + updates["w"])[0, 3] == 0.0
+
+
+def test_a_warmup_that_would_do_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="warmup must be 0 for gmp, which never"):
+        granet_jax.transform(granet_jax.gmp(0.5, 4, interval=1), warmup=2)
