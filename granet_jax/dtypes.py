@@ -1,4 +1,4 @@
-"""The common dtype of several."""
+"""The dtype in which values of several dtypes can be compared or added."""
 
 import functools
 from typing import Any

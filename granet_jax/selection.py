@@ -193,10 +193,9 @@ def odd_factors(key: Array, leaves: int, scope: Scope, dtype: jnp.dtype) -> Arra
 def shuffled(rank: Array, factors: Array) -> Array:
     """Put ranks in a random order: distinct ranks become other distinct ranks.
 
-    To multiply by an odd number, and to add the upper half of the bits to the lower
-    half without carry, can both be undone. So no two unsigned integers become the same
-    one. 0 stays 0, and no other rank becomes 0 or the highest number, which are no
-    ranks.
+    A product with an odd number can be undone, and so can an exclusive or with the
+    upper half of the bits. So no two unsigned integers become the same one. 0 stays 0.
+    No rank becomes the highest number, which is the key of entries above the ties.
     """
 
     def mix(x: Array) -> Array:
@@ -205,8 +204,8 @@ def shuffled(rank: Array, factors: Array) -> Array:
             x = x ^ (x >> jnp.asarray(4 * x.dtype.itemsize, x.dtype))
         return x
 
-    # Only one number becomes the highest one, and the highest one is no rank: so what
-    # the highest one becomes is free.
+    # `mix` turns one rank into the highest number. That rank takes the place that is
+    # free: the one of the highest number itself, which is no rank.
     top = highest(rank.dtype)
     mixed = mix(rank)
     return jnp.where(mixed == top, mix(top), mixed)

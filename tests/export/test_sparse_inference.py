@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +121,10 @@ def test_matrices_with_outputs_first():
         np.testing.assert_allclose(found, dense @ x, rtol=1e-5, atol=1e-6)
     x = np.float32(rng.standard_normal((5, 40)))
     np.testing.assert_allclose(x @ matrix.T, x @ dense.T, rtol=1e-5, atol=1e-6)
+    # Linear layers of equinox compute `weight @ x`.
+    layer = eqx.nn.Linear(40, 50, use_bias=False, key=jax.random.key(0))
+    layer = eqx.tree_at(lambda m: m.weight, layer, matrix)
+    np.testing.assert_allclose(layer(x[0]), dense @ x[0], rtol=1e-5, atol=1e-6)
     # A product on the wrong side says so, and so does the wrong axis.
     with pytest.raises(ValueError, match=r"x @ matrix needs .* got \(50, 40\)"):
         x @ matrix
