@@ -1,5 +1,6 @@
 """The masks that a method starts from, and masks chosen among all weights."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -115,16 +116,19 @@ def _draw(
 
 def given_masks(method: Method, masks: PyTree, params: PyTree) -> PyTree:
     """The masks that a user passes to `transform`, checked and placed like `params`."""
-    checked = masking.check_masks(masks, params)
-    paths = jax.tree_util.tree_leaves_with_path(checked)
-    named = [(masking.leaf_name(path), m) for path, m in paths]
-    structures.check_leaves(method.structure, [(name, m.shape) for name, m in named])
-    structures.check_masks(method.structure, named)
-    if not any(isinstance(m, Tracer) for m in jax.tree.leaves(masks)):
-        with jax.ensure_compile_time_eval():
-            counts = masking.active_counts(masking.check_masks(masks, params))
-            active = [int(n) for n in counts]
-        _check_numbers(method, tuple(m.shape for _, m in named), active)
+    traced = any(isinstance(m, Tracer) for m in jax.tree.leaves(masks))
+    # Masks that are known can be counted even if `params` are traced.
+    with contextlib.nullcontext() if traced else jax.ensure_compile_time_eval():
+        checked = masking.check_masks(masks, params)
+        paths = jax.tree_util.tree_leaves_with_path(checked)
+        named = [(masking.leaf_name(path), m) for path, m in paths]
+        structures.check_leaves(
+            method.structure, [(name, m.shape) for name, m in named]
+        )
+        structures.check_masks(method.structure, named)
+        if not traced:
+            active = [int(n) for n in masking.active_counts(checked)]
+            _check_numbers(method, tuple(m.shape for _, m in named), active)
     return map_masked(
         lambda m, _, p: masking.placed_like(m, p), checked, checked, params
     )
