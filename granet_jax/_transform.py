@@ -18,6 +18,7 @@ from granet_jax import dense_weights, masking
 from granet_jax.checks import check_flag, check_integer, check_seed
 from granet_jax.dtypes import wider
 from granet_jax.initial_masks import given_masks, init_masks
+from granet_jax.layers import Stacked, check_stacked
 from granet_jax.masking import PyTree, Where, map_masked
 from granet_jax.methods.method import Method, check_method
 from granet_jax.moments import refuse_flattened
@@ -54,6 +55,7 @@ def transform(
     seed: int | Array = 0,
     packed: bool = False,
     warmup: int = 0,
+    stacked: Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Make training sparse: prune-and-regrow as an optax transformation.
 
@@ -135,6 +137,11 @@ def transform(
         0.999, such weights take steps about 3 times as large as their neighbours do,
         because their second moments start at zero (Xiao et al. 2026). A warm-up longer
         than the interval between updates ends with the next update. 0 for none.
+      stacked: Which axes of a leaf count layers, for networks that keep many layers in
+        one array (`flax.linen.scan`, experts, ensembles): a mapping from regular
+        expressions to an axis or a tuple of axes, such as {"layers/": 0}, or a function
+        of (name, leaf) that returns them, or None for none. Such a leaf is treated as
+        its layers would be, each a leaf of its own; see the page on stacked layers.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `SparseState`. The
@@ -152,6 +159,7 @@ def transform(
       Xiao et al., SMET, ICML 2026 (the warm-up).
     """
     _check_arguments(method, inner, where, masks, seed, packed)
+    check_stacked(stacked)
     check_integer("warmup", warmup, least=0)
     if warmup and not method.grows:
         raise ValueError(
@@ -160,7 +168,15 @@ def transform(
         )
     optimizer = optax.with_extra_args_support(inner or optax.identity())
     setup = Setup(
-        method, optimizer, inner is not None, where, masks, seed, packed, warmup
+        method,
+        optimizer,
+        inner is not None,
+        where,
+        masks,
+        seed,
+        packed,
+        warmup,
+        stacked,
     )
     step = update if method.weights == "sparse" else dense_weights.update
     return optax.GradientTransformationExtraArgs(
@@ -175,9 +191,11 @@ def init(setup: Setup, params: PyTree) -> SparseState:
         return _placeholder_state(setup, params)
     method, count = setup.method, jnp.zeros((), jnp.int32)
     if setup.masks is None:
-        masks = init_masks(method, params, where=setup.where, seed=setup.seed)
+        masks = init_masks(
+            method, params, where=setup.where, seed=setup.seed, stacked=setup.stacked
+        )
     else:
-        masks = given_masks(method, setup.masks, params)
+        masks = given_masks(method, setup.masks, params, setup.stacked)
     inner_state: Any = optax.EmptyState()
     if setup.has_inner:
         inner_state = setup.optimizer.init(params)
@@ -232,9 +250,12 @@ def update(
 
         key = step_key(setup.seed, step.count)
         leaves, treedef = jax.tree.flatten(masks)
-        names, weights = names_of(masks), weights_of(held, masks, after)
+        names, stacks = names_of(masks), masking.stacks_of(masks, setup.stacked)
+        weights = weights_of(held, masks, after)
         run = update_masks if isinstance(step.count, Tracer) else update_masks_compiled
-        new, kept, phases = run(method, names, leaves, phases, weights, step.count, key)
+        new, kept, phases = run(
+            method, names, leaves, phases, weights, step.count, key, stacks
+        )
         entered = treedef.unflatten(n & ~k for n, k in zip(new, kept, strict=True))
         entered = store(entered) if method.grows else ()
         return store(treedef.unflatten(new)), entered, phases

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from granet_jax import targets
+from granet_jax import masking, targets
 from granet_jax.initial_masks import choose_among_all
+from granet_jax.layers import layer_shapes
 from granet_jax.masking import PyTree, map_masked
 from granet_jax.methods.method import Method
 from granet_jax.moments import renew_moments
@@ -62,7 +63,8 @@ def update(
         (now_masks, _), weights, average = hold(now, after, step.average)
         masks, held = load(now_masks), step._replace(average=average)
         leaves, treedef = jax.tree.flatten(masks)
-        shapes = tuple(tuple(m.shape) for m in leaves)
+        stacks = masking.stacks_of(masks, setup.stacked)
+        shapes = layer_shapes([m.shape for m in leaves], stacks)
         chosen = choose_among_all(
             method,
             names_of(masks),
@@ -70,6 +72,7 @@ def update(
             weights_of(held, masks, lambda: weights),
             _number_at(method, shapes, step.count),
             step_key(setup.seed, step.count),
+            stacks,
         )
         marked = ()
         if method.marked_sparsity is not None:

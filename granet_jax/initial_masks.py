@@ -16,16 +16,29 @@ from jax.core import Tracer
 from granet_jax import masking, structures, targets
 from granet_jax.checks import check_seed
 from granet_jax.distributions import Shape
+from granet_jax.layers import (
+    Axes,
+    Stacked,
+    layer_keys,
+    layer_shapes,
+    over_layers,
+    stack_axes,
+)
 from granet_jax.masking import PyTree, Where, map_masked
 from granet_jax.methods.method import Method, check_method
-from granet_jax.phases import Masks, Prune, Weights, evaluate, step_key
+from granet_jax.phases import Masks, Prune, Weights, active, evaluate, step_key
 from granet_jax.scores import ScoreInputs, random
 from granet_jax.selection import counter_dtype
 from granet_jax.structures import Structure
 
 
 def init_masks(
-    method: Method, params: PyTree, *, where: Where = None, seed: int | Array = 0
+    method: Method,
+    params: PyTree,
+    *,
+    where: Where = None,
+    seed: int | Array = 0,
+    stacked: Stacked = None,
 ) -> PyTree:
     """The masks that `transform(method, where=where, seed=seed)` starts from.
 
@@ -40,6 +53,7 @@ def init_masks(
         shardings are read, unless the masks are chosen among the parameters.
       where: Which leaves carry a mask, as in `transform`.
       seed: Seed of the random masks, as in `transform`.
+      stacked: Which axes of a leaf count layers, as in `transform`.
 
     Returns:
       Pytree of the structure of `params`: boolean arrays, placed like the parameters,
@@ -51,7 +65,7 @@ def init_masks(
     """
     check_method(method)
     check_seed(seed)
-    selected = masking.maskable(params, where)
+    selected = masking.maskable(params, where, stacked)
     named = [
         (masking.leaf_name(path), p)
         for (path, p), is_selected in zip(
@@ -62,7 +76,8 @@ def init_masks(
         if is_selected
     ]
     names = tuple(name for name, _ in named)
-    masks = iter(_initial_masks(method, names, [p for _, p in named], seed))
+    stacks = tuple(stack_axes(stacked, name, p) for name, p in named)
+    masks = iter(_initial_masks(method, names, [p for _, p in named], seed, stacks))
     return jax.tree.map(
         lambda p, s: masking.placed_like(next(masks), p) if s else optax.MaskedNode(),
         params,
@@ -71,17 +86,24 @@ def init_masks(
 
 
 def _initial_masks(
-    method: Method, names: tuple[str, ...], params: list[Any], seed: int | Array
+    method: Method,
+    names: tuple[str, ...],
+    params: list[Any],
+    seed: int | Array,
+    stacks: tuple[Axes, ...],
 ) -> Masks:
-    shapes = tuple(tuple(p.shape) for p in params)
-    structures.check_leaves(method.structure, zip(names, shapes, strict=True))
+    leaves = tuple(tuple(p.shape) for p in params)
+    named = zip(names, leaves, strict=True)
+    structures.check_leaves(method.structure, named, stacks)
+    shapes = layer_shapes(leaves, stacks)
     counts = targets.initial_counts(method, shapes)
     if counts == structures.parts(method.structure, shapes):
-        return [jnp.ones(shape, bool) for shape in shapes]
+        return [jnp.ones(shape, bool) for shape in leaves]
     key = step_key(seed, 0)
     if method.weights == "sparse":
         counter = counter_dtype([math.prod(s) for s in shapes], "layer")
-        return _draw(shapes, jnp.asarray(counts, counter), key, method.structure)
+        counts = jnp.asarray(counts, counter)
+        return _draw(leaves, counts, key, method.structure, stacks)
     if any(isinstance(p, jax.ShapeDtypeStruct) for p in params):
         raise TypeError(
             f"params must be arrays: {method.name} chooses its masks among them. For "
@@ -91,30 +113,32 @@ def _initial_masks(
     number = targets.counts_at(method, shapes, method.sparsity(0))
     masks = [jnp.ones_like(p, bool) for p in weights]
     return choose_among_all(
-        method, names, masks, Weights(lambda: weights), jnp.asarray(number), key
+        method, names, masks, Weights(lambda: weights), jnp.asarray(number), key, stacks
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _draw(
-    shapes: tuple[Shape, ...], counts: Array, key: Array, structure: Structure | None
+    shapes: tuple[Shape, ...],
+    counts: Array,
+    key: Array,
+    structure: Structure | None,
+    stacks: tuple[Axes, ...],
 ) -> Masks:
-    def score(i: int, shape: Shape) -> Array:
+    def score(key: Array, like: Array) -> Array:
         # The random score reads the shape and the key only.
-        inputs = ScoreInputs(
-            param=jax.ShapeDtypeStruct(shape, jnp.float32),  # pyright: ignore[reportArgumentType]
-            grad=None,
-            mask=None,  # pyright: ignore[reportArgumentType]
-            average=None,
-            key=jax.random.fold_in(key, i),
-        )
-        return random(inputs)
+        return random(ScoreInputs(like, grad=None, mask=like, average=None, key=key))
 
-    ranked = [score(i, shape) for i, shape in enumerate(shapes)]
-    return structures.select(structure, ranked, counts, scope="layer")
+    zeros = [jnp.zeros(shape, bool) for shape in shapes]
+    keys = layer_keys(key, shapes, stacks)
+    leaves = zip(zeros, keys, stacks, strict=True)
+    ranked = [over_layers(score, axes)(k, x) for x, k, axes in leaves]
+    return structures.select(structure, ranked, counts, scope="layer", stacks=stacks)
 
 
-def given_masks(method: Method, masks: PyTree, params: PyTree) -> PyTree:
+def given_masks(
+    method: Method, masks: PyTree, params: PyTree, stacked: Stacked
+) -> PyTree:
     """The masks that a user passes to `transform`, checked and placed like `params`."""
     traced = any(isinstance(m, Tracer) for m in jax.tree.leaves(masks))
     # Masks that are known can be counted even if `params` are traced.
@@ -122,27 +146,28 @@ def given_masks(method: Method, masks: PyTree, params: PyTree) -> PyTree:
         checked = masking.check_masks(masks, params)
         paths = jax.tree_util.tree_leaves_with_path(checked)
         named = [(masking.leaf_name(path), m) for path, m in paths]
-        structures.check_leaves(
-            method.structure, [(name, m.shape) for name, m in named]
-        )
-        structures.check_masks(method.structure, named)
+        stacks = tuple(stack_axes(stacked, name, m) for name, m in named)
+        leaves = [(name, m.shape) for name, m in named]
+        structures.check_leaves(method.structure, leaves, stacks)
+        structures.check_masks(method.structure, named, stacks)
         if not traced:
-            active = [int(n) for n in masking.active_counts(checked)]
-            _check_numbers(method, tuple(m.shape for _, m in named), active)
+            shapes = layer_shapes([m.shape for _, m in named], stacks)
+            numbers = jax.device_get(active([m for _, m in named], stacks))
+            _check_numbers(method, shapes, numbers.tolist())
     return map_masked(
         lambda m, _, p: masking.placed_like(m, p), checked, checked, params
     )
 
 
 def _check_numbers(
-    method: Method, shapes: tuple[Shape, ...], active: Sequence[int]
+    method: Method, shapes: tuple[Shape, ...], numbers: Sequence[int]
 ) -> None:
     """Raise ValueError if the method cannot end at its sparsity from given masks.
 
     Args:
       method: The method.
-      shapes: The shapes of the maskable leaves.
-      active: The number of active weights of every leaf.
+      shapes: The shapes of all layers.
+      numbers: The number of active weights of every layer.
     """
     steps = method.updates.steps()
     if not steps or method.weights != "sparse" or method.revives:
@@ -151,8 +176,8 @@ def _check_numbers(
     parts = structures.parts(method.structure, shapes)
     # The number of weights that a part stands for.
     units = [n // k if k else 1 for n, k in zip(sizes, parts, strict=True)]
-    present = [a // u for a, u in zip(active, units, strict=True)]
-    final, number, size = method.sparsity(steps[-1]), sum(active), sum(sizes)
+    present = [a // u for a, u in zip(numbers, units, strict=True)]
+    final, number, size = method.sparsity(steps[-1]), sum(numbers), sum(sizes)
     if any(isinstance(phase, Prune) for phase in method.phases):
         wanted = targets.active_counts(method, shapes)[-1]
         if structures.has_equal_boxes(method.structure):
@@ -163,7 +188,7 @@ def _check_numbers(
     elif method.sparsity(0) == final:
         own = targets.initial_counts(method, shapes)
         fits = number == sum(k * u for k, u in zip(own, units, strict=True))
-        if method.structure is not None:  # Every leaf is rounded to whole parts.
+        if method.structure is not None:  # Every layer is rounded to whole parts.
             fits |= abs(number - (1.0 - final) * size) <= sum(units) / 2
         problem = f"and {method.name} keeps their number"
     else:
@@ -183,6 +208,7 @@ def choose_among_all(
     weights: Weights,
     number: Array,
     key: Array,
+    stacks: tuple[Axes, ...],
     among: Masks | None = None,
 ) -> Masks:
     """The `number` weights of highest `rank` score, among all or among some.
@@ -192,12 +218,18 @@ def choose_among_all(
       names: The names of the maskable leaves.
       masks: The masks that the score may read.
       weights: The weights to choose from, and what else the score may read.
-      number: How many parts of the structure to choose: per leaf, or of all leaves.
+      number: How many parts of the structure to choose: per layer, or of all layers.
       key: The random key of the step.
+      stacks: The axes of every leaf that count layers.
       among: The candidates; None for all weights.
     """
     params = weights.stepped()
-    ranked = evaluate(method.rank, names, masks, params, params, weights, key)
+    ranked = evaluate(method.rank, names, masks, params, params, weights, key, stacks)
     return structures.select(
-        method.structure, ranked, number, among=among, scope=method.scope
+        method.structure,
+        ranked,
+        number,
+        among=among,
+        scope=method.scope,
+        stacks=stacks,
     )

@@ -17,6 +17,14 @@ import optax
 from jax import Array, lax
 from jax.core import Tracer
 
+from granet_jax.layers import (
+    Axes,
+    Stacked,
+    check_matches,
+    check_stacked,
+    stack_axes,
+)
+
 PyTree = Any
 # Which leaves carry a mask: a regular expression, a function of (name, leaf), or a
 # pytree of bools.
@@ -107,16 +115,17 @@ def leaf_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def default_where(name: str, leaf: Any) -> bool:
+def default_where(name: str, leaf: Any, axes: Axes = ()) -> bool:
     """Whether a leaf is a kernel or an embedding, as far as one can tell.
 
-    It is if it is floating, has two or more dimensions, and no word of its own name
+    It is if it is floating, has two or more dimensions besides `axes`, the axes that
+    count layers, and no word of its own name
     (after the last slash, words divided by underscores) says that it is a bias, a
     norm's scale, a token, a table of positions, or an adapter. "token_embedding" is the
     table of an embedding, and so is "embedding" alone, unless the module around it is
     named after positions ("position_embeddings/embedding").
     """
-    if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if leaf.ndim - len(axes) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return False
     # In the parameters of flax.nnx, an attribute of the parameter comes last.
     path = re.sub("/(raw_)?value$", "", name).lower().split("/")
@@ -126,7 +135,7 @@ def default_where(name: str, leaf: Any) -> bool:
     return not words & _DENSE and (bool(words & _TABLES) or not words & _TOKENS)
 
 
-def maskable(params: PyTree, where: Where = None) -> PyTree:
+def maskable(params: PyTree, where: Where = None, stacked: Stacked = None) -> PyTree:
     """Which leaves of `params` carry a mask.
 
     Args:
@@ -135,6 +144,7 @@ def maskable(params: PyTree, where: Where = None) -> PyTree:
         that is searched for in the name of every leaf ("encoder/.*kernel"); a function
         of (name, leaf), with names as from `leaf_name`; or a pytree of bools of the
         structure of `params`.
+      stacked: Which axes of a leaf count layers, as in `transform`.
 
     Returns:
       Pytree of Python bools of the structure of `params`.
@@ -150,8 +160,9 @@ def maskable(params: PyTree, where: Where = None) -> PyTree:
             f"params has no leaves, got {params!r}: nothing to make sparse."
         )
     check_arrays("params", params)
+    check_matches(stacked, [leaf_name(path) for path, _ in leaves])
     if where is None or isinstance(where, str) or callable(where):
-        rule = _rule(where)  # pyright: ignore[reportArgumentType]
+        rule = _rule(where, stacked)  # pyright: ignore[reportArgumentType]
         chosen = [bool(rule(leaf_name(path), leaf)) for path, leaf in leaves]
     else:
         if jax.tree.structure(where) != treedef:
@@ -188,9 +199,53 @@ def maskable(params: PyTree, where: Where = None) -> PyTree:
     return jax.tree.unflatten(treedef, chosen)
 
 
-def _rule(where: str | Callable[[str, Any], bool] | None) -> Callable[[str, Any], bool]:
+def stacks_of(tree: PyTree, stacked: Stacked) -> tuple[Axes, ...]:
+    """The axes that count layers, of every leaf of a tree of masks or scores."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return tuple(stack_axes(stacked, leaf_name(path), x) for path, x in paths)
+
+
+def by_layer(tree: PyTree, stacked: Stacked) -> PyTree:
+    """A tree in which every layer is a leaf, for functions that report leaf by leaf.
+
+    A leaf that stacks layers becomes a dict of them, by their numbers. So the layers of
+    "blocks/kernel" are called "blocks/kernel/0", "blocks/kernel/1" and so on::
+
+        granet_jax.sparsity(analysis.by_layer(masks, {"blocks/": 0})).leaves
+
+    Args:
+      tree: Pytree of arrays, such as masks, packed or not.
+      stacked: Which axes of a leaf count layers, as in `transform`.
+
+    Returns:
+      Pytree of arrays.
+
+    Raises:
+      TypeError, ValueError: `stacked` is not valid, or a leaf is not an array.
+    """
+    check_stacked(stacked)
+    tree = _unpack(tree)
+    check_arrays("tree", tree)
+
+    def layers(path: tuple[Any, ...], x: Array) -> Any:
+        axes = stack_axes(stacked, leaf_name(path), x)
+        front = jnp.moveaxis(x, axes, range(len(axes)))
+
+        def divided(x: Array, depth: int) -> Any:
+            if not depth:
+                return x
+            return {str(i): divided(x[i], depth - 1) for i in range(x.shape[0])}
+
+        return divided(front, len(axes))
+
+    return jax.tree_util.tree_map_with_path(layers, tree)
+
+
+def _rule(
+    where: str | Callable[[str, Any], bool] | None, stacked: Stacked
+) -> Callable[[str, Any], bool]:
     if where is None:
-        return default_where
+        return lambda name, x: default_where(name, x, stack_axes(stacked, name, x))
     if callable(where):
         return where
     try:

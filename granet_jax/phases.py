@@ -27,10 +27,17 @@ from jax import Array, lax
 
 from granet_jax import schedules, scores, structures, targets
 from granet_jax.checks import check_flag, check_fraction, check_function
+from granet_jax.layers import (
+    Axes,
+    divide,
+    layer_keys,
+    layer_shapes,
+    over_layers,
+)
 from granet_jax.redistribution import mean_score, redistribute
 from granet_jax.schedules import Schedule, Steps
 from granet_jax.scores import Score, ScoreInputs
-from granet_jax.selection import Scope, count_leaves, counter_dtype, top_k
+from granet_jax.selection import Scope, count_layers, counter_dtype, top_k
 from granet_jax.structures import Structure
 
 if TYPE_CHECKING:
@@ -59,8 +66,9 @@ class UpdateInputs(NamedTuple):
         outside the masks count as zero. With `growing=True`, weights that were active
         before this update keep their values.
       target: The number of active weights that the schedule asks for: one unsigned
-        integer per leaf, or a single one for all leaves with scope "global".
-      scope: Whether weights compete across leaves or within each leaf.
+        integer per layer, or a single one for all layers with scope "global".
+      scope: Whether weights compete across layers or within each layer.
+      stacks: The axes of every leaf that count layers, see `granet_jax.layers`.
       row: int32 scalar, which of the updates this is, from 0.
       steps: The update steps of the method, known on the host.
       boxes: The structure whose boxes all keep the same number of weights, if the
@@ -68,7 +76,7 @@ class UpdateInputs(NamedTuple):
         single weights.)
       key: A random key of this update, by which phases put equal scores in a random
         order; None for the lowest index first.
-      makes_up: Whether leaves make up for others that have fewer active weights than
+      makes_up: Whether layers make up for others that have fewer active weights than
         their targets, see `within_reach`.
     """
 
@@ -76,6 +84,7 @@ class UpdateInputs(NamedTuple):
     score: ScoreMasks
     target: Array
     scope: Scope
+    stacks: tuple[Axes, ...]
     row: Array
     steps: Steps
     boxes: Structure | None
@@ -130,7 +139,7 @@ class Prune(Phase):
 
     Attributes:
       by: The score that ranks active weights.
-      floor: The density, rounded down to whole weights, that every leaf keeps with
+      floor: The density, rounded down to whole weights, that every layer keeps with
         scope "global". The total number is the same.
     """
 
@@ -163,26 +172,35 @@ class Prune(Phase):
             ranked = at.score(self.by, masks)
             number = at.target
             if at.makes_up:
-                number = within_reach(number, active(masks))
+                number = within_reach(number, active(masks, at.stacks))
             if not self.floor:
                 return structures.select(
-                    at.boxes, ranked, number, among=masks, scope=at.scope
+                    at.boxes,
+                    ranked,
+                    number,
+                    among=masks,
+                    scope=at.scope,
+                    stacks=at.stacks,
                 )
-            first = top_k(ranked, self._least(masks), among=masks)
+            least = self._least(masks, at.stacks)
+            first = top_k(ranked, least, among=masks, stacks=at.stacks)
             others = [m & ~f for m, f in zip(masks, first, strict=True)]
-            number = number - active(first, "global").astype(number.dtype)
-            chosen = top_k(ranked, number, among=others, scope="global")
+            number = number - active(first, at.stacks, "global").astype(number.dtype)
+            chosen = top_k(
+                ranked, number, among=others, scope="global", stacks=at.stacks
+            )
             return [f | c for f, c in zip(first, chosen, strict=True)]
 
         if at.boxes is not None:
             return prune(), state
-        excess = jnp.any(active(masks, at.scope) > at.target)
+        excess = jnp.any(active(masks, at.stacks, at.scope) > at.target)
         return lax.cond(excess, prune, lambda: masks), state
 
-    def _least(self, masks: Masks) -> np.ndarray:
-        """The number of weights that every leaf keeps."""
+    def _least(self, masks: Masks, stacks: tuple[Axes, ...]) -> np.ndarray:
+        """The number of weights that every layer keeps."""
+        sizes = map(math.prod, layer_shapes([m.shape for m in masks], stacks))
         # The small addend undoes the rounding error of a product such as 0.29 * 100.
-        least = [math.floor(self.floor * m.size + 1e-6) for m in masks]
+        least = [math.floor(self.floor * size + 1e-6) for size in sizes]
         return np.asarray(least, np.uint32 if max(least) < 2**32 else np.uint64)
 
 
@@ -204,16 +222,20 @@ class Revive(Phase):
         """Revive. Where as many weights are active as the target, nothing changes."""
         ranked, key = at.score(self.by, masks, growing=True), at.order_of("revive")
         if at.boxes is not None:
-            return structures.fill(at.boxes, masks, ranked, at.target, key=key), state
-        present = active(masks, at.scope)
+            numbers = divide(at.target, [m.shape for m in masks], at.stacks)
+            filled = structures.fill(
+                at.boxes, masks, ranked, numbers, at.stacks, key=key
+            )
+            return filled, state
+        present = active(masks, at.stacks, at.scope)
         missing = at.target.astype(present.dtype)
         missing -= jnp.minimum(present, missing)
-        return grow(masks, ranked, missing, at.scope, key), state
+        return grow(masks, ranked, missing, at.stacks, at.scope, key), state
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange(Phase):
-    """Drops a fraction of every leaf's active weights and regrows as many.
+    """Drops a fraction of every layer's active weights and regrows as many.
 
     Of a active weights, ceil(fraction * a) are dropped and regrown. Weights that were
     just dropped compete again, and keep their value and moments if they return. This
@@ -223,9 +245,9 @@ class Exchange(Phase):
       fraction: The prune fraction, in [0, 1], as a function of the step.
       drop: The score by which active weights are dropped, the lowest first.
       grow: The score by which inactive weights are activated, the highest first.
-      across: Whether the freed weights of all leaves are redistributed in proportion to
-        the mean `grow` score of each leaf's active weights (SNFS). Otherwise every leaf
-        regrows the number it dropped.
+      across: Whether the freed weights of all layers are redistributed in proportion to
+        the mean `grow` score of each layer's active weights (SNFS). Otherwise every
+        layer regrows the number it dropped.
     """
 
     fraction: Schedule
@@ -244,60 +266,66 @@ class Exchange(Phase):
         if self.across and structures.has_equal_boxes(structure):
             raise ValueError(
                 f"structure must be None, block or channel for {method.name}, which "
-                f"moves weights between leaves, got {structure.name}: each part of a "
-                "leaf has a fixed number of them."
+                f"moves weights between layers, got {structure.name}: each part of a "
+                "layer has a fixed number of them."
             )
 
     def __call__(self, masks: Masks, state: Any, at: UpdateInputs) -> tuple[Masks, Any]:
         """Drop, then grow. The number of active weights stays the same."""
-        number = active(masks)
+        stacks = at.stacks
+        number = active(masks, stacks)
         fraction = at.at_this_update(
             lambda step: schedules.fixed_point(self.fraction(step)), jnp.uint32
         )
         freed = schedules.ceil_of(fraction, number)
 
         ranked = at.score(self.drop, masks)
-        stay = top_k(ranked, number - freed, among=masks, key=at.order_of("drop"))
+        kept, key = number - freed, at.order_of("drop")
+        stay = top_k(ranked, kept, among=masks, stacks=stacks, key=key)
 
         ranked, key = at.score(self.grow, stay, growing=True), at.order_of("grow")
         if at.boxes is not None:
-            counts = [structures.box_counts(at.boxes, m) for m in masks]
-            return structures.fill(at.boxes, stay, ranked, counts, key=key), state
+            pairs = zip(masks, stacks, strict=True)
+            counts = [structures.box_counts(at.boxes, m, axes) for m, axes in pairs]
+            filled = structures.fill(at.boxes, stay, ranked, counts, stacks, key=key)
+            return filled, state
         if self.across:
-            means = mean_score(masks, at.score(self.grow, masks, growing=True))
-            room = active([~m for m in stay])
+            active_scores = at.score(self.grow, masks, growing=True)
+            means = mean_score(masks, active_scores, stacks)
+            room = active([~m for m in stay], stacks)
             total = jnp.sum(freed, dtype=freed.dtype)
             freed = redistribute(total, means, room)
-        return grow(stay, ranked, freed, "layer", key), state
+        return grow(stay, ranked, freed, stacks, "layer", key), state
 
 
 def grow(
     masks: Masks,
     ranked: list[Array],
     number: Array,
-    scope: Scope,
+    stacks: tuple[Axes, ...],
+    scope: Scope = "layer",
     key: Array | None = None,
 ) -> Masks:
-    """Activate the `number` highest-ranked of the inactive weights.
+    """Activate the `number` highest-ranked of the inactive weights, as `top_k` does.
 
     Equal ranks come in a random order that the key decides. A weight without gradient,
     such as that of a rare token, would otherwise come by its index.
     """
     inactive = [~m for m in masks]
-    grown = top_k(ranked, number, among=inactive, scope=scope, key=key)
+    grown = top_k(ranked, number, among=inactive, scope=scope, key=key, stacks=stacks)
     return [m | g for m, g in zip(masks, grown, strict=True)]
 
 
 def within_reach(target: Array, present: Array) -> Array:
-    """The target of every leaf, where some leaves have fewer active weights than that.
+    """The target of every layer, where some have fewer active weights than that.
 
     Those keep what they have. The others keep more than their targets, in proportion to
     what they have above them, so that the total is the same. (Masks of the method never
     need this. Masks from the user may.)
 
     Args:
-      target: Vector of unsigned integers, one per leaf.
-      present: The active weights of every leaf.
+      target: Vector of unsigned integers, one per layer.
+      present: The active weights of every layer.
     """
     kept = jnp.minimum(target.astype(present.dtype), present)
     room = present - kept
@@ -305,12 +333,12 @@ def within_reach(target: Array, present: Array) -> Array:
     return kept + redistribute(missing, room.astype(jnp.float32), room)
 
 
-def active(masks: Masks, scope: Scope = "layer") -> Array:
-    """The number of active weights: one per leaf, or of all with scope "global"."""
-    sizes = [m.size for m in masks]
+def active(masks: Masks, stacks: tuple[Axes, ...], scope: Scope = "layer") -> Array:
+    """The number of active weights: one per layer, or of all with scope "global"."""
+    sizes = [math.prod(s) for s in layer_shapes([m.shape for m in masks], stacks)]
     counter = counter_dtype(sizes, scope)
     # On CPU, XLA is ten times slower at a single sum than at two in one pass.
-    true, false = count_leaves([[m, ~m] for m in masks], counter)
+    true, false = count_layers([[m, ~m] for m in masks], stacks, counter)
     counts = jnp.minimum(true, jnp.asarray(sizes, counter) - false)
     return jnp.sum(counts, dtype=counter) if scope == "global" else counts
 
@@ -341,6 +369,7 @@ def update_masks(
     weights: Weights,
     count: Array,
     key: Array,
+    stacks: tuple[Axes, ...],
 ) -> tuple[Masks, Masks, tuple[Any, ...]]:
     """Run the phases of a method's mask update, one after the other.
 
@@ -352,32 +381,30 @@ def update_masks(
       weights: What the scores read.
       count: int32 scalar, the step.
       key: The random key of the step.
+      stacks: The axes of every leaf that count layers.
 
     Returns:
       The new masks; the weights among them that keep value and moments; the new states.
     """
     structure = method.structure
-    shapes = tuple(tuple(m.shape) for m in masks)
+    shapes = layer_shapes([m.shape for m in masks], stacks)
     row = method.updates.update_index(count)
     boxes = structure if structures.has_equal_boxes(structure) else None
     at = UpdateInputs(
-        before=[structures.merge_mask(structure, m) for m in masks],
-        score=score_function(names, masks, weights, key, structure),
+        before=structures.merge_masks(structure, masks, stacks),
+        score=score_function(names, masks, weights, key, stacks, structure),
         target=jnp.asarray(targets.active_counts(method, shapes))[row],
         scope=method.scope,
+        stacks=stacks,
         row=row,
         steps=method.updates,
         boxes=boxes,
-        key=jax.random.fold_in(key, len(masks)),  # Leaves fold in their numbers.
+        key=jax.random.fold_in(key, len(shapes)),  # Layers fold in their numbers.
         makes_up=method.scope == "layer" and boxes is None and not method.revives,
     )
     present, kept, states = run_phases(method.phases, states, at)
-
-    def spread(parts: Masks) -> Masks:
-        pairs = zip(parts, masks, strict=True)
-        return [structures.spread(structure, m, like) for m, like in pairs]
-
-    return spread(present), spread(kept), states
+    present = structures.spread(structure, present, masks, stacks)
+    return present, structures.spread(structure, kept, masks, stacks), states
 
 
 def update_masks_compiled(
@@ -388,16 +415,18 @@ def update_masks_compiled(
     weights: Weights,
     count: Array,
     key: Array,
+    stacks: tuple[Axes, ...],
 ) -> tuple[Masks, Masks, tuple[Any, ...]]:
     """`update_masks` for steps outside `jit`, compiled once for all of them."""
     stepped, *rest = weights.stepped(), *weights[1:]
-    return _compiled(method, names, masks, states, stepped, rest, count, key)
+    return _compiled(method, names, stacks, masks, states, stepped, rest, count, key)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _compiled(
     method: "Method",
     names: tuple[str, ...],
+    stacks: tuple[Axes, ...],
     masks: Masks,
     states: tuple[Any, ...],
     stepped: list[Array],
@@ -406,7 +435,7 @@ def _compiled(
     key: Array,
 ) -> tuple[Masks, Masks, tuple[Any, ...]]:
     weights = Weights(lambda: stepped, *rest)
-    return update_masks(method, names, masks, states, weights, count, key)
+    return update_masks(method, names, masks, states, weights, count, key, stacks)
 
 
 def run_phases(
@@ -432,6 +461,7 @@ def score_function(
     before: Masks,
     weights: Weights,
     key: Array,
+    stacks: tuple[Axes, ...],
     structure: Structure | None = None,
 ) -> ScoreMasks:
     """The function by which phases evaluate scores, see `UpdateInputs.score`.
@@ -441,17 +471,17 @@ def score_function(
       before: The masks before the update.
       weights: What the scores read.
       key: The random key of the step.
+      stacks: The axes of every leaf that count layers.
       structure: The structure of the masks. Phases see its boxes as single weights;
         scores see weights.
     """
 
     def evaluated(score: Score, masks: Masks, *, growing: bool = False) -> list[Array]:
-        pairs = zip(masks, before, strict=True)
-        masks = [structures.spread(structure, m, like) for m, like in pairs]
+        masks = structures.spread(structure, masks, before, stacks)
         params = zero_outside(before if growing else masks, weights.stepped())
         visible = zero_outside(masks, params)
-        ranked = evaluate(score, names, masks, params, visible, weights, key)
-        return [structures.merge(structure, x) for x in ranked]
+        ranked = evaluate(score, names, masks, params, visible, weights, key, stacks)
+        return structures.merge(structure, ranked, stacks)
 
     return evaluated
 
@@ -464,8 +494,11 @@ def evaluate(
     visible: list[Array],
     weights: Weights,
     key: Array,
+    stacks: tuple[Axes, ...],
 ) -> list[Array]:
     """The score of every leaf; see `ScoreInputs` for what it reads.
+
+    The score of a leaf that stacks layers is that of its layers, each by itself.
 
     Args:
       score: The score.
@@ -475,27 +508,24 @@ def evaluate(
       visible: The weights of every leaf, for the scores of all leaves.
       weights: The gradients, averages and marked weights.
       key: The random key of the step.
+      stacks: The axes of every leaf that count layers.
     """
-    by_name = dict(zip(names, visible, strict=True))
+    named = zip(names, visible, stacks, strict=True)
+    by_name = {name: x for name, x, axes in named if not axes}
+    keys = layer_keys(key, [m.shape for m in masks], stacks)
 
-    def leaf(values: list[Array] | None, i: int) -> Array | None:
-        return None if values is None else values[i]
-
-    return [
-        score(
-            ScoreInputs(
-                param=params[i],
-                grad=leaf(weights.grads, i),
-                mask=masks[i],
-                average=leaf(weights.average, i),
-                key=jax.random.fold_in(key, i),
-                name=name,
-                weights=by_name,
-                marked=leaf(weights.marked, i),
+    def of_leaf(i: int, name: str) -> Array:
+        def of_layer(key: Array, values: Any) -> Array:
+            param, grad, mask, average, marked = values
+            return score(
+                ScoreInputs(param, grad, mask, average, key, name, by_name, marked)
             )
-        )
-        for i, name in enumerate(names)
-    ]
+
+        lists = (params, weights.grads, masks, weights.average, weights.marked)
+        values = [None if x is None else x[i] for x in lists]
+        return over_layers(of_layer, stacks[i])(keys[i], values)
+
+    return [of_leaf(i, name) for i, name in enumerate(names)]
 
 
 def step_key(seed: int | Array, count: Array | int) -> Array:

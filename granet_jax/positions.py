@@ -14,9 +14,9 @@ def from_end(end: Array, like: Array, axes: Collection[int]) -> Array:
     """`end` less the row-major index of every entry, along some axes.
 
     Args:
-      end: Unsigned integer, a scalar.
-      like: An array. The result has its shape (with length 1 along other axes) and its
-        sharding.
+      end: Unsigned integers that broadcast to `like`.
+      like: An array. The result has its shape and its sharding along the axes that are
+        counted, and those of `end` along the others.
       axes: The axes along which entries are counted.
     """
     place, stride = end, 1

@@ -1,22 +1,26 @@
-"""Exact division of freed weights among leaves, for SNFS and DSR."""
+"""Exact division of freed weights among layers, for SNFS and DSR."""
+
+import math
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from granet_jax.layers import Axes, join, layer_axes, layer_shape
+
 
 def redistribute(number: Array, weights: Array, room: Array) -> Array:
-    """Divide `number` among leaves in proportion to `weights`, within their `room`.
+    """Divide `number` among layers in proportion to `weights`, within their `room`.
 
-    The excess of a full leaf goes to the other leaves, again in proportion. Rounding
-    down leaves a rest of fewer than one per leaf, which goes to the first leaves with
-    room. A leaf of weight 0 gets a share only when all others are full.
+    The excess of a full layer goes to the other layers, again in proportion. Rounding
+    down leaves a rest of fewer than one per layer, which goes to the first layers with
+    room. A layer of weight 0 gets a share only when all others are full.
 
     Args:
       number: Unsigned integer. Of more than the sum of `room`, only that is divided.
-      weights: Non-negative float32 vector, one weight per leaf. NaN and infinite
+      weights: Non-negative float32 vector, one weight per layer. NaN and infinite
         weights count as 0.
-      room: Vector of unsigned integers, the most that each leaf can take.
+      room: Vector of unsigned integers, the most that each layer can take.
 
     Returns:
       Integers of the dtype and shape of `room` that sum to `number` exactly, or to the
@@ -33,18 +37,18 @@ def redistribute(number: Array, weights: Array, room: Array) -> Array:
         space = room - shares
         open_weights = jnp.where(space > 0, weights, 0.0)
         mass = jnp.sum(open_weights)
-        # If all leaves with room have weight 0, divide in proportion to the room.
+        # If all layers with room have weight 0, divide in proportion to the room.
         open_weights = jnp.where(mass > 0, open_weights, space.astype(jnp.float32))
         mass = jnp.maximum(jnp.sum(open_weights), jnp.finfo(jnp.float32).tiny)
         ideal = open_weights / mass * rest.astype(jnp.float32)
         portion = jnp.minimum(ideal.astype(count_type), space)
-        # In float32, the portions may sum to more than the rest. So the leaves take
+        # In float32, the portions may sum to more than the rest. So the layers take
         # their portions one after the other, until the rest is used up.
         before = sum_before(portion)
         allowed = jnp.where(rest > before, rest - before, 0)
         return shares + jnp.minimum(portion, allowed)
 
-    # Each round fills at least one leaf or leaves less than one weight per leaf.
+    # Each round fills at least one layer or leaves less than one weight per layer.
     shares = lax.fori_loop(0, room.shape[0] + 1, pour, jnp.zeros_like(room))
 
     def unfinished(shares: Array) -> Array:
@@ -68,8 +72,10 @@ def sum_before(counts: Array) -> Array:
     return jnp.sum(jnp.where(earlier, counts, 0), axis=1, dtype=counts.dtype)
 
 
-def mean_score(masks: list[Array], scores: list[Array]) -> Array:
-    """Mean score of the active weights of every leaf, the same under any sharding.
+def mean_score(
+    masks: list[Array], scores: list[Array], stacks: tuple[Axes, ...]
+) -> Array:
+    """Mean score of the active weights of every layer, the same under any sharding.
 
     A sum of floats depends on the order of its terms, and so on the number of devices.
     A sum of integers does not. So every score is divided by a power of two above the
@@ -79,10 +85,11 @@ def mean_score(masks: list[Array], scores: list[Array]) -> Array:
     Args:
       masks: One boolean array per leaf.
       scores: One non-negative array per leaf. NaN and infinite scores count as 0.
+      stacks: The axes of every leaf that count layers.
 
     Returns:
-      float32 vector of the means, one per leaf, times a positive factor that all leaves
-      share. It is 0 for a leaf without active weights.
+      float32 vector of the means, one per layer, times a positive factor that all
+      layers share. It is 0 for a layer without active weights.
     """
     values = [
         jnp.where(m & jnp.isfinite(s), s, 0).astype(jnp.float32)
@@ -91,8 +98,10 @@ def mean_score(masks: list[Array], scores: list[Array]) -> Array:
     largest = jnp.max(jnp.stack([jnp.max(v, initial=0.0) for v in values]))
     _, exponent = jnp.frexp(largest)
     means = []
-    for mask, value in zip(masks, values, strict=True):
-        bits = max(32 - mask.size.bit_length(), 1)
+    for mask, value, stack in zip(masks, values, stacks, strict=True):
+        size = math.prod(layer_shape(mask.shape, stack))
+        axes = layer_axes(mask.ndim, stack)
+        bits = max(32 - size.bit_length(), 1)
         limbs = -(-24 // bits)
         fraction = jnp.ldexp(value, -exponent)  # in [0, 1]
         mean = jnp.zeros((), jnp.float32)
@@ -100,8 +109,8 @@ def mean_score(masks: list[Array], scores: list[Array]) -> Array:
             fraction = jnp.ldexp(fraction, bits)
             digit = jnp.floor(fraction)
             fraction -= digit
-            summed = jnp.sum(digit.astype(jnp.uint32), dtype=jnp.uint32)
+            summed = jnp.sum(digit.astype(jnp.uint32), axis=axes, dtype=jnp.uint32)
             mean += jnp.ldexp(summed.astype(jnp.float32), -bits * limb)
-        active = jnp.sum(mask, dtype=jnp.uint32).astype(jnp.float32)
+        active = jnp.sum(mask, axis=axes, dtype=jnp.uint32).astype(jnp.float32)
         means.append(mean / jnp.maximum(active, 1.0))
-    return jnp.stack(means)
+    return join(means)

@@ -2,14 +2,15 @@
 
 Every score becomes an unsigned integer, its key, that orders as the score does. A radix
 search finds the k-th largest key two bits at a time, the most significant first: a pass
-over memory counts, in every leaf, the keys at or above each value that the next two
+over memory counts, in every layer, the keys at or above each value that the next two
 bits can start. Where several entries share the k-th largest key, each of them gets a
 new key, from its position, and the same search runs a second time. Nothing is sorted,
 gathered or reshaped: under any sharding, a pass is a local reduction and an all-reduce
-of three integers a leaf.
+of three integers a layer.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,14 @@ import numpy as np
 from jax import Array, lax
 
 from granet_jax.dtypes import wider
+from granet_jax.layers import (
+    Axes,
+    divide,
+    join,
+    layer_axes,
+    layer_shapes,
+    no_stacks,
+)
 from granet_jax.positions import from_end
 
 Scope = Literal["layer", "global"]
@@ -27,7 +36,7 @@ SCOPES: tuple[str, ...] = ("layer", "global")
 _BITS = 2  # found by each pass
 
 
-@functools.partial(jax.jit, static_argnames="scope", inline=True)
+@functools.partial(jax.jit, static_argnames=("scope", "stacks"), inline=True)
 def top_k(
     scores: Sequence[Array],
     k: Array | int | Sequence[int] | np.ndarray,
@@ -35,26 +44,29 @@ def top_k(
     among: Sequence[Array] | None = None,
     scope: Scope = "layer",
     key: Array | None = None,
+    stacks: tuple[Axes, ...] | None = None,
 ) -> list[Array]:
     """Select exactly the `k` largest scores.
 
     Larger scores rank first. Equal scores rank by lowest row-major index first; with
-    scope "global", by leaf order and then by index. With a `key` they rank in a random
-    order instead. -0.0 equals 0.0. NaN ranks below every number, -inf included.
+    scope "global", by the order of layers and then by index. With a `key` they rank in
+    a random order instead. -0.0 equals 0.0. NaN ranks below every number, -inf
+    included.
 
     Args:
       scores: Arrays of any shapes. Either all are floating, and are compared exactly in
         the widest of their dtypes; or all have the same signed integer dtype (where it
         has more than 8 bits, its two lowest values and its highest one count as their
         neighbours).
-      k: The number of entries to select. With scope "layer", one integer per leaf or
-        one for all leaves; with scope "global", a single integer. It may be traced.
+      k: The number of entries to select. With scope "layer", one integer per layer or
+        one for all layers; with scope "global", a single integer. It may be traced.
         Where there are fewer candidates than k, all of them are selected.
       among: Boolean arrays of the shapes of `scores`. Only True entries are candidates.
         By default all entries are.
-      scope: "layer" ranks within each leaf, "global" across all leaves together.
+      scope: "layer" ranks within each layer, "global" across all layers together.
       key: A random key, which decides the order of equal scores; None for the lowest
         index first.
+      stacks: The axes of every leaf that count layers; None if each leaf is one layer.
 
     Returns:
       Boolean arrays of the shapes of `scores`, True where selected.
@@ -67,20 +79,26 @@ def top_k(
     check_scope(scope)
     if not scores:
         return []
-    sizes = [jnp.size(x) for x in scores]
+    stacks = no_stacks(scores) if stacks is None else stacks
+    shapes = [jnp.shape(x) for x in scores]
+    sizes = [math.prod(shape) for shape in layer_shapes(shapes, stacks)]
     counter = counter_dtype(sizes, scope)
     keys = sort_keys(scores, among)
     bits = jnp.asarray(8 * keys[0].dtype.itemsize, jnp.int32)
     dtype = wider(keys[0].dtype, counter)
     keys = [x.astype(dtype) for x in keys]
-    wanted = jnp.broadcast_to(jnp.asarray(k).astype(counter), (len(keys),))
-    # With scope "global", the positions of later leaves follow those of earlier ones.
+    wanted = jnp.broadcast_to(jnp.asarray(k).astype(counter), (len(sizes),))
+    # With scope "global", the positions of later layers follow those of earlier ones.
     ends = np.cumsum(sizes[::-1])[::-1] if scope == "global" else np.asarray(sizes)
-    factors = None if key is None else odd_factors(key, len(keys), scope, counter)
+    factors = None
+    if key is not None:
+        drawn = odd_factors(key, len(sizes), scope, counter)
+        factors = [divide(column, shapes, stacks) for column in drawn.T]
 
     def count(keys: list[Array], bounds: list[Array]) -> list[Array]:
-        flags = [[x >= bound[i] for bound in bounds] for i, x in enumerate(keys)]
-        counts = count_leaves(flags, counter)
+        per_leaf = [divide(bound, shapes, stacks) for bound in bounds]
+        flags = [[x >= bound[i] for bound in per_leaf] for i, x in enumerate(keys)]
+        counts = count_layers(flags, stacks, counter)
         if scope == "layer":
             return list(counts)
         return [jnp.broadcast_to(jnp.sum(n, dtype=counter), n.shape) for n in counts]
@@ -93,14 +111,15 @@ def top_k(
         # The choice makes the ranks depend on the loop. Otherwise, XLA would compute
         # them before it and keep them in memory.
         end = jnp.where(too_many, ends.astype(counter), highest(counter))
+        end, bound = (divide(x, shapes, stacks) for x in (end, threshold))
 
         def rank(i: int, x: Array) -> Array:
-            place = from_end(end[i], x, range(x.ndim))
+            place = from_end(end[i], x, layer_axes(x.ndim, stacks[i]))
             if factors is not None:
-                place = shuffled(place, factors[i])
+                place = shuffled(place, [column[i] for column in factors])
             return place.astype(dtype)
 
-        ties = [ties_by_rank(x, threshold[i], rank(i, x)) for i, x in enumerate(s.keys)]
+        ties = [ties_by_rank(x, bound[i], rank(i, x)) for i, x in enumerate(s.keys)]
         return _Search(ties, jnp.full_like(s.bits, 8 * counter.itemsize), too_many)
 
     start = _Search(keys, bits, jnp.asarray(True))
@@ -183,14 +202,14 @@ def ties_by_rank(keys: Array, threshold: Array, rank: Array) -> Array:
     return jnp.where(keys > threshold, highest(keys.dtype), tied)
 
 
-def odd_factors(key: Array, leaves: int, scope: Scope, dtype: jnp.dtype) -> Array:
-    """Random odd numbers for `shuffled`, three a leaf, all alike with global scope."""
-    shape = (1 if scope == "global" else leaves, 3)
+def odd_factors(key: Array, layers: int, scope: Scope, dtype: jnp.dtype) -> Array:
+    """Random odd numbers for `shuffled`, three a layer, all alike with global scope."""
+    shape = (1 if scope == "global" else layers, 3)
     drawn = jax.random.bits(key, shape, dtype) | jnp.ones((), dtype)
-    return jnp.broadcast_to(drawn, (leaves, 3))
+    return jnp.broadcast_to(drawn, (layers, 3))
 
 
-def shuffled(rank: Array, factors: Array) -> Array:
+def shuffled(rank: Array, factors: Sequence[Array]) -> Array:
     """Put ranks in a random order: distinct ranks become other distinct ranks.
 
     A product with an odd number can be undone, and so can an exclusive or with the
@@ -216,28 +235,33 @@ def highest(dtype: jnp.dtype) -> Array:
     return jnp.asarray(jnp.iinfo(dtype).max, dtype)
 
 
-def count_leaves(
-    flags: Sequence[Sequence[Array]], counter: jnp.dtype
+def count_layers(
+    flags: Sequence[Sequence[Array]], stacks: Sequence[Axes], counter: jnp.dtype
 ) -> tuple[Array, ...]:
     """Count the True entries of several boolean arrays per leaf, in one pass each.
 
     Args:
       flags: For every leaf, as many boolean arrays of its shape.
+      stacks: The axes of every leaf that count layers.
       counter: The dtype to count in.
 
     Returns:
       One vector for the first arrays of all leaves, one for the second ones, and so on.
+      It has one number per layer.
     """
     # XLA fuses several sums of one array into one pass on accelerators. On CPU it does
     # so only if they are a single reduction (and sums one array alone ten times more
     # slowly); but it divides such a reduction over devices by gathering all counts.
     apart = any(_may_be_sharded(leaf[0]) for leaf in flags)
+    axes = [layer_axes(leaf[0].ndim, a) for leaf, a in zip(flags, stacks, strict=True)]
+    sums_apart = functools.partial(_sum_apart, axes=axes, counter=counter)
+    sums_together = functools.partial(_sum_together, axes=axes, counter=counter)
     rows = lax.platform_dependent(
         [list(leaf) for leaf in flags],
-        cpu=functools.partial(_sum_apart if apart else _sum_together, counter=counter),
-        default=functools.partial(_sum_apart, counter=counter),
+        cpu=sums_apart if apart else sums_together,
+        default=sums_apart,
     )
-    return tuple(jnp.stack(column) for column in zip(*rows, strict=True))
+    return tuple(join(column) for column in zip(*rows, strict=True))
 
 
 def _may_be_sharded(x: Array) -> bool:
@@ -245,20 +269,27 @@ def _may_be_sharded(x: Array) -> bool:
     return any(size > 1 for mesh in meshes for size in mesh.axis_sizes)
 
 
-def _sum_apart(leaves: list[list[Array]], counter: jnp.dtype) -> list[list[Array]]:
-    return [[jnp.sum(x, dtype=counter) for x in leaf] for leaf in leaves]
+def _sum_apart(
+    leaves: list[list[Array]], axes: Sequence[Axes], counter: jnp.dtype
+) -> list[list[Array]]:
+    return [
+        [jnp.sum(x, axis=a, dtype=counter) for x in leaf]
+        for leaf, a in zip(leaves, axes, strict=True)
+    ]
 
 
-def _sum_together(leaves: list[list[Array]], counter: jnp.dtype) -> list[list[Array]]:
+def _sum_together(
+    leaves: list[list[Array]], axes: Sequence[Axes], counter: jnp.dtype
+) -> list[list[Array]]:
     def add(a: Sequence[Array], b: Sequence[Array]) -> Sequence[Array]:
         return tuple(x + y for x, y in zip(a, b, strict=True))
 
-    def total(leaf: list[Array]) -> list[Array]:
+    def total(leaf: list[Array], axes: Axes) -> list[Array]:
         numbers = tuple(x.astype(counter) for x in leaf)
         zeros = tuple(jnp.zeros((), counter) for _ in leaf)
-        return list(lax.reduce(numbers, zeros, add, tuple(range(leaf[0].ndim))))
+        return list(lax.reduce(numbers, zeros, add, axes))
 
-    return [total(leaf) for leaf in leaves]
+    return [total(leaf, a) for leaf, a in zip(leaves, axes, strict=True)]
 
 
 def sort_keys(
@@ -323,6 +354,10 @@ def check_scope(scope: str) -> None:
 
 def counter_dtype(sizes: Sequence[int], scope: Scope) -> jnp.dtype:
     """The unsigned integer dtype that can count all scores that are ranked together.
+
+    Args:
+      sizes: The sizes of all layers.
+      scope: Whether they are ranked within each layer or across all.
 
     Raises:
       ValueError: This takes 64 bits, and 64-bit types are disabled.

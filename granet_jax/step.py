@@ -13,6 +13,7 @@ from jax.core import Tracer
 from granet_jax import masking, structures, targets
 from granet_jax.dtypes import wider
 from granet_jax.initial_masks import choose_among_all
+from granet_jax.layers import Stacked, layer_shapes
 from granet_jax.masking import PyTree, Where, map_masked, maskable_leaves
 from granet_jax.methods.method import Method
 from granet_jax.moments import renew_moments, restart_moments
@@ -36,6 +37,7 @@ class Setup(NamedTuple):
       seed: The seed of random masks and random growth.
       packed: Whether the state holds its masks at 1 bit a weight.
       warmup: The steps over which the updates of weights that entered grow.
+      stacked: Which axes of a leaf count layers.
     """
 
     method: Method
@@ -46,6 +48,7 @@ class Setup(NamedTuple):
     seed: int | Array
     packed: bool
     warmup: int
+    stacked: Stacked
 
 
 class Step(NamedTuple):
@@ -182,18 +185,27 @@ def mark_weights(
     """Choose the marked weights: among the active ones, or among all if dense."""
     method = setup.method
     leaves, treedef = jax.tree.flatten(masks)
-    shapes = tuple(tuple(m.shape) for m in leaves)
+    stacks = masking.stacks_of(masks, setup.stacked)
+    shapes = layer_shapes([m.shape for m in leaves], stacks)
     assert method.marked_sparsity is not None
     number = targets.counts_at(method, shapes, method.marked_sparsity)
     among = None if method.weights == "dense" else leaves
     boxes = structures.has_equal_boxes(method.structure)
     if among is not None and number.ndim and not boxes:
-        present = active([structures.merge_mask(method.structure, m) for m in leaves])
+        present = active(
+            structures.merge_masks(method.structure, leaves, stacks), stacks
+        )
         number = within_reach(jnp.asarray(number), present)
     key = step_key(setup.seed, count)
-    names = names_of(masks)
     chosen = choose_among_all(
-        method, names, leaves, Weights(lambda: weights), jnp.asarray(number), key, among
+        method,
+        names_of(masks),
+        leaves,
+        Weights(lambda: weights),
+        jnp.asarray(number),
+        key,
+        stacks,
+        among,
     )
     return treedef.unflatten(chosen)
 

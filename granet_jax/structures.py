@@ -1,17 +1,17 @@
 """Structured sparsity: N:M, constant fan-in, blocks and whole output units.
 
-A structure divides every leaf into boxes of equal shape. There are two kinds. `block`
+A structure divides every layer into boxes of equal shape. There are two kinds. `block`
 and `channel` keep or prune a box as a whole, and rank boxes by the norm of their
-scores. With `n_of_m` and `constant_fan_in`, all boxes of a leaf keep the same number of
-weights. Methods and mask sources take a structure as an argument::
+scores. With `n_of_m` and `constant_fan_in`, all boxes of a layer keep the same number
+of weights. Methods and mask sources take a structure as an argument::
 
     method = granet_jax.gmp(0.9, 10_000, structure=structures.block(4, 4))
 
-Numbers are exact. With scope "global", whole boxes compete across leaves, and the
+Numbers are exact. With scope "global", whole boxes compete across layers, and the
 number of active boxes is (1 - sparsity) times the number of all boxes, rounded. With
-scope "layer", each leaf has the density that the distribution gives its shape, and
+scope "layer", each layer has the density that the distribution gives its shape, and
 keeps the nearest number of boxes, or of weights in a box (at least one). So the share
-of active *weights* can differ from the density by the rounding in each leaf. With
+of active *weights* can differ from the density by the rounding in each layer. With
 `channel` and scope "global" it can also differ because units have different sizes.
 
 Nothing is sorted. If boxes of `block` or `n_of_m` are divided among devices along an
@@ -22,18 +22,18 @@ gathered.
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.core import Tracer
-from jax.typing import ArrayLike
 
 from granet_jax import distributions, masking, selection
 from granet_jax.checks import check_choice, check_integer
 from granet_jax.distributions import Distribution, Shape
 from granet_jax.dtypes import wider
+from granet_jax.layers import Axes, divide, layer_shape, layer_shapes, no_stacks
 from granet_jax.positions import from_end, mesh_axes
 from granet_jax.selection import (
     Scope,
@@ -55,9 +55,9 @@ class Structure:
 
     Attributes:
       name: The name for messages.
-      box: A function from the shape of a leaf to the shape of its boxes, which has the
+      box: A function from the shape of a layer to the shape of its boxes, which has the
         same number of axes.
-      whole: Whether a box is kept or pruned as a whole. Otherwise all boxes of a leaf
+      whole: Whether a box is kept or pruned as a whole. Otherwise all boxes of a layer
         keep the same number of weights.
       norm: The norm of the non-negative scores in a box that is kept as a whole: "l1"
         for their mean, "l2" for the root of their mean square. They are means, so that
@@ -258,17 +258,21 @@ def check_use(
 
 
 def check_leaves(
-    structure: Structure | None, leaves: Iterable[tuple[str, Shape]]
+    structure: Structure | None,
+    leaves: Iterable[tuple[str, Shape]],
+    stacks: Iterable[Axes],
 ) -> None:
-    """Raise ValueError unless the structure's boxes divide the shapes of all leaves.
+    """Raise ValueError unless the structure's boxes divide the layers of all leaves.
 
     Args:
       structure: Structure of the masks, or None.
       leaves: Name and shape of every maskable leaf.
+      stacks: The axes of every leaf that count layers.
     """
     if structure is None:
         return
-    for name, shape in leaves:
+    for (name, leaf), axes in zip(leaves, stacks, strict=True):
+        shape = layer_shape(leaf, axes)
         box = structure.box(shape)
         if (
             not box
@@ -278,27 +282,31 @@ def check_leaves(
             parts = f"parts of shape {box}" if box else "such an axis"
             raise ValueError(
                 f"structure {structure.name} needs leaves of {parts}, and {name!r} "
-                f"has shape {shape}: leave it out by `where`, or take another "
-                "structure."
+                f"has {'layers of ' if axes else ''}shape {shape}: leave it out by "
+                "`where`, or take another structure."
             )
 
 
 def check_masks(
-    structure: Structure | None, masks: Iterable[tuple[str, Array]]
+    structure: Structure | None,
+    masks: Iterable[tuple[str, Array]],
+    stacks: Iterable[Axes],
 ) -> None:
     """Raise ValueError unless masks have the structure. Traced masks always pass.
 
     Args:
       structure: Structure that the masks must have, or None.
       masks: Name of the leaf and mask, for every maskable leaf.
+      stacks: The axes of every leaf that count layers.
     """
-    for name, mask in masks:
+    for (name, mask), axes in zip(masks, stacks, strict=True):
         if structure is None or isinstance(mask, Tracer):
             return
-        boxes, axes = _boxed(structure, mask)
-        counts = jnp.sum(boxes, axis=axes, dtype=jnp.uint32)
-        size = math.prod(boxes.shape[axis] for axis in axes)
-        most = size if structure.whole else jnp.max(counts, initial=0)
+        counts = box_counts(structure, mask, axes)
+        size = math.prod(structure.box(layer_shape(mask.shape, axes)))
+        within = [axis for axis in range(mask.ndim) if axis not in axes]
+        largest = jnp.max(counts, axis=within, keepdims=True, initial=0)
+        most = size if structure.whole else largest
         fits = (counts == most) | (structure.whole & (counts == 0))
         if not bool(jnp.all(fits)):
             raise ValueError(
@@ -308,15 +316,19 @@ def check_masks(
 
 
 def has_equal_boxes(structure: Structure | None) -> TypeGuard[Structure]:
-    """Whether all boxes of a leaf keep the same number of weights."""
+    """Whether all boxes of a layer keep the same number of weights."""
     return structure is not None and not structure.whole
 
 
 def parts(structure: Structure | None, shapes: Sequence[Shape]) -> list[int]:
-    """The number of parts of every leaf, the units in which masks are counted.
+    """The number of parts of every layer, the units in which masks are counted.
 
-    The parts of a leaf are its single weights without a structure, its boxes if they
+    The parts of a layer are its single weights without a structure, its boxes if they
     are kept or pruned as a whole, and else the weights of one of its boxes.
+
+    Args:
+      structure: Structure of the masks, or None.
+      shapes: The shapes of all layers.
     """
     if structure is None:
         return [math.prod(s) for s in shapes]
@@ -334,10 +346,10 @@ def counts(
     caps: Sequence[int] | None = None,
     floors: Sequence[int] | None = None,
 ) -> list[int]:
-    """The number of active parts of every leaf; see `parts`.
+    """The number of active parts of every layer; see `parts`.
 
     The arguments are the same as of `distributions.counts`. With a structure, the
-    number of every leaf is rounded independently, half up.
+    number of every layer is rounded independently, half up.
     """
     if structure is None:
         return distributions.counts(shapes, sparsity, distribution, caps, floors)
@@ -358,31 +370,37 @@ def select(
     *,
     among: Sequence[Array] | None = None,
     scope: Scope,
+    stacks: tuple[Axes, ...] | None = None,
 ) -> list[Array]:
     """Select the weights of largest score, as `selection.top_k`, in a structure.
 
     Args:
       structure: Structure of the selection; None for single weights.
       scores: One array of scores per leaf.
-      number: Number of parts to select, see `parts`: one number per leaf, or a single
-        number for all leaves with scope "global".
+      number: Number of parts to select, see `parts`: one number per layer, or a single
+        number for all layers with scope "global".
       among: One boolean array of candidates per leaf; None for all weights.
-      scope: "global" if weights or whole boxes compete across leaves, "layer" if they
-        compete within each leaf.
+      scope: "global" if weights or whole boxes compete across layers, "layer" if they
+        compete within each layer.
+      stacks: The axes of every leaf that count layers; None if each leaf is one layer.
 
     Returns:
       One boolean array per leaf, of the shapes of `scores`.
     """
     if structure is None:
-        return selection.top_k(scores, number, among=among, scope=scope)
+        return selection.top_k(scores, number, among=among, scope=scope, stacks=stacks)
+    stacks = no_stacks(scores) if stacks is None else stacks
     if structure.whole:
-        ranked = [merge(structure, s) for s in scores]
-        candidates = among and [merge_mask(structure, m) for m in among]
-        chosen = selection.top_k(ranked, number, among=candidates, scope=scope)
-        return [spread(structure, c, x) for c, x in zip(chosen, scores, strict=True)]
-    keys = sort_keys(scores, among)
+        ranked = merge(structure, scores, stacks)
+        candidates = among and merge_masks(structure, among, stacks)
+        chosen = selection.top_k(
+            ranked, number, among=candidates, scope=scope, stacks=stacks
+        )
+        return spread(structure, chosen, scores, stacks)
+    numbers = divide(jnp.asarray(number), [x.shape for x in scores], stacks)
     chosen = [
-        _best_of_boxes(structure, k, jnp.asarray(number)[i]) for i, k in enumerate(keys)
+        _best_of_boxes(structure, k, n, axes)
+        for k, n, axes in zip(sort_keys(scores, among), numbers, stacks, strict=True)
     ]
     if among is None:
         return chosen
@@ -393,7 +411,8 @@ def fill(
     structure: Structure,
     masks: Sequence[Array],
     scores: Sequence[Array],
-    number: Any,
+    numbers: Sequence[Array],
+    stacks: tuple[Axes, ...],
     *,
     key: Array | None = None,
 ) -> list[Array]:
@@ -403,83 +422,153 @@ def fill(
       structure: Structure whose boxes all keep the same number of weights.
       masks: One boolean array per leaf.
       scores: One array of scores per leaf. Weights of larger score come first.
-      number: Number of active weights per box after the call: for every leaf an
-        integer, or an array as from `box_counts`.
+      numbers: Number of active weights per box after the call: for every leaf an
+        array as from `box_counts` or `layers.divide`.
+      stacks: The axes of every leaf that count layers.
       key: A random key, which decides the order of equal scores; None for the lowest
         index first.
 
     Returns:
       One boolean array per leaf, which contains the weights of `masks`.
     """
+    shapes = [m.shape for m in masks]
     factors: Any = [None] * len(masks)
     if key is not None:
-        factors = odd_factors(key, len(masks), "layer", jnp.dtype(jnp.uint32))
+        layers = len(layer_shapes(shapes, stacks))
+        drawn = odd_factors(key, layers, "layer", jnp.dtype(jnp.uint32))
+        columns = [divide(column, shapes, stacks) for column in drawn.T]
+        factors = list(zip(*columns, strict=True))
     filled = []
     for i, (x, mask) in enumerate(zip(sort_keys(scores), masks, strict=True)):
         # No score has the highest key, so the active weights come first.
         ranked = jnp.where(mask, highest(x.dtype), x)
-        best = _best_of_boxes(structure, ranked, number[i], factors[i])
+        best = _best_of_boxes(structure, ranked, numbers[i], stacks[i], factors[i])
         filled.append(best | mask)
     return filled
 
 
-def box_counts(structure: Structure, mask: Array) -> Array:
-    """The number of active weights of every box, uint32, with box axes of length 1."""
-    boxes, axes = _boxed(structure, mask)
-    return jnp.sum(boxes, axis=axes, keepdims=True, dtype=jnp.uint32)
+def box_counts(structure: Structure, mask: Array, axes: Axes) -> Array:
+    """The number of active weights of every box of a leaf, uint32.
+
+    Args:
+      structure: Structure of the mask.
+      mask: Mask of one leaf.
+      axes: The axes of the leaf that count layers.
+
+    Returns:
+      An array with the axes of `mask`, along which it counts boxes.
+    """
+    boxes, values = _boxed(structure, mask, axes)
+    counts = jnp.sum(values, axis=boxes.inside, keepdims=True, dtype=jnp.uint32)
+    return jnp.squeeze(counts, boxes.added)
 
 
-def merge(structure: Structure | None, score: Array) -> Array:
-    """The norm of every box's scores, if boxes are kept as a whole; else the scores."""
+def merge(
+    structure: Structure | None, scores: Sequence[Array], stacks: Iterable[Axes]
+) -> list[Array]:
+    """The norm of every box's scores, if boxes are kept as a whole; else the scores.
+
+    The norms of a leaf have its axes, along which they count boxes.
+    """
     if structure is None or not structure.whole:
-        return score
-    wide = score.astype(wider(score.dtype, jnp.float32))
-    values, axes = _boxed(structure, wide)
-    if structure.norm == "l1":
-        return jnp.mean(values, axis=axes)
-    return jnp.sqrt(jnp.mean(jnp.square(values), axis=axes))
+        return list(scores)
+    merged = []
+    for score, axes in zip(scores, stacks, strict=True):
+        wide = score.astype(wider(score.dtype, jnp.float32))
+        boxes, values = _boxed(structure, wide, axes)
+        if structure.norm == "l1":
+            norm = jnp.mean(values, axis=boxes.inside, keepdims=True)
+        else:
+            squares = jnp.square(values)
+            norm = jnp.sqrt(jnp.mean(squares, axis=boxes.inside, keepdims=True))
+        merged.append(jnp.squeeze(norm, boxes.added))
+    return merged
 
 
-def merge_mask(structure: Structure | None, mask: Array) -> Array:
-    """The active boxes, if boxes are kept as a whole; else the mask itself."""
+def merge_masks(
+    structure: Structure | None, masks: Sequence[Array], stacks: Iterable[Axes]
+) -> list[Array]:
+    """The active boxes, if boxes are kept as a whole; else the masks themselves."""
     if structure is None or not structure.whole:
-        return mask
-    boxes, axes = _boxed(structure, mask)
-    return jnp.all(boxes, axis=axes)
+        return list(masks)
+    merged = []
+    for mask, axes in zip(masks, stacks, strict=True):
+        boxes, values = _boxed(structure, mask, axes)
+        active = jnp.all(values, axis=boxes.inside, keepdims=True)
+        merged.append(jnp.squeeze(active, boxes.added))
+    return merged
 
 
-def spread(structure: Structure | None, chosen: Array, like: Array) -> Array:
-    """The inverse of `merge_mask`: a mask with the shape and sharding of `like`."""
+def spread(
+    structure: Structure | None,
+    chosen: Sequence[Array],
+    like: Sequence[Array],
+    stacks: Iterable[Axes],
+) -> list[Array]:
+    """The inverse of `merge_masks`: masks with the shapes and shardings of `like`."""
     if structure is None or not structure.whole:
-        return chosen
-    split, axes = _split(structure, like.shape)
-    wide = jnp.broadcast_to(jnp.expand_dims(chosen, axes), split)
-    return masking.placed_like(_unboxed(wide, like), like)
+        return list(chosen)
+    masks = []
+    for whole, x, axes in zip(chosen, like, stacks, strict=True):
+        boxes = _boxes(structure, x.shape, axes)
+        wide = jnp.broadcast_to(jnp.expand_dims(whole, boxes.added), boxes.shape)
+        masks.append(masking.placed_like(_unboxed(wide, x), x))
+    return masks
+
+
+class _Boxes(NamedTuple):
+    """The boxes of a leaf, as axes of their own.
+
+    Attributes:
+      shape: The shape of the leaf, with two axes instead of one where a box is longer
+        than 1 and shorter than the layer: one that counts boxes, and one inside them.
+      inside: The axes inside the boxes.
+      added: Those axes inside the boxes that the leaf itself does not have.
+      stack: The axes that count layers.
+      sides: The sides of a box along the axes of the leaf.
+    """
+
+    shape: Shape
+    inside: Axes
+    added: Axes
+    stack: Axes
+    sides: Shape
 
 
 def _best_of_boxes(
-    structure: Structure, keys: Array, number: ArrayLike, factors: Array | None = None
+    structure: Structure,
+    keys: Array,
+    number: Array,
+    axes: Axes,
+    factors: Sequence[Array] | None = None,
 ) -> Array:
     """Select the `number` largest keys of every box.
 
     Args:
       structure: Structure whose boxes all keep the same number of weights.
       keys: Keys of one leaf from `sort_keys`.
-      number: Unsigned integer, or an array as from `box_counts`.
+      number: An unsigned integer, or an array as from `box_counts` or `layers.divide`.
+      axes: The axes of the leaf that count layers.
       factors: Three odd numbers, which put equal keys in a random order, another one in
         every box; None for the lowest index first.
 
     Returns:
       Boolean array of the shape of `keys`.
     """
-    values, axes = _boxed(structure, keys)
-    number = jnp.asarray(number, jnp.uint32)
-    if len(axes) == 1 and values.shape[axes[0]] <= _FEW:
-        values = _whole_along(values, axes[0])
-        best = _best_by_comparison(values, number, axes[0], factors)
+    boxes, values = _boxed(structure, keys, axes)
+    number = _with_axes(number.astype(jnp.uint32), boxes)
+    factors = factors and [_with_axes(factor, boxes) for factor in factors]
+    if len(boxes.inside) == 1 and values.shape[boxes.inside[0]] <= _FEW:
+        values = _whole_along(values, boxes.inside[0])
+        best = _best_by_comparison(values, number, boxes, factors)
     else:
-        best = _best_by_digits(values, number, axes, factors)
+        best = _best_by_digits(values, number, boxes, factors)
     return _unboxed(best, keys)
+
+
+def _with_axes(number: Array, boxes: _Boxes) -> Array:
+    """Numbers of a leaf's boxes or layers, such that they broadcast over its boxes."""
+    return jnp.expand_dims(number, boxes.added) if number.ndim else number
 
 
 # In boxes of at most this size, every weight is compared with all the others, which
@@ -488,9 +577,10 @@ _FEW = 16
 
 
 def _best_by_comparison(
-    keys: Array, number: Array, axis: int, factors: Array | None
+    keys: Array, number: Array, boxes: _Boxes, factors: Sequence[Array] | None
 ) -> Array:
-    rank = _rank_in_box(keys, (axis,), factors)
+    (axis,) = boxes.inside
+    rank = _rank_in_box(keys, boxes, factors)
     better = jnp.zeros_like(keys, jnp.uint32)
     for j in range(keys.shape[axis]):
         other, other_rank = (
@@ -501,27 +591,28 @@ def _best_by_comparison(
     return better < number
 
 
-def _rank_in_box(keys: Array, axes: tuple[int, ...], factors: Array | None) -> Array:
+def _rank_in_box(keys: Array, boxes: _Boxes, factors: Sequence[Array] | None) -> Array:
     """The rank of every entry of a box among equal keys, uint32, higher first."""
-    size = jnp.asarray(math.prod(keys.shape[axis] for axis in axes), jnp.uint32)
-    rank = from_end(size, keys, axes)
+    size = jnp.asarray(math.prod(keys.shape[i] for i in boxes.inside), jnp.uint32)
+    rank = from_end(size, keys, boxes.inside)
     if factors is None:
         return rank
-    # An odd number for every box gives each another order.
-    grid = [axis for axis in range(keys.ndim) if axis not in axes]
+    # An odd number for every box of a layer gives each another order.
+    other = {*boxes.inside, *boxes.stack}
+    grid = [axis for axis in range(keys.ndim) if axis not in other]
     box = from_end(jnp.zeros_like(size), keys, grid)
     return shuffled(rank * (2 * box + 1), factors)
 
 
 def _best_by_digits(
-    keys: Array, number: Array, axes: tuple[int, ...], factors: Array | None
+    keys: Array, number: Array, boxes: _Boxes, factors: Sequence[Array] | None
 ) -> Array:
-    """Select by a threshold for each box, as `selection.top_k` does for each leaf."""
+    """Select by a threshold for each box, as `selection.top_k` does for each layer."""
     bits = jnp.asarray(8 * keys.dtype.itemsize, jnp.int32)
     keys = keys.astype(wider(keys.dtype, jnp.uint32))
 
     def sums(flags: Array) -> Array:
-        return jnp.sum(flags, axis=axes, keepdims=True, dtype=jnp.uint32)
+        return jnp.sum(flags, axis=boxes.inside, keepdims=True, dtype=jnp.uint32)
 
     numbers = jnp.broadcast_to(number, sums(keys > 0).shape)
 
@@ -531,7 +622,7 @@ def _best_by_digits(
 
         return find_threshold(count, numbers, bits, keys.dtype)[0]
 
-    rank = _rank_in_box(keys, axes, factors).astype(keys.dtype)
+    rank = _rank_in_box(keys, boxes, factors).astype(keys.dtype)
     ties = ties_by_rank(keys, threshold(keys, bits), rank)
     return ties >= threshold(ties, jnp.full_like(bits, 32))
 
@@ -553,40 +644,45 @@ def _with_axis(name: str, axis: int) -> str:
     return name if axis == -1 else f"{name} along axis {axis}"
 
 
-def _split(structure: Structure, shape: Shape) -> tuple[Shape, tuple[int, ...]]:
-    """The shape of a leaf with separate axes inside the boxes, and those axes."""
-    split: list[int] = []
-    axes: list[int] = []
-    for n, b in zip(shape, structure.box(tuple(shape)), strict=True):
-        if b == 1:
-            split.append(n)
-        elif b == n:
-            axes.append(len(split))
-            split.append(n)
-        else:
-            axes.append(len(split) + 1)
-            split += [n // b, b]
-    return tuple(split), tuple(axes)
+def _boxes(structure: Structure, leaf: Shape, axes: Axes) -> _Boxes:
+    """The boxes of a leaf whose layers are counted along some axes."""
+    box = iter(structure.box(layer_shape(leaf, axes)))
+    sides = tuple(1 if i in axes else next(box) for i in range(len(leaf)))
+    shape: list[int] = []
+    inside: list[int] = []
+    added: list[int] = []
+    stack: list[int] = []
+    for i, (n, b) in enumerate(zip(leaf, sides, strict=True)):
+        if i in axes:
+            stack.append(len(shape))
+        elif b == n > 1:
+            inside.append(len(shape))
+        elif b > 1:
+            shape.append(n // b)
+            inside.append(len(shape))
+            added.append(len(shape))
+            n = b
+        shape.append(n)
+    return _Boxes(tuple(shape), tuple(inside), tuple(added), tuple(stack), sides)
 
 
-def _boxed(structure: Structure, x: Array) -> tuple[Array, tuple[int, ...]]:
-    """`x` reshaped to have separate axes inside the boxes, and those axes."""
-    split, axes = _split(structure, x.shape)
+def _boxed(structure: Structure, x: Array, axes: Axes) -> tuple[_Boxes, Array]:
+    """The boxes of a leaf whose layers are counted along `axes`, and `x` in them."""
+    boxes = _boxes(structure, x.shape, axes)
     sharding = jax.typeof(x).sharding
-    if split == x.shape or not masking.is_explicit(sharding):
-        return x.reshape(split), axes
+    if boxes.shape == x.shape or not masking.is_explicit(sharding):
+        return boxes, x.reshape(boxes.shape)
     # With Explicit mesh axes, a reshape needs the sharding of its result. We keep the
     # sharding of `x`, except along axes whose boxes span devices.
     spec: list[Any] = []
-    boxes = structure.box(tuple(x.shape))
-    for n, b, names in zip(x.shape, boxes, sharding.spec, strict=True):
+    for n, b, names in zip(x.shape, boxes.sides, sharding.spec, strict=True):
         if b in (1, n):
             spec.append(names)
             continue
         parts = math.prod(sharding.mesh.shape[name] for name in mesh_axes([names]))
         spec += [names if n // b % parts == 0 else None, None]
     out_sharding = sharding.update(spec=jax.sharding.PartitionSpec(*spec))
-    return lax.reshape(x, split, out_sharding=out_sharding), axes
+    return boxes, lax.reshape(x, boxes.shape, out_sharding=out_sharding)
 
 
 def _whole_along(x: Array, axis: int) -> Array:

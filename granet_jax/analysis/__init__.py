@@ -29,3 +29,4 @@ from granet_jax.analysis.sharpness import sharpness as sharpness
 from granet_jax.analysis.summary_table import Summary as Summary
 from granet_jax.analysis.summary_table import summary as summary
 from granet_jax.analysis.training_run_flops import training_flops as training_flops
+from granet_jax.masking import by_layer as by_layer

@@ -41,6 +41,7 @@ from granet_jax import (
     schedules,
     scores,
 )
+from granet_jax.layers import Axes, Stacked, layer_shapes
 from granet_jax.masking import PyTree
 from granet_jax.phases import (
     Exchange,
@@ -135,19 +136,24 @@ def sparsities(sparsity: float, updates: int = 1) -> list[float]:
 
 
 def keep_counts(
-    masks: PyTree, rising: Sequence[float], *, scope: Scope = "global"
+    masks: PyTree,
+    rising: Sequence[float],
+    *,
+    scope: Scope = "global",
+    stacked: Stacked = None,
 ) -> np.ndarray:
     """Return the exact number of weights to keep at each of several sparsities.
 
     Args:
       masks: Pytree of masks. Only their shapes matter.
       rising: Sparsities in [0, 1), in ascending order.
-      scope: "global" for one number over all leaves; "layer" for the same sparsity in
-        each leaf, rounded by largest remainder to the exact total.
+      scope: "global" for one number over all layers; "layer" for the same sparsity in
+        each layer, rounded by largest remainder to the exact total.
+      stacked: Which axes of a leaf count layers, as in `granet_jax.transform`.
 
     Returns:
       Unsigned integers of shape (sparsities,) with scope "global", and
-      (sparsities, leaves) with scope "layer".
+      (sparsities, layers) with scope "layer".
 
     Raises:
       ValueError, TypeError: A sparsity out of range or below its predecessor; an
@@ -157,7 +163,8 @@ def keep_counts(
     masking.check_arrays("masks", masks)
     if not isinstance(rising, Sequence | np.ndarray) or isinstance(rising, str):
         raise TypeError(f"rising must be a sequence of sparsities, got {rising!r}.")
-    shapes = [tuple(x.shape) for x in jax.tree.leaves(masks)]
+    leaves = [tuple(x.shape) for x in jax.tree.leaves(masks)]
+    shapes = layer_shapes(leaves, masking.stacks_of(masks, stacked))
     if not shapes:
         raise ValueError(f"masks holds no mask, got {masks!r}.")
     for i, sparsity in enumerate(rising):
@@ -188,11 +195,12 @@ def prune(
     regrow: float = 0.0,
     grads: PyTree | None = None,
     key: Array | None = None,
+    stacked: Stacked = None,
 ) -> Pruned:
     """Prune to a given number of active weights, and regenerate some of them.
 
     Pruning keeps the `keep` active weights with the highest scores. With `regrow`, each
-    leaf then drops its ceil(regrow * active) active weights of smallest magnitude and
+    layer then drops its ceil(regrow * active) active weights of smallest magnitude and
     grows the same number of inactive weights with the largest abs(dense gradient). This
     is GraNet's neuroregeneration, which leaves the number of weights unchanged. A
     weight that is dropped and grown again keeps its value; a weight that is pruned and
@@ -203,16 +211,17 @@ def prune(
     Args:
       params: Pytree of arrays.
       masks: Current masks, as from `granet_jax.init_masks`.
-      keep: Row of `keep_counts`: one integer with scope "global", one for each leaf
+      keep: Row of `keep_counts`: one integer with scope "global", one for each layer
         with scope "layer". If fewer weights are active, all of them stay.
       criterion: "magnitude", abs(w); "gradient", abs(dL/dw); "random"; or a function of
         `ScoreInputs`.
-      scope: "global" if all weights compete, "layer" if those of one leaf do.
-      regrow: Fraction of the active weights of each leaf to exchange after pruning, in
+      scope: "global" if all weights compete, "layer" if those of one layer do.
+      regrow: Fraction of the active weights of each layer to exchange after pruning, in
         [0, 1]; 0 for none. GraNet uses 0.5 at the start of training.
       grads: Dense gradient with the structure of `params`, for the criterion "gradient"
         and for `regrow`.
-      key: Random key for the criterion "random". Each leaf derives its own key.
+      key: Random key for the criterion "random". Each layer derives its own key.
+      stacked: Which axes of a leaf count layers, as in `granet_jax.transform`.
 
     Returns:
       The new masks, and the weights that keep their value. `apply_pruned` applies them
@@ -232,14 +241,15 @@ def prune(
         masking.check_masks(masks, grads, "grads")
     if key is not None:
         checks.check_key(key)
-    leaves = len(jax.tree.leaves(masks))
-    shape = (leaves,) if scope == "layer" else ()
+    stacks = masking.stacks_of(masks, stacked)
+    layers = len(layer_shapes([m.shape for m in jax.tree.leaves(masks)], stacks))
+    shape = (layers,) if scope == "layer" else ()
     number = keep if isinstance(keep, jax.Array) else np.asarray(keep)
     if not jnp.issubdtype(number.dtype, jnp.integer):
         raise TypeError(f"keep must be whole numbers of weights, got {keep!r}.")
     if number.shape != shape:
         raise ValueError(
-            f"keep must have shape {shape} with scope {scope!r} and {leaves} masks, "
+            f"keep must have shape {shape} with scope {scope!r} and {layers} layers, "
             f"got {number.shape}: take a row of keep_counts(masks, ..., "
             f"scope={scope!r})."
         )
@@ -261,10 +271,11 @@ def prune(
         criterion=criterion if callable(criterion) else CRITERIA[criterion],
         scope=scope,
         regrow=regrow,
+        stacks=stacks,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("criterion", "scope", "regrow"))
+@functools.partial(jax.jit, static_argnames=("criterion", "scope", "regrow", "stacks"))
 def _prune(
     params: PyTree,
     masks: PyTree,
@@ -275,6 +286,7 @@ def _prune(
     criterion: Score,
     scope: Scope,
     regrow: float,
+    stacks: tuple[Axes, ...],
 ) -> Pruned:
     paths = jax.tree_util.tree_leaves_with_path(masks)
     names = tuple(masking.leaf_name(path) for path, _ in paths)
@@ -287,9 +299,12 @@ def _prune(
         phases += (Exchange(schedules.constant(regrow)),)
     at = UpdateInputs(
         before=leaves,
-        score=score_function(names, leaves, Weights(lambda: weights, dense), key),
+        score=score_function(
+            names, leaves, Weights(lambda: weights, dense), key, stacks
+        ),
         target=keep,
         scope=scope,
+        stacks=stacks,
         row=jnp.zeros((), jnp.int32),
         steps=schedules.every(1, last=1),
         boxes=None,

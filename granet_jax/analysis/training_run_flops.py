@@ -2,12 +2,15 @@
 
 import bisect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from granet_jax import structures
 from granet_jax.analysis.network_flops import Flops
 from granet_jax.checks import check_steps, check_type
 from granet_jax.distributions import Distribution
+from granet_jax.layers import Axes, Stacked, divide, layer_shapes, stack_axes
 from granet_jax.masking import Sparsity
 from granet_jax.methods import Method, check_method
 from granet_jax.phases import Revive
@@ -24,6 +27,7 @@ def training_flops(
     *,
     distribution: Distribution | None = None,
     history: Mapping[int, Sparsity] | None = None,
+    stacked: Stacked = None,
 ) -> float:
     """Return the FLOPs of a training run, relative to a dense run of equal length.
 
@@ -60,6 +64,7 @@ def training_flops(
       history: Measured sparsities to use instead of a distribution:
         `granet_jax.sparsity(masks)` by step, starting at step 0. At each update the
         latest entry counts.
+      stacked: Which axes of a leaf count layers, as in `granet_jax.transform`.
 
     Returns:
       The ratio of FLOPs; 1 for dense training.
@@ -76,7 +81,9 @@ def training_flops(
     check_method(method)
     check_steps("total_steps", total_steps)
     check_type("flops", flops, Flops, "from granet_jax.analysis.flops")
-    shapes = {name: leaf.shape for name, leaf in flops.leaves.items() if leaf.masked}
+    leaves = {name: leaf for name, leaf in flops.leaves.items() if leaf.masked}
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
+    stacks = [stack_axes(stacked, name, leaf) for name, leaf in leaves.items()]
     if not shapes or not flops.dense:
         raise ValueError(
             "flops must have masked leaves, and FLOPs, got "
@@ -88,7 +95,7 @@ def training_flops(
             "leaf is."
         )
     rule = method.distribution if distribution is None else distribution
-    prescribed = _prescribed_densities(method, shapes, rule)
+    prescribed = _prescribed_densities(method, shapes, stacks, rule)
     densities = prescribed if history is None else _measured_densities(history, shapes)
     updates = [t for t in method.updates.steps() if t <= total_steps]
     cost = 0.0
@@ -130,20 +137,24 @@ def _update_reads_gradient(method: Method, start: int, stop: int) -> bool:
 
 
 def _prescribed_densities(
-    method: Method, shapes: Shapes, distribution: Distribution
+    method: Method,
+    shapes: Shapes,
+    stacks: Sequence[Axes],
+    distribution: Distribution,
 ) -> DensityRule:
-    sizes = structures.parts(method.structure, [*shapes.values()])
+    layers = layer_shapes(shapes.values(), stacks)
+    sizes = np.asarray(structures.parts(method.structure, layers))
     by_sparsity: dict[float, Mapping[str, float]] = {}
 
     def densities(step: int, sparsity: float) -> Mapping[str, float]:
         del step
         if sparsity not in by_sparsity:
-            counts = structures.counts(
-                method.structure, [*shapes.values()], sparsity, distribution
-            )
+            counts = structures.counts(method.structure, layers, sparsity, distribution)
+            # The layers of a leaf have the same size.
+            shares = divide(counts / np.maximum(sizes, 1), shapes.values(), stacks)
             by_sparsity[sparsity] = {
-                name: n / size if size else 0.0
-                for name, n, size in zip(shapes, counts, sizes, strict=True)
+                name: float(np.mean(share))
+                for name, share in zip(shapes, shares, strict=True)
             }
         return by_sparsity[sparsity]
 

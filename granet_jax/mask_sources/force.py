@@ -7,6 +7,7 @@ and g is the dense gradient of the masked network (De Jorge et al., ICLR 2021).
 from collections.abc import Iterable
 from typing import Any
 
+from granet_jax.layers import Stacked
 from granet_jax.mask_sources.layer_collapse import OnCollapse, report
 from granet_jax.mask_sources.loss_gradients import LossFn
 from granet_jax.mask_sources.snip import prune_by_sensitivity
@@ -23,6 +24,7 @@ def force(
     rounds: int = 60,
     scope: Scope = "global",
     where: Where = None,
+    stacked: Stacked = None,
     axis_name: str | None = None,
     on_collapse: OnCollapse = "warn",
 ) -> PyTree:
@@ -42,6 +44,7 @@ def force(
       rounds: Number of rounds. A single one is SNIP.
       scope: See `snip`.
       where: See `snip`.
+      stacked: See `snip`.
       axis_name: See `snip`.
       on_collapse: See `snip`.
 
@@ -63,8 +66,9 @@ def force(
         rounds=rounds,
         scope=scope,
         where=where,
+        stacked=stacked,
         axis_name=axis_name,
         on_collapse=on_collapse,
         revive=True,
     )
-    return report(masks, on_collapse)
+    return report(masks, on_collapse, stacked=stacked)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from granet_jax.checks import check_sparsity
+from granet_jax.layers import Stacked
 from granet_jax.mask_sources.layer_collapse import OnCollapse, check_action, report
 from granet_jax.mask_sources.loss_gradients import (
     LossFn,
@@ -38,6 +39,7 @@ def grasp(
     *,
     scope: Scope = "global",
     where: Where = None,
+    stacked: Stacked = None,
     axis_name: str | None = None,
     on_collapse: OnCollapse = "warn",
 ) -> PyTree:
@@ -53,6 +55,7 @@ def grasp(
       sparsity: Share of pruned weights, in [0, 1).
       scope: See `snip`.
       where: See `snip`.
+      stacked: See `snip`.
       axis_name: See `snip`.
       on_collapse: See `snip`.
 
@@ -69,8 +72,11 @@ def grasp(
     check_sparsity("sparsity", sparsity)
     check_scope(scope)
     check_action(on_collapse)
-    scores = grasp_scores(loss_fn, params, batches, where=where, axis_name=axis_name)
-    return report(select(scores, sparsity, scope=scope), on_collapse)
+    scores = grasp_scores(
+        loss_fn, params, batches, where=where, stacked=stacked, axis_name=axis_name
+    )
+    masks = select(scores, sparsity, scope=scope, stacked=stacked)
+    return report(masks, on_collapse, stacked=stacked)
 
 
 def grasp_scores(
@@ -79,6 +85,7 @@ def grasp_scores(
     batches: Iterable[Any],
     *,
     where: Where = None,
+    stacked: Stacked = None,
     axis_name: str | None = None,
 ) -> PyTree:
     """Return the scores of GraSP, w (H g) with their signs, for `select`.
@@ -88,6 +95,7 @@ def grasp_scores(
       params: See `grasp`.
       batches: See `grasp`.
       where: See `grasp`.
+      stacked: See `grasp`.
       axis_name: See `grasp`.
 
     Returns:
@@ -99,7 +107,7 @@ def grasp_scores(
     """
     check_loss(loss_fn, axis_name)
     check_batches(batches, passes=2)
-    masks = full_masks(params, where)
+    masks = full_masks(params, where, stacked)
     gradient = gradient_of(loss_fn, axis_name)
 
     def hessian_product(

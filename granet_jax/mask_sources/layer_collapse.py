@@ -18,6 +18,7 @@ from jax.core import Tracer
 
 from granet_jax import masking
 from granet_jax.checks import check_function
+from granet_jax.layers import Axes, Stacked, layer_axes, stack_axes
 from granet_jax.masking import PyTree
 
 OnCollapse = Literal["warn", "error", "ignore"]
@@ -32,8 +33,8 @@ class Collapse(NamedTuple):
     """Result of `collapse`, with values on the host.
 
     Attributes:
-      empty: Names of the maskable leaves without active weights ("dense/kernel"). In a
-        network without branches, one empty leaf disconnects the output. In parallel
+      empty: Names of the layers without active weights ("dense/kernel"). In a network
+        without branches, one empty layer disconnects the output. In parallel
         with a shortcut it need not.
       connected: Whether some path leads from the input to the output, or None if it was
         not determined.
@@ -49,14 +50,16 @@ def collapse(
     apply_fn: ApplyFn | None = None,
     params: PyTree = None,
     inputs: Any = None,
+    stacked: Stacked = None,
 ) -> Collapse:
-    """Find the leaves without active weights, and whether the network is connected.
+    """Find the layers without active weights, and whether the network is connected.
 
     Args:
       masks: Pytree of masks with known (not traced) values.
       apply_fn: See `connected`. If None, only the masks are inspected.
       params: See `connected`.
       inputs: See `connected`.
+      stacked: Which axes of a leaf count layers, as in `granet_jax.transform`.
 
     Returns:
       A `Collapse`.
@@ -66,19 +69,28 @@ def collapse(
     """
     masks = masking.given_masks(masks)
     masking.check_concrete("masks", masks)
+    layers = masking.by_layer(masks, stacked)
     has_weights = {
         masking.leaf_name(path): jnp.any(m)
-        for path, m in jax.tree_util.tree_leaves_with_path(masks)
+        for path, m in jax.tree_util.tree_leaves_with_path(layers)
         if m.size
     }
     has_weights = jax.device_get(has_weights)
     empty = tuple(name for name, has_any in has_weights.items() if not has_any)
     if apply_fn is None:
         return Collapse(empty, None)
-    return Collapse(empty, connected(apply_fn, params, masks, inputs))
+    reaches = connected(apply_fn, params, masks, inputs, stacked=stacked)
+    return Collapse(empty, reaches)
 
 
-def connected(apply_fn: ApplyFn, params: PyTree, masks: PyTree, inputs: Any) -> bool:
+def connected(
+    apply_fn: ApplyFn,
+    params: PyTree,
+    masks: PyTree,
+    inputs: Any,
+    *,
+    stacked: Stacked = None,
+) -> bool:
     """Return whether some path of active weights leads from the input to the output.
 
     This depends on the masks and the architecture, not on the values of the weights. It
@@ -93,6 +105,7 @@ def connected(apply_fn: ApplyFn, params: PyTree, masks: PyTree, inputs: Any) -> 
       masks: Pytree of masks with known (not traced) values.
       inputs: Array or `jax.ShapeDtypeStruct` (or a pytree of them) with a batch of one
         example; the values are not read.
+      stacked: Which axes of a leaf count layers, as in `granet_jax.transform`.
 
     Returns:
       True or False.
@@ -105,7 +118,7 @@ def connected(apply_fn: ApplyFn, params: PyTree, masks: PyTree, inputs: Any) -> 
     check_inputs(inputs)
     masking.check_concrete("masks", masks)
     masks = masking.check_masks(masks, params)
-    result = _is_connected(apply_fn, params, masks, inputs)
+    result = _is_connected(apply_fn, params, masks, inputs, stacked)
     if result is None:
         raise ValueError(
             "apply_fn has no path from input to output that can be followed, even with "
@@ -123,6 +136,7 @@ def report(
     apply_fn: ApplyFn | None = None,
     params: PyTree = None,
     inputs: Any = None,
+    stacked: Stacked = None,
 ) -> PyTree:
     """Return `masks`, after a warning or an error if they have collapsed.
 
@@ -130,9 +144,9 @@ def report(
     """
     if on_collapse == "ignore" or is_traced(masks):
         return masks
-    result = collapse(masks)
+    result = collapse(masks, stacked=stacked)
     if apply_fn is not None:
-        is_connected = _is_connected(apply_fn, params, masks, inputs)
+        is_connected = _is_connected(apply_fn, params, masks, inputs, stacked)
         result = result._replace(connected=is_connected)
     if not result.empty and result.connected is not False:
         return masks
@@ -165,21 +179,30 @@ def _describe(result: Collapse) -> str:
 
 
 def _is_connected(
-    apply_fn: ApplyFn, params: PyTree, masks: PyTree, inputs: Any
+    apply_fn: ApplyFn, params: PyTree, masks: PyTree, inputs: Any, stacked: Stacked
 ) -> bool | None:
     """Decide as `connected` does; return None if the dense network has no path."""
     dense = jax.tree.map(jnp.ones_like, masks)
     with jax.enable_x64(True):
-        reaches = jax.jit(lambda masks: _reaches(apply_fn, params, masks, inputs))
+        reaches = jax.jit(
+            lambda masks: _reaches(apply_fn, params, masks, inputs, stacked)
+        )
         if bool(reaches(masks)):
             return True
         return False if bool(reaches(dense)) else None
 
 
-def _reaches(apply_fn: ApplyFn, params: PyTree, masks: PyTree, inputs: Any) -> Array:
+def _reaches(
+    apply_fn: ApplyFn, params: PyTree, masks: PyTree, inputs: Any, stacked: Stacked
+) -> Array:
     """Return whether some output grows when all inputs grow, in float64."""
-    weights = jax.tree.map(
-        _averaging_weights, masks, params, is_leaf=masking.is_masked_node
+    weights = jax.tree_util.tree_map_with_path(
+        lambda path, mask, param: _averaging_weights(
+            mask, param, stack_axes(stacked, masking.leaf_name(path), param)
+        ),
+        masks,
+        params,
+        is_leaf=masking.is_masked_node,
     )
     leaves, treedef = jax.tree.flatten(inputs)
     values = [
@@ -202,14 +225,15 @@ def _reaches(apply_fn: ApplyFn, params: PyTree, masks: PyTree, inputs: Any) -> A
     return jnp.all(finite) & jnp.any(positive)
 
 
-def _averaging_weights(mask: Any, param: Any) -> Array:
+def _averaging_weights(mask: Any, param: Any, axes: Axes) -> Array:
     """Return weights that average the active inputs of a unit, and ones for vectors."""
     if not _is_floating(param):
         return jnp.zeros(param.shape, param.dtype)
     active = jnp.ones(param.shape, bool) if masking.is_masked_node(mask) else mask
-    if len(param.shape) < 2:
+    within = layer_axes(active.ndim, axes)
+    if len(within) < 2:
         return active.astype(jnp.float64)
-    input_axes = tuple(range(len(param.shape) - 1))
+    input_axes = within[:-1]  # The last one counts the outputs.
     fan_in = jnp.sum(active, axis=input_axes, keepdims=True)
     return jnp.where(active, 1.0 / jnp.maximum(fan_in, 1), 0.0)
 

@@ -16,9 +16,11 @@ from jax import Array
 
 from granet_jax import distributions, masking
 from granet_jax.checks import check_flag, check_integer, check_key, got, is_number
+from granet_jax.layers import Stacked, layer_shapes
 from granet_jax.mask_sources.layer_collapse import OnCollapse, check_action, report
 from granet_jax.mask_sources.select import check_finite, count_array, full_masks
 from granet_jax.masking import PyTree, Where
+from granet_jax.phases import active
 from granet_jax.selection import Scope, check_scope, top_k
 
 # (params, masks, key) -> trained params.
@@ -54,6 +56,7 @@ def lottery_tickets(
     retrain: Train | None = None,
     key: Array,
     where: Where = None,
+    stacked: Stacked = None,
     ticket: Ticket | None = None,
     on_collapse: OnCollapse = "warn",
 ) -> Iterator[Ticket]:
@@ -87,13 +90,14 @@ def lottery_tickets(
       rounds: Number of prunings. There is one more training than that.
       fraction: Share of the active weights to prune in each round, in (0, 1), or a
         sequence with one share per round.
-      scope: "global" ranks the weights of all leaves together, "layer" within each.
+      scope: "global" ranks the weights of all layers together, "layer" within each.
       rewind: Whether training starts from `params` in each round, or from the trained
         weights.
       retrain: Function like `train` for all rounds but the dense one; `train` by
         default.
       key: Random key. Round r trains with `jax.random.fold_in(key, r)`.
       where: Which leaves carry a mask, as in `granet_jax.transform`.
+      stacked: Which axes of a leaf count layers, as in `granet_jax.transform`.
       ticket: Ticket to continue after. The result is bit-identical to an uninterrupted
         run if the other arguments are the same.
       on_collapse: "warn", "error" or "ignore": the reaction to a leaf that is left
@@ -121,7 +125,7 @@ def lottery_tickets(
     check_scope(scope)
     check_action(on_collapse)
     check_key(key)
-    full = full_masks(params, where)
+    full = full_masks(params, where, stacked)
     if ticket is not None:
         _check_ticket(ticket, params, full)
 
@@ -131,9 +135,9 @@ def lottery_tickets(
         for number in range(start, int(rounds) + 1):
             masks, weights = full, params
             if last is not None:
-                masks = _prune(last, 1.0 - densities[number], scope)
+                masks = _prune(last, 1.0 - densities[number], scope, stacked)
                 weights = params if rewind else last.trained
-                report(masks, on_collapse)
+                report(masks, on_collapse, stacked=stacked)
             weights = masking.apply_masks(weights, masks)
             train_round = train if retrain is None or number == 0 else retrain
             trained = train_round(weights, masks, jax.random.fold_in(key, number))
@@ -144,15 +148,15 @@ def lottery_tickets(
     return tickets()
 
 
-def _prune(ticket: Ticket, sparsity: float, scope: Scope) -> PyTree:
+def _prune(ticket: Ticket, sparsity: float, scope: Scope, stacked: Stacked) -> PyTree:
     """Return the ticket's masks without the smallest of its trained weights."""
     masks, treedef = jax.tree.flatten(ticket.masks)
-    shapes = [tuple(m.shape) for m in masks]
+    stacks = masking.stacks_of(ticket.masks, stacked)
+    shapes = layer_shapes([tuple(m.shape) for m in masks], stacks)
     if scope == "global":
         keep = distributions.total_count(sum(map(math.prod, shapes)), sparsity)
     else:
-        active = jax.device_get(masking.active_counts(ticket.masks))
-        caps = [int(n) for n in active]
+        caps = jax.device_get(active(masks, stacks)).tolist()
         keep = distributions.counts(shapes, sparsity, "uniform", caps=caps)
     weights = masking.maskable_leaves(ticket.trained, ticket.masks)
     kept = top_k(
@@ -160,6 +164,7 @@ def _prune(ticket: Ticket, sparsity: float, scope: Scope) -> PyTree:
         count_array(keep, shapes, scope),
         among=masks,
         scope=scope,
+        stacks=stacks,
     )
     return treedef.unflatten(kept)
 

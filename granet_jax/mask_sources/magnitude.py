@@ -1,6 +1,7 @@
 """Magnitude pruning in one shot, by the score abs(w) (Han et al., NeurIPS 2015)."""
 
 from granet_jax import scores
+from granet_jax.layers import Stacked
 from granet_jax.mask_sources.layer_collapse import OnCollapse
 from granet_jax.mask_sources.select import from_score
 from granet_jax.masking import PyTree, Where
@@ -15,6 +16,7 @@ def magnitude(
     scope: Scope = "global",
     structure: Structure | None = None,
     where: Where = None,
+    stacked: Stacked = None,
     on_collapse: OnCollapse = "warn",
 ) -> PyTree:
     """Return masks of the weights with the largest abs(w), before or after training.
@@ -29,6 +31,7 @@ def magnitude(
       scope: "global" or "layer", see `select`.
       structure: Structure of the masks, see `select`.
       where: Which leaves carry a mask, as in `granet_jax.transform`.
+      stacked: Which axes of a leaf count layers, as in `granet_jax.transform`.
       on_collapse: Reaction to a leaf without active weights, see `from_score`.
 
     Returns:
@@ -47,5 +50,6 @@ def magnitude(
         scope=scope,
         structure=structure,
         where=where,
+        stacked=stacked,
         on_collapse=on_collapse,
     )

@@ -14,8 +14,9 @@ from jax import Array, lax
 
 from granet_jax import distributions, structures
 from granet_jax.distributions import Shape
+from granet_jax.layers import Stacked, layer_shapes
 from granet_jax.mask_sources.select import check_finite, count_array
-from granet_jax.masking import PyTree
+from granet_jax.masking import PyTree, stacks_of
 from granet_jax.selection import Scope, top_k
 
 
@@ -26,6 +27,7 @@ def select_in_rounds(
     rounds: int,
     *,
     scope: Scope,
+    stacked: Stacked,
     revive: bool,
     traced: bool,
 ) -> PyTree:
@@ -37,6 +39,7 @@ def select_in_rounds(
       sparsity: Sparsity after the last round.
       rounds: Number of rounds.
       scope: "global" or "layer".
+      stacked: Which axes of a leaf count layers, as in `granet_jax.transform`.
       revive: Whether a round selects among all weights, so that pruned weights may
         return, or only among those that are active.
       traced: Whether this is part of a traced function. If so, the rounds are one
@@ -48,13 +51,16 @@ def select_in_rounds(
       The masks after the last round.
     """
     first, treedef = jax.tree.flatten(masks)
-    counts = _counts_by_round([m.shape for m in first], sparsity, rounds, scope)
+    stacks = stacks_of(masks, stacked)
+    shapes = layer_shapes([m.shape for m in first], stacks)
+    counts = _counts_by_round(shapes, sparsity, rounds, scope)
 
     def one_round(masks: list[Array], keep: Any) -> list[Array]:
         scores = score(treedef.unflatten(masks))
         check_finite("scores", scores)
         among = None if revive else masks
-        return top_k(jax.tree.leaves(scores), keep, among=among, scope=scope)
+        ranked = jax.tree.leaves(scores)
+        return top_k(ranked, keep, among=among, scope=scope, stacks=stacks)
 
     masks = first
     if traced and rounds > 1:
@@ -69,7 +75,7 @@ def select_in_rounds(
 def _counts_by_round(
     shapes: Sequence[Shape], sparsity: float, rounds: int, scope: Scope
 ) -> np.ndarray:
-    """Return (rounds,) active weights in all leaves, or (rounds, leaves) by leaf."""
+    """Return (rounds,) active weights in all layers, or (rounds, layers) by layer."""
     size = sum(structures.parts(None, shapes))
     rows: list[Any] = []
     for k in range(1, rounds + 1):
@@ -78,7 +84,7 @@ def _counts_by_round(
         if scope == "global":
             rows.append(distributions.total_count(size, reached))
         else:
-            # Rounding must not give a leaf more weights than the last round left it.
+            # Rounding must not give a layer more weights than the last round left it.
             caps = rows[-1] if rows else None
             rows.append(distributions.counts(shapes, reached, "uniform", caps))
     return count_array(rows, shapes, scope)

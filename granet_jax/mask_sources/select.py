@@ -19,6 +19,14 @@ from jax import Array
 from granet_jax import distributions, masking, structures
 from granet_jax.checks import check_function, check_key, check_sparsity
 from granet_jax.distributions import Shape
+from granet_jax.layers import (
+    Axes,
+    Stacked,
+    fold_in_each,
+    layer_names,
+    layer_shapes,
+    over_layers,
+)
 from granet_jax.mask_sources.layer_collapse import (
     OnCollapse,
     check_action,
@@ -37,10 +45,11 @@ def select(
     *,
     scope: Scope = "global",
     structure: Structure | None = None,
+    stacked: Stacked = None,
 ) -> PyTree:
     """Return masks of the weights with the largest scores, exactly as sparse as asked.
 
-    Equal scores are ordered by leaf, then by row-major index, and the first are kept.
+    Equal scores are ordered by layer, then by row-major index, and the first are kept.
     To keep the smallest scores instead, as the control experiment of Frankle et al.
     (2021) does, call `select(jax.tree.map(jnp.negative, scores), sparsity)`.
 
@@ -48,11 +57,12 @@ def select(
       scores: Pytree of arrays, with `optax.MaskedNode()` at leaves without a mask.
         float64 scores are compared in float64 even where JAX has not enabled it.
       sparsity: Share of pruned weights, in [0, 1).
-      scope: "global" ranks the weights of all leaves together. "layer" ranks them
-        within each leaf. All leaves then get the same sparsity, rounded by largest
+      scope: "global" ranks the weights of all layers together. "layer" ranks them
+        within each layer. All layers then get the same sparsity, rounded by largest
         remainder so that the total is exact.
       structure: Structure of the masks, from `granet_jax.structures` (which documents
         how the counts are rounded). None prunes single weights.
+      stacked: Which axes of a leaf count layers, as in `granet_jax.transform`.
 
     Returns:
       Masks with the structure of `scores`.
@@ -76,8 +86,9 @@ def select(
     leaves, treedef = jax.tree.flatten(scores)
     if not leaves:
         raise ValueError(f"scores holds no array, got {scores!r}: nothing to rank.")
-    structures.check_leaves(structure, named_shapes(scores))
-    shapes = [tuple(x.shape) for x in leaves]
+    stacks = masking.stacks_of(scores, stacked)
+    structures.check_leaves(structure, named_shapes(scores), stacks)
+    shapes = layer_shapes([tuple(x.shape) for x in leaves], stacks)
     with _enough_precision(leaves):
         check_finite("scores", scores)
         if scope == "global":
@@ -86,7 +97,11 @@ def select(
         else:
             keep = structures.counts(structure, shapes, sparsity, "uniform")
         masks = structures.select(
-            structure, leaves, count_array(keep, shapes, scope), scope=scope
+            structure,
+            leaves,
+            count_array(keep, shapes, scope),
+            scope=scope,
+            stacks=stacks,
         )
     return treedef.unflatten(masks)
 
@@ -99,6 +114,7 @@ def from_score(
     scope: Scope = "global",
     structure: Structure | None = None,
     where: Where = None,
+    stacked: Stacked = None,
     key: Array | None = None,
     on_collapse: OnCollapse = "warn",
 ) -> PyTree:
@@ -114,9 +130,10 @@ def from_score(
       scope: "global" or "layer", see `select`.
       structure: Structure of the masks, see `select`.
       where: Which leaves carry a mask, as in `granet_jax.transform`.
+      stacked: Which axes of a leaf count layers, as in `granet_jax.transform`.
       key: Random key for scores that draw random numbers, `jax.random.key(0)` by
-        default. Each leaf gets its own key, derived from the leaf's name.
-      on_collapse: "warn", "error" or "ignore": the reaction to a leaf that is left
+        default. Each layer gets its own key, derived from its name.
+      on_collapse: "warn", "error" or "ignore": the reaction to a layer that is left
         without active weights.
 
     Returns:
@@ -124,7 +141,7 @@ def from_score(
 
     Raises:
       ValueError, TypeError: As `select` and `masking.maskable`. ValueError also for a
-        collapsed leaf if `on_collapse="error"`.
+        collapsed layer if `on_collapse="error"`.
     """
     check_sparsity("sparsity", sparsity)
     check_scope(scope)
@@ -132,35 +149,42 @@ def from_score(
     check_function("score", score, "a function of ScoreInputs, as granet_jax.scores")
     key = jax.random.key(0) if key is None else key
     check_key(key)
-    masks = full_masks(params, where)
-    scores = evaluate(score, masks, masking.maskable_leaves(params, masks), key)
-    masks = select(scores, sparsity, scope=scope, structure=structure)
-    return report(masks, on_collapse)
+    masks = full_masks(params, where, stacked)
+    weights = masking.maskable_leaves(params, masks)
+    scores = evaluate(score, masks, weights, key, stacked)
+    masks = select(scores, sparsity, scope=scope, structure=structure, stacked=stacked)
+    return report(masks, on_collapse, stacked=stacked)
 
 
-def evaluate(score: Score, masks: PyTree, weights: Sequence[Any], key: Array) -> PyTree:
+def evaluate(
+    score: Score,
+    masks: PyTree,
+    weights: Sequence[Array],
+    key: Array,
+    stacked: Stacked = None,
+) -> PyTree:
     """Evaluate a score on every leaf of `masks`, whose weights are listed in order."""
     named, treedef = jax.tree_util.tree_flatten_with_path(masks)
     names = [masking.leaf_name(path) for path, _ in named]
-    by_name = dict(zip(names, weights, strict=True))
-    return treedef.unflatten(
-        score(
-            ScoreInputs(
-                param=by_name[name],
-                grad=None,
-                mask=mask,
-                average=None,
-                # A leaf's random numbers depend on its name, not on the other leaves.
-                key=jax.random.fold_in(key, zlib.crc32(name.encode())),
-                name=name,
-                weights=by_name,
-            )
-        )
-        for name, (_, mask) in zip(names, named, strict=True)
-    )
+    stacks = masking.stacks_of(masks, stacked)
+    leaves = list(zip(names, [m for _, m in named], weights, stacks, strict=True))
+    by_name = {name: weight for name, _, weight, axes in leaves if not axes}
+
+    def of_leaf(name: str, mask: Array, weight: Array, axes: Axes) -> Array:
+        def of_layer(key: Array, values: tuple[Array, Array]) -> Array:
+            param, mask = values
+            return score(ScoreInputs(param, None, mask, None, key, name, by_name))
+
+        # A layer's random numbers depend on its name, not on the other layers.
+        hashes = [zlib.crc32(x.encode()) for x in layer_names(name, mask.shape, axes)]
+        shape = [mask.shape[axis] for axis in axes]
+        keys = fold_in_each(key, np.asarray(hashes, np.uint32).reshape(shape))
+        return over_layers(of_layer, axes)(keys, (weight, mask))
+
+    return treedef.unflatten(of_leaf(*leaf) for leaf in leaves)
 
 
-def full_masks(params: PyTree, where: Where) -> PyTree:
+def full_masks(params: PyTree, where: Where, stacked: Stacked = None) -> PyTree:
     """Return masks with every weight active, sharded like the parameters."""
     return jax.tree.map(
         lambda p, is_maskable: (
@@ -169,7 +193,7 @@ def full_masks(params: PyTree, where: Where) -> PyTree:
             else optax.MaskedNode()
         ),
         params,
-        masking.maskable(params, where),
+        masking.maskable(params, where, stacked),
     )
 
 

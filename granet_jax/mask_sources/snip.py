@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from granet_jax.checks import check_integer, check_sparsity
+from granet_jax.layers import Stacked
 from granet_jax.mask_sources.layer_collapse import (
     OnCollapse,
     check_action,
@@ -42,6 +43,7 @@ def snip(
     rounds: int = 1,
     scope: Scope = "global",
     where: Where = None,
+    stacked: Stacked = None,
     axis_name: str | None = None,
     on_collapse: OnCollapse = "warn",
 ) -> PyTree:
@@ -60,6 +62,7 @@ def snip(
       rounds: Number of rounds.
       scope: "global" or "layer", see `select`.
       where: Which leaves carry a mask, as in `granet_jax.transform`.
+      stacked: Which axes of a leaf count layers, as in `granet_jax.transform`.
       axis_name: Mapped axis (of `pmap` or `shard_map`) whose devices hold different
         batches. Gradients are averaged over it, so that all devices get the same
         masks. Leave it None under `jit`, where sharded arrays need no name.
@@ -88,11 +91,12 @@ def snip(
         rounds=rounds,
         scope=scope,
         where=where,
+        stacked=stacked,
         axis_name=axis_name,
         on_collapse=on_collapse,
         revive=False,
     )
-    return report(masks, on_collapse)
+    return report(masks, on_collapse, stacked=stacked)
 
 
 def snip_scores(
@@ -101,6 +105,7 @@ def snip_scores(
     batches: Iterable[Any],
     *,
     where: Where = None,
+    stacked: Stacked = None,
     axis_name: str | None = None,
 ) -> PyTree:
     """Return the scores of SNIP, abs(w dL/dw), for `select`.
@@ -110,6 +115,7 @@ def snip_scores(
       params: See `snip`.
       batches: See `snip`.
       where: See `snip`.
+      stacked: See `snip`.
       axis_name: See `snip`.
 
     Returns:
@@ -122,7 +128,7 @@ def snip_scores(
     check_loss(loss_fn, axis_name)
     check_batches(batches, passes=1)
     score = _sensitivity(loss_fn, params, batches, axis_name, revive=False)
-    return score(full_masks(params, where))
+    return score(full_masks(params, where, stacked))
 
 
 def prune_by_sensitivity(
@@ -134,6 +140,7 @@ def prune_by_sensitivity(
     rounds: int,
     scope: Scope,
     where: Where,
+    stacked: Stacked,
     axis_name: str | None,
     on_collapse: OnCollapse,
     revive: bool,
@@ -147,10 +154,11 @@ def prune_by_sensitivity(
     check_batches(batches, passes=rounds)
     return select_in_rounds(
         _sensitivity(loss_fn, params, batches, axis_name, revive=revive),
-        full_masks(params, where),
+        full_masks(params, where, stacked),
         sparsity,
         rounds,
         scope=scope,
+        stacked=stacked,
         revive=revive,
         traced=is_traced(params, batches),
     )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from granet_jax.checks import check_function, check_integer, check_sparsity
+from granet_jax.layers import Stacked
 from granet_jax.mask_sources.layer_collapse import (
     ApplyFn,
     OnCollapse,
@@ -41,6 +42,7 @@ def synflow(
     rounds: int = 100,
     scope: Scope = "global",
     where: Where = None,
+    stacked: Stacked = None,
     on_collapse: OnCollapse = "warn",
 ) -> PyTree:
     """Return the masks of SynFlow.
@@ -65,6 +67,7 @@ def synflow(
         sparsity.
       scope: "global" or "layer", see `select`.
       where: Which leaves carry a mask, as in `granet_jax.transform`.
+      stacked: Which axes of a leaf count layers, as in `granet_jax.transform`.
       on_collapse: "warn", "error" or "ignore": the reaction to a leaf that is left
         without active weights, or to a disconnected network.
 
@@ -86,7 +89,7 @@ def synflow(
     check_scope(scope)
     check_action(on_collapse)
     _check_network(apply_fn, inputs)
-    masks = full_masks(params, where)
+    masks = full_masks(params, where, stacked)
     with jax.enable_x64(True):
         masks = select_in_rounds(
             _flow_score(apply_fn, params, inputs),
@@ -94,14 +97,27 @@ def synflow(
             sparsity,
             rounds,
             scope=scope,
+            stacked=stacked,
             revive=False,
             traced=is_traced(params),
         )
-    return report(masks, on_collapse, apply_fn=apply_fn, params=params, inputs=inputs)
+    return report(
+        masks,
+        on_collapse,
+        apply_fn=apply_fn,
+        params=params,
+        inputs=inputs,
+        stacked=stacked,
+    )
 
 
 def synflow_scores(
-    apply_fn: ApplyFn, params: PyTree, inputs: Any, *, where: Where = None
+    apply_fn: ApplyFn,
+    params: PyTree,
+    inputs: Any,
+    *,
+    where: Where = None,
+    stacked: Stacked = None,
 ) -> PyTree:
     """Return the scores of SynFlow with nothing pruned, for `select`.
 
@@ -110,6 +126,7 @@ def synflow_scores(
       params: See `synflow`.
       inputs: See `synflow`.
       where: See `synflow`.
+      stacked: See `synflow`.
 
     Returns:
       Pytree with the structure of `params`: float64 arrays at maskable leaves,
@@ -120,7 +137,7 @@ def synflow_scores(
       ValueError: As `synflow`.
     """
     _check_network(apply_fn, inputs)
-    masks = full_masks(params, where)
+    masks = full_masks(params, where, stacked)
     with jax.enable_x64(True):
         return _flow_score(apply_fn, params, inputs)(masks)
 

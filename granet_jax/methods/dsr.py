@@ -1,7 +1,7 @@
 """DSR: one adaptive threshold for all layers (Mostafa & Wang 2019).
 
 At every update step, drop the active weights with abs(w) < H, where the threshold H is
-the same in all leaves. Regrow the same number at random, divided among the leaves in
+the same in all layers. Regrow the same number at random, divided among the layers in
 proportion to the active weights that remain in each. With A active weights before the
 update and the fraction r to drop, the threshold doubles if fewer than 0.9 r A weights
 were dropped, and halves if more than 1.1 r A were.
@@ -25,7 +25,7 @@ from granet_jax.redistribution import redistribute
 
 @dataclasses.dataclass(frozen=True)
 class Reallocate(Phase):
-    """Drops weights below a threshold, and regrows the same number across leaves.
+    """Drops weights below a threshold, and regrows the same number across layers.
 
     Attributes:
       fraction: The share of the active weights that an update should drop.
@@ -45,11 +45,11 @@ class Reallocate(Phase):
         size = at.score(scores.magnitude, masks)
         large = [_at_least(s, threshold) for s in size]
         stay = [m & s for m, s in zip(masks, large, strict=True)]
-        remaining = active(stay)
-        total = jnp.sum(active(masks), dtype=remaining.dtype)
+        remaining = active(stay, at.stacks)
+        total = jnp.sum(active(masks, at.stacks), dtype=remaining.dtype)
         dropped = total - jnp.sum(remaining, dtype=remaining.dtype)
 
-        room = active([~m for m in stay])
+        room = active([~m for m in stay], at.stacks)
         share = redistribute(dropped, remaining.astype(jnp.float32), room)
         ranked = at.score(scores.random, stay, growing=True)
 
@@ -57,7 +57,7 @@ class Reallocate(Phase):
         count = dropped.astype(jnp.float32)
         factor = jnp.where(count < 0.9 * target, 2.0, 1.0)
         factor = jnp.where(count > 1.1 * target, 0.5, factor)
-        return grow(stay, ranked, share, "layer"), threshold * factor
+        return grow(stay, ranked, share, at.stacks), threshold * factor
 
 
 def _at_least(size: Array, threshold: Array) -> Array:
