@@ -14,7 +14,7 @@ import optax
 from jax import Array
 from jax.core import Tracer
 
-from granet_jax import dense_weights, masking
+from granet_jax import dense_weights, masking, structures
 from granet_jax.checks import check_flag, check_integer, check_seed
 from granet_jax.dtypes import wider
 from granet_jax.initial_masks import given_masks, init_masks
@@ -220,7 +220,9 @@ def init(setup: Setup, params: PyTree) -> SparseState:
             lambda m, _, p: masking.placed_like(m, p), marked, marked, params
         )
     entered = jax.tree.map(jnp.zeros_like, masks) if method.grows else ()
-    phases = tuple(phase.init(jax.tree.leaves(masks)) for phase in method.phases)
+    stacks = masking.stacks_of(masks, setup.stacked)
+    parts = structures.merge_masks(method.structure, jax.tree.leaves(masks), stacks)
+    phases = tuple(phase.init(parts) for phase in method.phases)
     if setup.packed:
         masks, marked, entered = masking.pack_masks((masks, marked, entered))
     return SparseState(count, masks, inner_state, average, marked, entered, phases)

@@ -12,6 +12,7 @@ number per layer" follows this order.
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -89,18 +90,61 @@ def check_stacked(stacked: Any) -> None:
             ) from error
 
 
-def check_matches(stacked: Stacked, names: Sequence[str]) -> None:
-    """Raise ValueError if a pattern of `stacked` is found in no name."""
+def check_leaves(stacked: Stacked, leaves: Mapping[str, Any]) -> None:
+    """Compare `stacked` with the leaves of a tree, by name.
+
+    Raises:
+      ValueError: A pattern of `stacked` is found in no name.
+
+    Warns:
+      UserWarning: `stacked` is None, and biases or scales look like those of several
+        layers.
+    """
     check_stacked(stacked)
-    if not isinstance(stacked, Mapping):
+    names = list(leaves)
+    if stacked is None:
+        likely = [name for name in names if _looks_stacked(name, leaves)]
+        if likely:
+            warnings.warn(
+                f"{likely[0]!r} of shape {tuple(leaves[likely[0]].shape)} looks as if "
+                "its module kept several layers in one array. They count as a single "
+                "layer now. If an axis counts layers, say which, such as "
+                'stacked={"layers/": 0}; if none does, pass stacked={}.',
+                UserWarning,
+                stacklevel=2,
+            )
         return
-    for pattern in stacked:
+    for pattern in stacked if isinstance(stacked, Mapping) else ():
         if not any(re.search(pattern, name) for name in names):
             raise ValueError(
                 f"stacked has {pattern!r}, which is found in no name of a leaf: there "
                 f"are {', '.join(map(repr, names[:8]))}"
                 f"{', ...' if len(names) > 8 else ''}."
             )
+
+
+def _looks_stacked(name: str, leaves: Mapping[str, Any]) -> bool:
+    """Whether a bias or a scale has one axis more than those of a single layer."""
+    # In the parameters of flax.nnx, an attribute of the parameter comes last.
+    module, _, own = re.sub("/(raw_)?value$", "", name).rpartition("/")
+    shape = tuple(leaves[name].shape)
+    if own in ("scale", "gamma"):
+        return len(shape) == 2 and min(shape) > 1
+    if own not in ("bias", "b") or len(shape) < 2 or max(shape[1:]) == 1:
+        return False
+    # The bias of a stack has the first axis of its kernels, and their outputs, which
+    # are the last axes of a kernel in flax, and the next ones in equinox.
+    n = len(shape)
+    prefix = f"{module}/" if module else ""
+    kernels = [
+        tuple(x.shape)
+        for other, x in leaves.items()
+        if other.startswith(prefix) and len(x.shape) > n
+    ]
+    return any(
+        k[:n] == shape or (k[0] == shape[0] and k[1 - n :] == shape[1:])
+        for k in kernels
+    )
 
 
 def no_stacks(leaves: Sequence[Any]) -> tuple[Axes, ...]:
@@ -202,8 +246,17 @@ def over_layers(
     Returns:
       A function of the keys of all layers, see `layer_keys`, and the arrays of a leaf.
     """
+    mapped = f
     # The outer maps come first, so the inner ones see a leaf without their axes.
     for i in reversed(range(len(axes))):
         axis = axes[i] - i
-        f = jax.vmap(f, in_axes=(0, axis), out_axes=axis)
-    return f
+        mapped = jax.vmap(mapped, in_axes=(0, axis), out_axes=axis)
+
+    def of_leaf(keys: Array, arrays: Any) -> Array:
+        sharding = jax.typeof(jax.tree.leaves(arrays)[0]).sharding
+        if axes and any(sharding.spec):
+            spec = jax.sharding.PartitionSpec(*(sharding.spec[axis] for axis in axes))
+            keys = jax.sharding.reshard(keys, sharding.update(spec=spec))
+        return mapped(keys, arrays)
+
+    return of_leaf

@@ -20,7 +20,7 @@ from jax.core import Tracer
 from granet_jax.layers import (
     Axes,
     Stacked,
-    check_matches,
+    check_leaves,
     check_stacked,
     stack_axes,
 )
@@ -160,7 +160,7 @@ def maskable(params: PyTree, where: Where = None, stacked: Stacked = None) -> Py
             f"params has no leaves, got {params!r}: nothing to make sparse."
         )
     check_arrays("params", params)
-    check_matches(stacked, [leaf_name(path) for path, _ in leaves])
+    check_leaves(stacked, {leaf_name(path): leaf for path, leaf in leaves})
     if where is None or isinstance(where, str) or callable(where):
         rule = _rule(where, stacked)  # pyright: ignore[reportArgumentType]
         chosen = [bool(rule(leaf_name(path), leaf)) for path, leaf in leaves]

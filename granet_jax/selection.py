@@ -198,7 +198,9 @@ def ties_by_rank(keys: Array, threshold: Array, rank: Array) -> Array:
       threshold: The threshold, of a shape that broadcasts to that of `keys`.
       rank: The new key of every entry that equals the threshold, of such a shape too.
     """
-    tied = jnp.where(keys == threshold, rank, jnp.zeros_like(keys))
+    zeros = jnp.zeros_like(keys)
+    # On Explicit mesh axes, the zeros give the ranks the sharding of the keys.
+    tied = jnp.where(keys == threshold, rank | zeros, zeros)
     return jnp.where(keys > threshold, highest(keys.dtype), tied)
 
 

@@ -96,7 +96,7 @@ def test_mean_scores_are_means_up_to_a_common_factor() -> None:
         np.abs(rng.normal(size=m.shape)).astype(np.float32) * 10.0**-i
         for i, m in enumerate(masks)
     ]
-    means = np.asarray(mean_score(masks, values), np.float64)
+    means = np.asarray(mean_score(masks, values, no_stacks(masks)), np.float64)
     pairs = zip(values[:3], masks, strict=False)
     expected = np.asarray([v[m].mean() for v, m in pairs])
     np.testing.assert_allclose(
@@ -108,8 +108,10 @@ def test_mean_scores_are_means_up_to_a_common_factor() -> None:
 
 def test_mean_scores_ignore_values_that_are_not_finite() -> None:
     mask = np.ones(4, bool)
-    clean = mean_score([mask, mask], [np.float32([1, 0, 2, 0]), np.ones(4)])
-    dirty = mean_score([mask, mask], [np.float32([1, np.inf, 2, np.nan]), np.ones(4)])
+    clean = mean_score([mask, mask], [np.float32([1, 0, 2, 0]), np.ones(4)], ((), ()))
+    dirty = mean_score(
+        [mask, mask], [np.float32([1, np.inf, 2, np.nan]), np.ones(4)], ((), ())
+    )
     np.testing.assert_array_equal(clean, dirty)
     assert clean[0] / clean[1] == 0.75
 
@@ -120,7 +122,9 @@ def test_mean_scores_are_relative_to_the_largest(exponent: int) -> None:
     masks = [np.ones(7, bool), np.ones((4, 5), bool)]
     scores = [rng.random(m.shape, np.float32) for m in masks]
     scaled = [np.ldexp(s, exponent) for s in scores]
-    np.testing.assert_array_equal(mean_score(masks, scaled), mean_score(masks, scores))
+    np.testing.assert_array_equal(
+        *(mean_score(masks, x, no_stacks(masks)) for x in (scaled, scores))
+    )
 
 
 @pytest.mark.parametrize("size", [1, 255, 300, 5000])
@@ -128,9 +132,9 @@ def test_mean_scores_are_precise_and_do_not_overflow(size: int) -> None:
     mask, single = np.ones(size, bool), np.ones(1, bool)
     # 24 bits below the largest score still count, in a leaf of any size.
     small = np.full(size, 2.0**-23, np.float32)
-    means = mean_score([mask, single], [small, np.ones(1, np.float32)])
+    means = mean_score([mask, single], [small, np.ones(1, np.float32)], ((), ()))
     assert means[0] / means[1] == 2.0**-23
     # The largest scores of a leaf sum up without overflow.
     almost = np.full(size, np.nextafter(np.float32(2), np.float32(0)))
-    means = mean_score([mask, single], [almost, almost[:1]])
+    means = mean_score([mask, single], [almost, almost[:1]], ((), ()))
     np.testing.assert_allclose(means[0], means[1], rtol=1e-6)

@@ -215,7 +215,7 @@ def test_fill_takes_the_best_of_the_inactive() -> None:
     mask = jnp.asarray([[True], [False], [False], [False]])
     score = jnp.asarray([[0.0], [1.0], [2.0], [2.0]])
     (filled,) = structures.fill(
-        structures.n_of_m(2, 4), [mask], [score], jnp.asarray([2])
+        structures.n_of_m(2, 4), [mask], [score], [jnp.asarray(2)], ((),)
     )
     assert filled.ravel().tolist() == [True, False, True, False]
 
