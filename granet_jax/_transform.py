@@ -17,6 +17,7 @@ from jax.core import Tracer
 from granet_jax import dense_weights, masking
 from granet_jax.checks import check_flag, check_integer, check_seed
 from granet_jax.dtypes import wider
+from granet_jax.frozen import warn_of_frozen_leaves
 from granet_jax.initial_masks import given_masks, init_masks
 from granet_jax.masking import PyTree, Where, map_masked
 from granet_jax.methods.method import Method, check_method
@@ -182,6 +183,7 @@ def init(setup: Setup, params: PyTree) -> SparseState:
     if setup.has_inner:
         inner_state = setup.optimizer.init(params)
         refuse_flattened(inner_state, params)
+        warn_of_frozen_leaves(setup.optimizer, inner_state, params, masks)
     average = ()
     if method.average_decay is not None:
         average = map_masked(
