@@ -55,6 +55,7 @@ _MINIMA = {
     "optimizer.warmup_steps": 0,
     "optimizer.accumulate": 1,
     "masks.interval": 1,
+    "masks.warmup": 0,
     "masks.cycles": 1,
     "masks.rounds": 1,
     "masks.images": 1,

@@ -75,6 +75,8 @@ CONFIG = [
     ({"masks.fraction": 2}, r"fraction must be in \[0, 1\], got 2"),
     ({"masks.initial_sparsity": 0.95}, "initial_sparsity must be at"),
     ({"masks.cycles": 0}, "masks.cycles must be at least 1"),
+    ({"masks.warmup": -1}, "masks.warmup must be at least 0, got -1"),
+    ({"method": "gmp", "masks.warmup": 9}, "warmup is not .* 'gmp', only of granet"),
     ({"masks.stop": 0.5}, "stop is not an option of method 'granet'"),
     ({"method": "static", "masks.fraction": 0.3}, "fraction is not .*, only of granet"),
     ({"method": "acdc", "masks.recovery": "hard"}, "recovery is not .* of cyclical"),
