@@ -84,6 +84,7 @@ class LotteryConfig:
             "vmap_seeds": False,
             "baseline": False,
             "out": None,
+            "init_from": None,
             "distributed": DistributedConfig(),
         }
         for name, value in fixed.items():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from experiments.training import devices, loop
 from experiments.training.atomic_files import read_json, write_json
 from experiments.training.exit_status import exit_status
 from experiments.training.metrics import Log
-from experiments.training.run_folders import DEFAULT_FOLDER, run_name
+from experiments.training.run_folders import DEFAULT_FOLDER, run_name, seeds_of
 from experiments.training.stop_signal import StopSignal
 
 
@@ -279,15 +278,8 @@ def missing(seeds: int, groups: Sequence[range]) -> list[int]:
 
 def _started(config: Config, folder: pathlib.Path) -> list[range]:
     """Return the groups of seeds in the folder of a cell."""
-    started = []
-    for path in folder.glob(f"{config.method}-seed*"):
-        name = path.name.removeprefix(f"{config.method}-")
-        match = re.fullmatch(r"seed(\d+)|seeds(\d+)-(\d+)", name)
-        if match is None:
-            continue
-        first = int(match[1] or match[2])
-        if first < config.seeds:
-            started.append(range(first, int(match[3] or first) + 1))
+    found = [seeds_of(path, config.method) for path in folder.glob("*")]
+    started = [seeds for seeds in found if seeds and seeds[0] < config.seeds]
     return sorted(started, key=lambda seeds: seeds[0])
 
 

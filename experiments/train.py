@@ -39,7 +39,7 @@ def run(config: Config) -> list[training_report.MethodRuns]:
       loop.StoppedError: SIGTERM or SIGINT arrived. Checkpoints are kept.
     """
     configs = [config]
-    if config.baseline and config.method != "dense":
+    if config.baseline and config.method != "dense" and config.init_from is None:
         configs.append(dataclasses.replace(config, method="dense", masks=MaskConfig()))
 
     def prepare() -> tuple[Dataset | Stream, loop.TrainSetup, pathlib.Path]:

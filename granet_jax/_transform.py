@@ -17,6 +17,7 @@ from jax.core import Tracer
 from granet_jax import dense_weights, masking, structures
 from granet_jax.checks import check_flag, check_integer, check_seed
 from granet_jax.dtypes import wider
+from granet_jax.frozen import warn_of_frozen_leaves
 from granet_jax.initial_masks import given_masks, init_masks
 from granet_jax.layers import Stacked, check_stacked
 from granet_jax.masking import PyTree, Where, map_masked
@@ -200,6 +201,7 @@ def init(setup: Setup, params: PyTree) -> SparseState:
     if setup.has_inner:
         inner_state = setup.optimizer.init(params)
         refuse_flattened(inner_state, params)
+        warn_of_frozen_leaves(setup.optimizer, inner_state, params, masks)
     average = ()
     if method.average_decay is not None:
         average = map_masked(

@@ -44,18 +44,21 @@ _SOURCES: dict[str | None, frozenset[str]] = {
 # The options of MaskConfig that each method has.
 _START = frozenset({"distribution", "source", "rounds", "images", "tickets"})
 _GRADUAL = frozenset({"interval", "initial_sparsity", "pruning_end"})
+_GROWING = frozenset({"interval", "fraction", "warmup"})
 OPTIONS: dict[str, frozenset[str]] = {
-    "granet": _START | _GRADUAL | {"fraction"},
-    "granet-st": _START | _GRADUAL | {"fraction"},
+    "granet": _START | _GRADUAL | _GROWING,
+    "granet-st": _START | _GRADUAL | _GROWING,
     "gmp": _START | _GRADUAL,
-    "rigl": _START | {"interval", "fraction", "stop"},
-    "set": _START | {"interval", "fraction", "stop"},
-    "mest": _START | {"interval", "fraction"},
-    "dsr": _START | {"interval", "fraction", "stop"},
-    "snfs": _START | {"interval", "fraction"},
+    "rigl": _START | _GROWING | {"stop"},
+    "set": _START | _GROWING | {"stop"},
+    "mest": _START | _GROWING,
+    "dsr": _START | _GROWING | {"stop"},
+    "snfs": _START | _GROWING,
     "static": _START,
-    "cyclical": frozenset({"interval", "initial_sparsity", "cycles", "recovery"}),
-    "acdc": frozenset({"cycles"}),
+    "cyclical": frozenset(
+        {"interval", "initial_sparsity", "cycles", "recovery", "warmup"}
+    ),
+    "acdc": frozenset({"cycles", "warmup"}),
     "sculpt": _START | {"initial_sparsity", "cycles"},
     "straight-through": _GRADUAL,
     "top-kast": frozenset({"interval", "backward_sparsity"}),
@@ -99,6 +102,12 @@ class MaskConfig:
     stop: float | None = None
     """Fraction of the steps after which the masks no longer change, in
     (0, 1]; by default 0.75. rigl, set, dsr."""
+
+    warmup: int | None = None
+    """Steps over which the updates of weights that entered in a mask update
+    grow to their full size; by default 0. A warm-up ends with the next
+    mask update. granet, granet-st, rigl, set, mest, dsr, snfs, cyclical,
+    acdc."""
 
     distribution: Literal["uniform", "er", "erk"] | None = None
     """How the layers share the sparsity of the initial masks; by default
@@ -170,7 +179,7 @@ def build(
                 f"masks.{option} is not an option of method {name!r}, only of "
                 f"{', '.join(methods)}."
             )
-    for option in ("source", "rounds", "images", "tickets"):
+    for option in ("warmup", "source", "rounds", "images", "tickets"):
         options.pop(option, None)
     if "interval" in OPTIONS[name]:
         options["interval"] = interval(masks, steps)

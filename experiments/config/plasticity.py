@@ -9,7 +9,9 @@ from experiments.config.run import CheckpointConfig, Config, MaskConfig
 from granet_jax.selection import Scope
 
 # Options of `train` that the study sets itself.
-_DECIDED = ("out", "eval_every", "vmap_seeds", "checkpoint", "distributed")
+_DECIDED = (
+    *("out", "init_from", "eval_every", "vmap_seeds", "checkpoint", "distributed"),
+)
 
 
 class Branch(NamedTuple):

@@ -55,6 +55,7 @@ _MINIMA = {
     "optimizer.warmup_steps": 0,
     "optimizer.accumulate": 1,
     "masks.interval": 1,
+    "masks.warmup": 0,
     "masks.cycles": 1,
     "masks.rounds": 1,
     "masks.images": 1,
@@ -290,7 +291,7 @@ class Config:
 
     baseline: bool = True
     """Whether to train a dense network too, with the same seeds and
-    steps."""
+    steps; never with init_from."""
 
     eval_every: int | None = None
     """Steps between evaluations; by default a fortieth of the steps."""
@@ -311,6 +312,13 @@ class Config:
     where convolutions in a scan are about ten times slower (and round
     differently)."""
 
+    init_from: pathlib.Path | None = None
+    """Folder (the --out) of a finished run with the same network. Every
+    seed starts from the weights and batch statistics that it ended with
+    there, and a method that starts sparse from its masks too, unless
+    masks.source is given. Steps and learning rate begin again. Not for
+    straight-through and top-kast."""
+
     out: pathlib.Path | None = None
     """Folder for the results; must be new or contain a run of the same
     configuration, which then continues. By default runs/TIME-METHOD."""
@@ -330,6 +338,7 @@ class Config:
         self._check_values()
         self._check_devices()
         method = build_method(self)
+        self._check_start(method)
         self._check_tost()
         if (
             self.tost.lrsi
@@ -385,6 +394,20 @@ class Config:
         if self.vmap_seeds and self.optimizer.accumulate > 1:
             raise ValueError("optimizer.accumulate must be 1 with vmap_seeds.")
 
+    def _check_start(self, method: granet_jax.Method | None) -> None:
+        if self.init_from is None:
+            return
+        if method is not None and method.weights == "dense":
+            raise ValueError(
+                f"init_from is not for {self.method} (got {self.init_from}), whose "
+                "pruned weights keep values that a finished run no longer has."
+            )
+        if self.masks.tickets is not None:
+            raise ValueError(
+                "init_from and masks.tickets both give the weights at the start: "
+                "leave one of them out."
+            )
+
     def _check_tost(self) -> None:
         for name, supported in (
             ("neurons", models.WITH_NEURONS),
@@ -428,6 +451,15 @@ class Config:
         steps = tost.ghost_steps(self.tost.build(), self.steps)
         # The evaluation after the last step also needs ghosts that are kept.
         return self.steps + 1 if steps is None else steps
+
+    @property
+    def masks_from(self) -> str | None:
+        """Source of the initial masks, or the folder they come from, if any."""
+        if self.init_from is None or self.masks.source is not None:
+            return self.masks.source
+        method = build_method(self)
+        starts_sparse = method is not None and method.sparsity(0) > 0
+        return str(self.init_from) if starts_sparse else None
 
     @property
     def evaluation_interval(self) -> int:
@@ -485,7 +517,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, An
 
 
 def check_same(
-    old: dict[str, Any], new: dict[str, Any], *, holder: str, this: str
+    old: dict[str, Any], new: dict[str, Any], *, holder: str, this: str, hint: str = ""
 ) -> None:
     """Check that a run continues with the configuration with which it began.
 
@@ -494,6 +526,7 @@ def check_same(
       new: Configuration of this run.
       holder: Description of the earlier run, for the message.
       this: Description of this run, for the message.
+      hint: Another remedy, for the message.
 
     Raises:
       ValueError: The configurations differ.
@@ -504,7 +537,7 @@ def check_same(
         raise ValueError(
             f"out: {holder} with {name}={old_value}, and {this} has "
             f"{name}={new_value}{more}. Give the same options to go on with it, or "
-            "another folder."
+            f"another folder.{hint}"
         )
 
 

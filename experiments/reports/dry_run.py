@@ -115,7 +115,7 @@ class DryRun:
     @property
     def fixed(self) -> bool:
         """Whether the number of active weights is known for every layer."""
-        return self.config.method in _FIXED_METHODS and self.config.masks.source is None
+        return self.config.method in _FIXED_METHODS and self.config.masks_from is None
 
     @property
     def masked(self) -> list[ParameterInfo]:
@@ -378,7 +378,7 @@ def _active(
     train_step: TrainStep, shapes: Sequence[tuple[int, ...]]
 ) -> Sequence[int | None]:
     method = train_step.method
-    if train_step.config.masks.source is not None:
+    if train_step.config.masks_from is not None:
         return [None] * len(shapes)
     if method is None:
         return [math.prod(shape) for shape in shapes]
@@ -453,8 +453,8 @@ def _settings(result: DryRun) -> list[str]:
         rows.append(
             ("epochs", f"{config.steps / epoch:.4g}, of {epoch:,.6g} steps each")
         )
-    if config.masks.source is not None:
-        rows.append(("masks from", config.masks.source))
+    if config.masks_from is not None:
+        rows.append(("masks from", config.masks_from))
     if techniques := _techniques(config):
         rows.append(("ToST", techniques))
     updates, prunings = result.updates, result.prunings
@@ -542,7 +542,7 @@ def _table(result: DryRun) -> list[str]:
     )
     if fixed:
         meaning = "Active: weights that are not zero, constant in every layer."
-    elif result.config.masks.source is not None:
+    elif result.config.masks_from is not None:
         meaning = "At start: active weights. The source of the masks splits them."
     else:
         meaning = (

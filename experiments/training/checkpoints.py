@@ -7,6 +7,7 @@ from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments.training import manifest
@@ -157,6 +158,20 @@ class Checkpoints:
             progress = restored["progress"]
             progress.pop("format_version")
             return restored["state"], Progress(**progress)
+
+    def restore_on_host(self, step: int) -> PyTree:
+        """Read the state of a checkpoint, whatever it is, as dicts of NumPy arrays.
+
+        Raises:
+          CheckpointError: The checkpoint is damaged or has another format version.
+        """
+        with self._explain_errors("read", step):
+            self._check_files(step)
+            types = self._manager.item_metadata(step)["state"].tree
+            arrays = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), types)
+            return self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays))
+            )["state"]
 
     def close(self) -> None:
         """Finish writing and stop the background threads."""

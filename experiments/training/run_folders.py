@@ -2,6 +2,7 @@
 
 import datetime
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,16 +27,18 @@ def open_folder(config: Config) -> pathlib.Path:
             raise ValueError("several processes need one folder: give --out.")
         return new_folder(config)
     if processes.is_first():
-        claim(config.out, config.to_dict())
+        hint = f" To train on from its result: another folder, --init-from {config.out}"
+        claim(config.out, config.to_dict(), hint)
     return config.out
 
 
-def claim(folder: pathlib.Path, options: dict[str, Any]) -> None:
+def claim(folder: pathlib.Path, options: dict[str, Any], hint: str = "") -> None:
     """Create a results folder, or check that it belongs to the same run.
 
     Args:
       folder: Folder for the results.
       options: All options as JSON values, for config.json.
+      hint: What to do instead, for the message about other options.
 
     Raises:
       FileExistsError: The folder contains other files.
@@ -44,7 +47,11 @@ def claim(folder: pathlib.Path, options: dict[str, Any]) -> None:
     path = folder / "config.json"
     if path.exists():
         check_same(
-            read_json(path), options, holder=f"{folder} holds a run", this="this one"
+            read_json(path),
+            options,
+            holder=f"{folder} holds a run",
+            this="this one",
+            hint=hint,
         )
         return
     if folder.exists() and (not folder.is_dir() or _has_other_files(folder)):
@@ -74,6 +81,17 @@ def new_folder(config: Config) -> pathlib.Path:
         write_json(folder / "config.json", config.to_dict())
         return folder
     raise FileExistsError(f"{DEFAULT_FOLDER} already has 99 runs of {time}.")
+
+
+def seeds_of(folder: pathlib.Path, method: str) -> range | None:
+    """Return the seeds of a run's folder, or None if it has another name."""
+    name = re.fullmatch(
+        rf"{re.escape(method)}-(?:seed(\d+)|seeds(\d+)-(\d+))", folder.name
+    )
+    if name is None:
+        return None
+    first = int(name[1] or name[2])
+    return range(first, int(name[3] or first) + 1)
 
 
 def run_name(method: str, seeds: Sequence[int]) -> str:

@@ -129,7 +129,11 @@ class TrainStep:
         if self.method is None:
             return inner
         return granet_jax.transform(
-            self.method, inner, where=models.maskable, seed=seed
+            self.method,
+            inner,
+            where=models.maskable,
+            seed=seed,
+            warmup=self.config.masks.warmup or 0,
         )
 
     def variables(self, seed: Array) -> PyTree:

@@ -75,6 +75,8 @@ CONFIG = [
     ({"masks.fraction": 2}, r"fraction must be in \[0, 1\], got 2"),
     ({"masks.initial_sparsity": 0.95}, "initial_sparsity must be at"),
     ({"masks.cycles": 0}, "masks.cycles must be at least 1"),
+    ({"masks.warmup": -1}, "masks.warmup must be at least 0, got -1"),
+    ({"method": "gmp", "masks.warmup": 9}, "warmup is not .* 'gmp', only of granet"),
     ({"masks.stop": 0.5}, "stop is not an option of method 'granet'"),
     ({"method": "static", "masks.fraction": 0.3}, "fraction is not .*, only of granet"),
     ({"method": "acdc", "masks.recovery": "hard"}, "recovery is not .* of cyclical"),
@@ -89,6 +91,11 @@ CONFIG = [
     (SNIP | {"masks.source": "synflow", "masks.rounds": 0}, "at least 1, got 0"),
     (SNIP | {"masks.source": "tickets"}, "masks.tickets is missing"),
     (SNIP | {"masks.tickets": "x"}, "masks.tickets is an option of"),
+    ({"method": "top-kast", "init_from": "x"}, "init_from is not for top-kast"),
+    (
+        SNIP | {"masks.source": "tickets", "masks.tickets": "x", "init_from": "y"},
+        "init_from and masks.tickets both give the weights",
+    ),
     (
         {"model": "vit-s-16", "tost.neurons": "swish"},
         "for model vit-s-16, only for len",
@@ -113,6 +120,7 @@ LOTTERY = [
     ({"train.method": "acdc"}, "train.method is not for lottery tickets"),
     ({"train.sparsity": 0.5}, "train.sparsity is not for lottery tickets"),
     ({"train.tost.labels": 0.1}, "train.tost is not for lottery tickets"),
+    ({"train.init_from": "x"}, "train.init_from is not for lottery tickets"),
 ]
 STUDY = [
     ({"points": 0}, "points must be at least 1, got 0"),
@@ -125,6 +133,7 @@ STUDY = [
     ({"regrow": (1.5,)}, r"regrow must lie in \[0, 1\], got 1.5"),
     ({"train.method": "granet"}, "train.method must be dense, got granet"),
     ({"train.out": pathlib.Path("x")}, "train.out is not for a study"),
+    ({"train.init_from": pathlib.Path("x")}, "train.init_from is not for a study"),
     ({"train.eval_every": 3}, "train.eval_every is not for a study"),
     ({"train.parallel": "pmap"}, "train.parallel must be jit, got pmap"),
 ]
@@ -243,6 +252,9 @@ def test_results_of_another_configuration_are_left_alone(
     error = refusal(capfd, tmp_path, *options)
     assert message in error
     assert "Give the same options to go on with it, or another folder." in error
+    assert (
+        f"To train on from its result: another folder, --init-from {tmp_path}" in error
+    )
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ def initial_weights(config: Config, seed: int) -> Any:
 
 @functools.cache
 def weights(config: Config, seed: int) -> tuple[Any, Any]:
-    return initial_state.weights(train_step(config), seed)
+    params, _, masks = initial_state.weights(train_step(config), seed)
+    return params, masks
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from experiments import data, models, train
-from experiments.config.methods import MethodName
+from experiments.config.methods import OPTIONS, MethodName
 from experiments.config.run import (
     CheckpointConfig,
     Config,
@@ -147,6 +147,12 @@ def test_options_of_methods_and_techniques():
     assert code.build() == tost.reproduce()
     assert techniques.build().neurons == tost.Neurons(kind="swish")
     assert ToSTConfig().build() == tost.ToST()
+
+
+def test_the_methods_that_grow_weights_have_a_warmup_of_them():
+    built = {name: build_method(Config(method=name)) for name in METHODS}
+    growing = {name for name, record in built.items() if record and record.grows}
+    assert growing == {name for name in METHODS if "warmup" in OPTIONS[name]}
 
 
 def test_the_penalty_of_greg2_grows_until_it_prunes():
@@ -362,6 +368,23 @@ def test_one_step_is_the_textbook_step(accumulate):
                 np.testing.assert_allclose(
                     array[name][kind], target, rtol=1e-5, atol=1e-6
                 )
+
+
+def test_the_first_updates_of_weights_that_entered_are_smaller():
+    """RigL updates the masks in step 2, and the weights that enter are zero then."""
+    after = []
+    for warmup in (None, 4):
+        masks = MaskConfig(interval=2, warmup=warmup)
+        each = setup(method="rigl", masks=masks)
+        state = each.compiled_step.create([0])
+        for _ in range(3):
+            state, loss = each.compiled_step.steps(state, each.train_data, 1)
+            jax.block_until_ready(loss)
+        after.append(jax.device_get(each.compiled_step.snapshot(state)))
+    plain, warm = (np.asarray(x.params["hidden_0"]["kernel"]) for x in after)
+    entered = after[0].opt_state.entered["hidden_0"]["kernel"]
+    assert np.count_nonzero(plain[entered]) > 100
+    np.testing.assert_array_equal(warm, np.where(entered, plain / 4, plain))
 
 
 def test_a_moving_average_is_evaluated_masked(tmp_path):
