@@ -249,6 +249,7 @@ GOOD: dict[str, Any] = {
     "shapes": [(6, 8), (3, 4)],
     "size": 1e-4,
     "sparsity": 0.5,
+    "stacked": {"w": 0},
     "step": 1e-4,
     "steps": 10,
     "switches": [10, 20, 30],
@@ -509,6 +510,8 @@ def special_methods() -> Entries:
         granet_jax.sparse_view, params=[Bad({"w": jnp.ones((2, 2))}, "structure")]
     )
     yield entry(granet_jax.apply_masks, params=[OTHER_TREE])
+    for by_layer in (analysis.by_layer, masking.by_layer):
+        yield entry(by_layer, tree=[Bad({"w": "mask"}, "'mask' at 'w'")])
     integers = Free("a constant of the caller")
     yield entry(masking.check_masks, params=[OTHER_TREE], integers=integers)
     yield entry(
