@@ -3,7 +3,6 @@
 import math
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from granet_jax.layers import Axes, join, layer_axes, layer_shape
@@ -32,7 +31,8 @@ def redistribute(number: Array, weights: Array, room: Array) -> Array:
     def total(x: Array) -> Array:
         return jnp.sum(x, dtype=count_type)
 
-    def pour(_: int, shares: Array) -> Array:
+    def pour(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        rounds, shares, _ = state
         rest = number - total(shares)
         space = room - shares
         open_weights = jnp.where(space > 0, weights, 0.0)
@@ -45,11 +45,16 @@ def redistribute(number: Array, weights: Array, room: Array) -> Array:
         # In float32, the portions may sum to more than the rest. So the layers take
         # their portions one after the other, until the rest is used up.
         before = sum_before(portion)
-        allowed = jnp.where(rest > before, rest - before, 0)
-        return shares + jnp.minimum(portion, allowed)
+        portion = jnp.minimum(portion, jnp.where(rest > before, rest - before, 0))
+        return rounds + 1, shares + portion, jnp.any(portion > 0)
+
+    def pouring(state: tuple[Array, Array, Array]) -> Array:
+        rounds, _, poured = state
+        return (rounds <= room.shape[0]) & poured
 
     # Each round fills at least one layer or leaves less than one weight per layer.
-    shares = lax.fori_loop(0, room.shape[0] + 1, pour, jnp.zeros_like(room))
+    start = (jnp.zeros((), jnp.int32), jnp.zeros_like(room), jnp.asarray(True))
+    _, shares, _ = lax.while_loop(pouring, pour, start)
 
     def unfinished(shares: Array) -> Array:
         # Under `vmap`, the loop also runs in lanes that do not update the masks, where
@@ -67,8 +72,9 @@ def redistribute(number: Array, weights: Array, room: Array) -> Array:
 def sum_before(counts: Array) -> Array:
     """The exclusive cumulative sum of a short vector, in its dtype."""
     # `jnp.cumsum` takes ten times as long to compile.
-    place = np.arange(counts.size)
-    earlier = jnp.asarray(place[None, :] < place[:, None])
+    square = (counts.size, counts.size)
+    row, column = (lax.broadcasted_iota(jnp.int32, square, axis) for axis in (0, 1))
+    earlier = column < row
     return jnp.sum(jnp.where(earlier, counts, 0), axis=1, dtype=counts.dtype)
 
 
