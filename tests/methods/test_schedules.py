@@ -29,6 +29,7 @@ def test_update_steps(interval: int, begin: int, last: int) -> None:
     [
         schedules.UpdateSteps(4, 20, 4),
         schedules.UpdateSteps(3, 21, 7),
+        schedules.UpdateSteps(9, 21, 4),
         schedules.UpdateSteps(1, 5, 1),
         schedules.NEVER,
         schedules.listed([1]),
