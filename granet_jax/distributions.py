@@ -168,10 +168,9 @@ def check_distribution(distribution: Distribution) -> None:
 
 
 def _erdos_renyi(shape: Shape, *, kernel: bool) -> float:
-    dims = shape if kernel else shape[-2:]
-    if math.prod(shape) == 0 or not dims:
-        return 1.0  # Any value is right for an empty or a scalar leaf.
-    return sum(dims) / math.prod(dims)
+    # A scalar is a vector of one weight. For an empty leaf any value is right.
+    dims = (shape if kernel else shape[-2:]) or (1,)
+    return sum(dims) / max(math.prod(dims), 1)
 
 
 def _scale_to_density(

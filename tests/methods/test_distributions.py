@@ -96,6 +96,19 @@ def test_er_takes_the_last_two_dimensions() -> None:
     assert distributions.densities(shapes, 0.75, "uniform") == [0.25, 0.25]
 
 
+def test_a_scalar_is_a_vector_of_one_weight() -> None:
+    for rule in ("er", "erk"):
+        scalar, vector = (
+            distributions.densities([shape, (10, 30)], 0.9, rule)
+            for shape in ((), (1,))
+        )
+        assert scalar == vector
+
+
+def test_a_tree_without_weights() -> None:
+    assert distributions.counts([(0, 3), (2, 0)], 0.5) == [0, 0]
+
+
 def test_largest_remainder_serves_the_first_of_equals() -> None:
     # Half a weight each: the first two of four leaves have one.
     assert distributions.counts([(1,)] * 4, 0.5, "uniform") == [1, 1, 0, 0]
@@ -110,6 +123,13 @@ def test_caps_are_kept_and_the_others_take_the_rest() -> None:
         ValueError, match=r"sparsity 0\.5 asks for 15 .* hold 8 at most"
     ):
         distributions.counts(shapes, 0.5, "uniform", caps=[2, 2, 4])
+
+
+def test_floors_are_kept_and_the_others_give_the_rest() -> None:
+    shapes = [(10,), (10,), (10,)]
+    assert distributions.counts(shapes, 0.5, "uniform", floors=[8, 0, 0]) == [8, 4, 3]
+    with pytest.raises(ValueError, match=r"0\.5 asks for 15 .* keep 16 at least"):
+        distributions.counts(shapes, 0.5, "uniform", floors=[8, 8, 0])
 
 
 @hypothesis.given(
