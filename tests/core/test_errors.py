@@ -85,8 +85,14 @@ VALUE_ERRORS: list[tuple[Callable[[], Any], str]] = [
         "end_step must be at most total_steps, got end_step=101 with total_steps=100.",
     ),
     (
-        lambda: granet_jax.rigl(0.9, 100, interval=76),
-        "interval must be at most 50, got 76: updates end at step 75 of 100, and one "
+        lambda: granet_jax.rigl(0.9, 100, interval=51),
+        "interval must be at most 50, got 51: updates end at step 75 of 100, and one "
+        "interval before the end of training, so the masks would never change. For "
+        "fixed masks use static().",
+    ),
+    (
+        lambda: granet_jax.set_(0.9, 100, interval=31, stop=0.3),
+        "interval must be at most 30, got 31: updates end at step 30 of 100, and one "
         "interval before the end of training, so the masks would never change. For "
         "fixed masks use static().",
     ),
