@@ -183,8 +183,8 @@ def _scale_to_density(
             n for n, d in zip(sizes, dense, strict=True) if d
         )
         room = sum(p * n for p, n, d in zip(raw, sizes, dense, strict=True) if not d)
-        if room <= 0:
-            return [1.0 if d else density for d in dense]
+        if room <= 0:  # No weights are left, so the density is 1, or there are none.
+            return [density] * len(raw)
         epsilon = max(budget, 0.0) / room
         largest = max(p for p, d in zip(raw, dense, strict=True) if not d)
         if epsilon * largest <= 1.0:

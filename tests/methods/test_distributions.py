@@ -85,6 +85,8 @@ def test_erk_epsilon_loop_by_hand() -> None:
     first, second = distributions.densities([(3, 3), (10, 30)], 0.5, "erk")
     assert first == 1.0
     assert math.isclose(second, 145.5 / 300)
+    # Of two weights, the one in two dimensions is dense: 0.875 * 2 - 1 is left.
+    assert distributions.densities([(1, 1), (1,)], 0.125, "erk") == [1.0, 0.75]
 
 
 def test_er_takes_the_last_two_dimensions() -> None:
@@ -156,6 +158,7 @@ def test_a_function_as_distribution() -> None:
     # The total is met even if the densities ask for too much or too little.
     assert sum(distributions.counts([(6,), (6,)], 0.5, lambda s, _: [1, 1])) == 6
     assert sum(distributions.counts([(6,), (6,)], 0.5, lambda s, _: [0, 0])) == 6
+    assert distributions.counts([(6,), (1,)], 0.9, lambda s, _: [1, 1]) == [1, 0]
     for wrong in ([0.5], [0.5, 1.5], [0.5, -0.1], [0.5, math.nan]):
         with pytest.raises(ValueError, match=r"one density in \[0, 1\] for each of"):
             distributions.counts([(6,), (6,)], 0.5, lambda s, _, w=wrong: w)
