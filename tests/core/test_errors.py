@@ -60,6 +60,14 @@ VALUE_ERRORS: list[tuple[Callable[[], Any], str]] = [
         "sparsity), got 'ERK'.",
     ),
     (
+        lambda: granet_jax.init_masks(
+            granet_jax.static(0.5, distribution=lambda shapes, sparsity: [0.5]),
+            parameters(),
+        ),
+        "distribution must return one density in [0, 1] for each of the 2 leaves, got "
+        "[0.5].",
+    ),
+    (
         lambda: granet_jax.gmp(0.5, 100, interval=10, initial_sparsity=0.75),
         "initial_sparsity must be at most sparsity, got initial_sparsity=0.75 with "
         "sparsity=0.5.",
@@ -253,17 +261,6 @@ def test_schedules_are_checked_at_every_update() -> None:
     # A schedule may return anything at steps that no update reads.
     unread = {"sparsity": bad_at(26, None), "fraction": bad_at(26, 9.0)}
     own_methods.exchange(updates=updates, **unread)
-
-
-@pytest.mark.parametrize("densities", [[0.5], [0.5] * 3, [0.5, 1.5], [0.5, math.nan]])
-def test_a_distribution_that_returns_no_densities(densities: list[float]) -> None:
-    method = granet_jax.static(0.5, distribution=lambda shapes, density: densities)
-    message = (
-        "distribution must return one density in [0, 1] for each of the 2 leaves, got "
-        f"{densities}."
-    )
-    with pytest.raises(ValueError, match=exactly(message)):
-        granet_jax.transform(method).init(parameters())
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -159,7 +159,7 @@ def test_a_function_as_distribution() -> None:
     assert sum(distributions.counts([(6,), (6,)], 0.5, lambda s, _: [1, 1])) == 6
     assert sum(distributions.counts([(6,), (6,)], 0.5, lambda s, _: [0, 0])) == 6
     assert distributions.counts([(6,), (1,)], 0.9, lambda s, _: [1, 1]) == [1, 0]
-    for wrong in ([0.5], [0.5, 1.5], [0.5, -0.1], [0.5, math.nan]):
+    for wrong in ([0.5], [0.5] * 3, [0.5, 1.5], [0.5, -0.1], [0.5, math.nan]):
         with pytest.raises(ValueError, match=r"one density in \[0, 1\] for each of"):
             distributions.counts([(6,), (6,)], 0.5, lambda s, _, w=wrong: w)
 
