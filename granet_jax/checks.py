@@ -136,7 +136,7 @@ def check_type(name: str, value: Any, kind: Any, what: str) -> None:
 def check_key(key: Any) -> None:
     """Raise TypeError unless `key` is a single random key, typed or legacy."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not (typed and shape == ()) and not (dtype == jnp.uint32 and shape == (2,)):
         raise TypeError(f"key must be one jax.random.key(seed), got {got(key)}.")
 
