@@ -62,7 +62,7 @@ def check_number(
     if not low or number > most or (finite and math.isinf(number)):
         bounds = [
             "" if above is None else f"above {above:g}",
-            "" if least in (None, -math.inf) else f"at least {least:g}",
+            "" if least is None else f"at least {least:g}",
             "" if math.isinf(most) else f"at most {most:g}",
             "finite" if finite and math.isinf(most) else "",
         ]

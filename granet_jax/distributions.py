@@ -168,10 +168,9 @@ def check_distribution(distribution: Distribution) -> None:
 
 
 def _erdos_renyi(shape: Shape, *, kernel: bool) -> float:
-    dims = shape if kernel else shape[-2:]
-    if math.prod(shape) == 0 or not dims:
-        return 1.0  # Any value is right for an empty or a scalar leaf.
-    return sum(dims) / math.prod(dims)
+    # A scalar is a vector of one weight. For an empty leaf any value is right.
+    dims = (shape if kernel else shape[-2:]) or (1,)
+    return sum(dims) / max(math.prod(dims), 1)
 
 
 def _scale_to_density(
@@ -184,8 +183,8 @@ def _scale_to_density(
             n for n, d in zip(sizes, dense, strict=True) if d
         )
         room = sum(p * n for p, n, d in zip(raw, sizes, dense, strict=True) if not d)
-        if room <= 0:
-            return [1.0 if d else density for d in dense]
+        if room <= 0:  # No weights are left, so the density is 1, or there are none.
+            return [density] * len(raw)
         epsilon = max(budget, 0.0) / room
         largest = max(p for p, d in zip(raw, dense, strict=True) if not d)
         if epsilon * largest <= 1.0:

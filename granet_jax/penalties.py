@@ -8,7 +8,6 @@ that equal ones compare as equal.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -164,7 +163,7 @@ def growing(
     check_steps("first", first, least=0)
     check_steps("last", last, least=first + 1)
     check_number("start", start, least=0.0)
-    check_number("kept", kept, least=-math.inf)
+    check_number("kept", kept)
     return _Growing(interval, step, first, last, start, kept)
 
 

@@ -151,7 +151,7 @@ def every(interval: int, *, begin: int = 0, last: int) -> UpdateSteps:
 
 def constant(value: float) -> Schedule:
     """The same finite value at every step."""
-    check_number("value", value, least=-math.inf)
+    check_number("value", value)
     return _Constant(value)
 
 
@@ -223,8 +223,8 @@ def cosine(initial: float, final: float, *, steps: float) -> Schedule:
       TypeError, ValueError: An argument is not a finite number, or `steps` is not
         larger than 0.
     """
-    check_number("initial", initial, least=-math.inf)
-    check_number("final", final, least=-math.inf)
+    check_number("initial", initial)
+    check_number("final", final)
     check_number("steps", steps, above=0.0)
     return _Cosine(initial, final, steps)
 

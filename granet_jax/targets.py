@@ -36,19 +36,15 @@ def active_counts(method: "Method", shapes: tuple[Shape, ...]) -> np.ndarray:
       (updates, leaves) with scope "layer".
     """
     present = initial_counts(method, shapes)
+    if _is_global(method):
+        present = [sum(present)]
     rows: list[int | list[int]] = []
     for step in method.updates.steps():
         sparsity = method.sparsity(step)
         target = _counts(method, shapes, sparsity)
-        falls, rises = sum(target) < sum(present), sum(target) > sum(present)
-        if rises and not method.revives:
-            target = [sum(present)] if _is_global(method) else present
-            rises = False
-        if _is_global(method):
-            present = target
-        elif falls:
+        if sum(target) < sum(present):
             present = _counts(method, shapes, sparsity, caps=present)
-        elif rises:
+        elif sum(target) > sum(present) and method.revives:
             present = _counts(method, shapes, sparsity, floors=present)
         rows.append(_row(method, present))
     return np.asarray(rows, _dtype(shapes))

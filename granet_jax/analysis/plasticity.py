@@ -130,7 +130,7 @@ def sparsities(sparsity: float, updates: int = 1) -> list[float]:
       Zhu & Gupta, To Prune, or Not to Prune, 2017.
     """
     checks.check_sparsity("sparsity", sparsity)
-    checks.check_steps("updates", updates, least=1)
+    checks.check_steps("updates", updates)
     rising = schedules.cubic(0.0, sparsity, begin=0, end=updates, interval=1)
     return [rising(j) for j in range(1, updates + 1)]
 

@@ -41,8 +41,8 @@ def cubic_schedule(
             f"initial_sparsity={initial} with sparsity={final}."
         )
     check_steps("begin_step", begin, least=0)
-    check_steps("end_step", end, least=1)
-    check_steps("interval", interval, least=1)
+    check_steps("end_step", end)
+    check_steps("interval", interval)
     if end <= begin:
         raise ValueError(
             f"end_step must be after begin_step, got end_step={end} with "
@@ -83,8 +83,8 @@ def constant_sparsity(
     `last_growth` allows it.
     """
     check_sparsity("sparsity", sparsity)
-    check_steps("total_steps", total_steps, least=1)
-    check_steps("interval", interval, least=1)
+    check_steps("total_steps", total_steps)
+    check_steps("interval", interval)
     check_fraction("fraction", fraction)
     if not is_number(stop) or not 0.0 < stop <= 1.0:
         raise ValueError(f"stop must be a number in (0, 1], got {got(stop)}.")

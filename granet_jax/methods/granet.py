@@ -89,7 +89,7 @@ def granet(
       Liu et al., Sparse Training via Boosting Pruning Plasticity with
       Neuroregeneration, NeurIPS 2021.
     """
-    check_steps("total_steps", total_steps, least=1)
+    check_steps("total_steps", total_steps)
     end_step = total_steps // 2 if end_step is None else end_step
     pruning = cubic_schedule(sparsity, initial_sparsity, begin_step, end_step, interval)
     if end_step > total_steps:

@@ -55,7 +55,7 @@ def snfs(
     References:
       Dettmers & Zettlemoyer, Sparse Networks from Scratch, 2019.
     """
-    check_steps("total_steps", total_steps, least=1)
+    check_steps("total_steps", total_steps)
     check_decay("decay", decay)
     check_fraction("fraction", fraction)
     decaying = schedules.cosine(fraction, 0.0, steps=total_steps)

@@ -253,7 +253,20 @@ def test_a_state_restored_as_dicts() -> None:
     trees.assert_same(as_dict, {"inner": [zeroed._asdict()]})
 
 
+def test_a_statistic_of_each_layer_is_no_moment() -> None:
+    # The state has one array where the parameters have two, so it is not their copy.
+    keep = random_masks({"a": A, "b": {"c": B, "d": C}})
+    state = {"a": A, "b": B}
+    trees.assert_same(zero_moments(state, keep), state)
+
+
 # --- optax.flatten ----------------------------------------------------------------
+
+
+def with_array_as_state() -> optax.GradientTransformation:
+    return optax.GradientTransformation(
+        lambda params: jnp.zeros(()), lambda grads, state, params=None: (grads, state)
+    )
 
 
 @pytest.mark.parametrize(
@@ -263,6 +276,8 @@ def test_a_state_restored_as_dicts() -> None:
         optax.chain(
             optax.clip(1.0), optax.flatten(optax.trace(0.9)), optax.scale(-0.1)
         ),
+        # Its state looks like a pair of parameters, of which one has moments.
+        optax.chain(optax.flatten(optax.trace(0.9)), with_array_as_state()),
         optax.apply_if_finite(optax.flatten(optax.adam(0.1)), 3),
         optax.inject_hyperparams(lambda rate: optax.flatten(optax.adam(rate)))(0.1),
     ],
@@ -287,6 +302,10 @@ def test_a_flattened_optimizer_is_refused(inner: Any) -> None:
         # The vector is a parameter's own moment.
         (optax.adam(0.1), {"w": jnp.ones((6,))}),
         (optax.adam(0.1), jnp.ones((6,))),
+        (
+            optax.masked(optax.adam(0.1), {"w": True, "empty": False}),
+            {"w": jnp.ones(6), "empty": jnp.ones((0, 2))},
+        ),
         # The vector has one number for each row of the only parameter.
         (optax.sm3(0.1), {"w": jnp.ones((6, 1))}),
         (optax.adafactor(0.1, min_dim_size_to_factor=1), {"w": jnp.ones((6, 1))}),

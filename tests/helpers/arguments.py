@@ -267,7 +267,7 @@ BAD: dict[str, list[Any] | Free] = {
     "apply_fn": FUNCTION,
     "argument": Free("the name of another argument, for messages"),
     "axis": INTEGER,
-    "axis_name": [3],
+    "axis_name": [3, ("data", 3)],
     "backward_sparsity": START,
     "batch": Free("the loss decides"),
     "batches": [
@@ -329,7 +329,16 @@ BAD: dict[str, list[Any] | Free] = {
     "keep": [Bad([1, 2], "(2,)"), -1, 1.5, "10", None],
     "kept": NUMBER,
     "kernel_init": [None, "zeros"],
-    "key": [0, "key", Bad(jnp.zeros(3, jnp.uint32), "key(seed)")],
+    "key": [
+        *(0, "key"),
+        *(
+            Bad(x, "key(seed)")
+            for x in (
+                *(jnp.zeros(3, jnp.uint32), jnp.uint32(0), jnp.ones(2)),
+                jax.random.split(jax.random.key(0)),
+            )
+        ),
+    ],
     "kind": CHOICE,
     "last": [*STEPS, Bad(0, "0")],
     "leaf": ["leaf", 3],
@@ -403,11 +412,14 @@ BAD: dict[str, list[Any] | Free] = {
         *(Bad({}, "no array"), Bad({"w": np.full((2, 2), NAN)}, "finite")),
         Bad({"w": "score"}, "'score' at 'w'"),
     ],
-    "seed": [0.5, "0", None, True],
+    "seed": [
+        *(0.5, "0", None, True),
+        *(Bad(jnp.ones(()), "float32"), Bad(jnp.zeros(2, int), "[0, 0]")),
+    ],
     "settle_steps": FROM_ZERO,
     "shapes": [
         *(Bad([(-1, 2)], "-1"), Bad([(1.5,)], "1.5"), Bad([3], "got 3"), "ab"),
-        Bad([(Traced(2),)], "raced"),
+        *(3, Bad([(Traced(2),)], "raced")),
     ],
     "size": NOT_NEGATIVE,
     "skips": [True, "swish", 3],

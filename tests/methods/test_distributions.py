@@ -85,6 +85,8 @@ def test_erk_epsilon_loop_by_hand() -> None:
     first, second = distributions.densities([(3, 3), (10, 30)], 0.5, "erk")
     assert first == 1.0
     assert math.isclose(second, 145.5 / 300)
+    # Of two weights, the one in two dimensions is dense: 0.875 * 2 - 1 is left.
+    assert distributions.densities([(1, 1), (1,)], 0.125, "erk") == [1.0, 0.75]
 
 
 def test_er_takes_the_last_two_dimensions() -> None:
@@ -94,6 +96,19 @@ def test_er_takes_the_last_two_dimensions() -> None:
     first, second = distributions.densities(shapes, 0.8, "erk")
     assert first < second
     assert distributions.densities(shapes, 0.75, "uniform") == [0.25, 0.25]
+
+
+def test_a_scalar_is_a_vector_of_one_weight() -> None:
+    for rule in ("er", "erk"):
+        scalar, vector = (
+            distributions.densities([shape, (10, 30)], 0.9, rule)
+            for shape in ((), (1,))
+        )
+        assert scalar == vector
+
+
+def test_a_tree_without_weights() -> None:
+    assert distributions.counts([(0, 3), (2, 0)], 0.5) == [0, 0]
 
 
 def test_largest_remainder_serves_the_first_of_equals() -> None:
@@ -110,6 +125,13 @@ def test_caps_are_kept_and_the_others_take_the_rest() -> None:
         ValueError, match=r"sparsity 0\.5 asks for 15 .* hold 8 at most"
     ):
         distributions.counts(shapes, 0.5, "uniform", caps=[2, 2, 4])
+
+
+def test_floors_are_kept_and_the_others_give_the_rest() -> None:
+    shapes = [(10,), (10,), (10,)]
+    assert distributions.counts(shapes, 0.5, "uniform", floors=[8, 0, 0]) == [8, 4, 3]
+    with pytest.raises(ValueError, match=r"0\.5 asks for 15 .* keep 16 at least"):
+        distributions.counts(shapes, 0.5, "uniform", floors=[8, 8, 0])
 
 
 @hypothesis.given(
@@ -136,7 +158,8 @@ def test_a_function_as_distribution() -> None:
     # The total is met even if the densities ask for too much or too little.
     assert sum(distributions.counts([(6,), (6,)], 0.5, lambda s, _: [1, 1])) == 6
     assert sum(distributions.counts([(6,), (6,)], 0.5, lambda s, _: [0, 0])) == 6
-    for wrong in ([0.5], [0.5, 1.5], [0.5, -0.1], [0.5, math.nan]):
+    assert distributions.counts([(6,), (1,)], 0.9, lambda s, _: [1, 1]) == [1, 0]
+    for wrong in ([0.5], [0.5] * 3, [0.5, 1.5], [0.5, -0.1], [0.5, math.nan]):
         with pytest.raises(ValueError, match=r"one density in \[0, 1\] for each of"):
             distributions.counts([(6,), (6,)], 0.5, lambda s, _, w=wrong: w)
 

@@ -1,4 +1,7 @@
-"""Schedules against their formulas in exact arithmetic."""
+"""Schedules against their formulas in exact arithmetic.
+
+`test_arguments` checks that bad values are refused.
+"""
 
 import itertools
 import math
@@ -18,6 +21,7 @@ uint32 = st.integers(0, 2**32 - 1)
 
 
 @hypothesis.given(st.integers(1, 40), st.integers(0, 60), st.integers(0, 200))
+@hypothesis.example(1, 0, 0)
 def test_update_steps(interval: int, begin: int, last: int) -> None:
     updates = schedules.every(interval, begin=begin, last=last)
     expected = [t for t in range(1, last + 1) if (t - begin) % interval == 0]
@@ -29,6 +33,7 @@ def test_update_steps(interval: int, begin: int, last: int) -> None:
     [
         schedules.UpdateSteps(4, 20, 4),
         schedules.UpdateSteps(3, 21, 7),
+        schedules.UpdateSteps(9, 21, 4),
         schedules.UpdateSteps(1, 5, 1),
         schedules.NEVER,
         schedules.listed([1]),
@@ -52,20 +57,9 @@ def test_listed_steps() -> None:
     steps = schedules.listed([3, 8, 10, 17])
     assert (steps.first, steps.last, steps.interval) == (3, 17, 2)
     assert schedules.listed([5]).interval == 5
-    with pytest.raises(TypeError, match="steps must be a sequence of steps, got 5"):
-        schedules.listed(5)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="steps must be at least 1 and below"):
-        schedules.listed([3, 0])
     for wrong in ([4, 3], [2, 2], [1, 5, 4]):
         with pytest.raises(ValueError, match="steps must increase from one to the"):
             schedules.listed(wrong)
-
-
-def test_limits_of_every() -> None:
-    assert list(schedules.every(1, last=0).steps()) == []
-    for limits in ({"begin": -1, "last": 4}, {"last": -1}):
-        with pytest.raises(ValueError, match=next(iter(limits))):
-            schedules.every(2, **limits)
 
 
 def test_cubic_is_the_formula_in_whole_intervals() -> None:
@@ -87,8 +81,6 @@ def test_an_interval_of_cubic_fits_between_its_ends() -> None:
     assert [fits(t) for t in (14, 15)] == [0.0, 0.9]
     with pytest.raises(ValueError, match="got interval=6 with begin=10 and end=15"):
         schedules.cubic(0.0, 0.9, begin=10, end=15, interval=6)
-    with pytest.raises(ValueError, match="begin"):
-        schedules.cubic(0.0, 0.9, begin=-1, end=15, interval=5)
 
 
 @hypothesis.given(
@@ -119,8 +111,6 @@ def test_cosine() -> None:
 def test_cosine_of_less_than_a_step() -> None:
     schedule = schedules.cosine(1.0, 0.25, steps=0.5)
     assert [schedule(t) for t in (0, 1)] == [1.0, 0.25]
-    with pytest.raises(ValueError, match="steps must be above 0"):
-        schedules.cosine(1.0, 0.25, steps=0.0)
 
 
 def test_repeated_starts_anew_but_not_at_its_end() -> None:
@@ -133,8 +123,6 @@ def test_repeated_starts_anew_but_not_at_its_end() -> None:
 def test_restarted_starts_anew_for_ever() -> None:
     schedule = schedules.restarted(lambda count: 2 * count, period=3)
     assert [int(schedule(t)) for t in range(8)] == [0, 2, 4, 0, 2, 4, 0, 2]
-    with pytest.raises(TypeError, match="a constant"):
-        schedules.restarted(0.1, period=3)  # pyright: ignore[reportArgumentType]
     # The first step of a cycle has the first learning rate again.
     cosine = optax.cosine_decay_schedule(0.4, decay_steps=8, alpha=0.25)
     tx = optax.sgd(schedules.restarted(cosine, period=2))
