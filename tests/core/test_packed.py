@@ -185,7 +185,7 @@ def run(name: str, packed: bool) -> list[tuple[Any, Any]]:
     points = [(params, state)]
     for count in range(1, STEPS + 1):
         points.append(step(*points[-1], trees.eighths(count)))
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
     return points
 
 
