@@ -69,10 +69,13 @@ def test_shares_are_proportional_where_there_is_room(
     [
         (10, [1, 3, 1], [9, 9, 9], [2, 6, 2]),
         # The second leaf is full at 20, and the others divide the rest by 1 to 3.
-        (120, [1, 8, 3], [120, 20, 120], [25, 20, 75]),
+        (120, [1 / 8, 1, 3 / 8], [120, 20, 120], [25, 20, 75]),
         # A leaf of weight zero gets something only when the others are full.
         (4, [0, 1, 1], [9, 1, 1], [2, 1, 1]),
         (9, [0, 0, 0], [6, 3, 9], [4, 1, 4]),
+        # The last leaf gets one of three, one of the two that remain, and the first leaf
+        # what is left.
+        (3, [1, 1, 1, 1, 1, 5], [9] * 6, [1, 0, 0, 0, 0, 2]),
         # Only the ratios of weights matter.
         (8, [0.375, 0.125, 0], [9, 9, 9], [6, 2, 0]),
         (5, [math.inf, 1, math.nan], [9, 9, 9], [0, 5, 0]),
