@@ -73,8 +73,8 @@ def test_shares_are_proportional_where_there_is_room(
         # A leaf of weight zero gets something only when the others are full.
         (4, [0, 1, 1], [9, 1, 1], [2, 1, 1]),
         (9, [0, 0, 0], [6, 3, 9], [4, 1, 4]),
-        # The last leaf gets one of three, one of the two that remain, and the first leaf
-        # what is left.
+        # The last leaf gets one of three and one of the two that remain, and the first
+        # leaf what is left.
         (3, [1, 1, 1, 1, 1, 5], [9] * 6, [1, 0, 0, 0, 0, 2]),
         # Only the ratios of weights matter.
         (8, [0.375, 0.125, 0], [9, 9, 9], [6, 2, 0]),
