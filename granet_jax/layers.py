@@ -56,7 +56,7 @@ def stack_axes(stacked: Stacked, name: str, leaf: Any) -> Axes:
     else:
         patterns = (axes for key, axes in stacked.items() if re.search(key, name))
         found = next(patterns, None)
-    axes = () if found is None else (found,) if _is_integer(found) else tuple(found)
+    axes = () if found is None else tuple(found) if np.iterable(found) else (found,)
     ndim = len(leaf.shape)
     if not all(_is_integer(axis) and -ndim <= axis < ndim for axis in axes):
         raise ValueError(

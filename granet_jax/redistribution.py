@@ -31,8 +31,8 @@ def redistribute(number: Array, weights: Array, room: Array) -> Array:
     def total(x: Array) -> Array:
         return jnp.sum(x, dtype=count_type)
 
-    def pour(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        rounds, shares, _ = state
+    def pour(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        shares, _ = state
         rest = number - total(shares)
         space = room - shares
         open_weights = jnp.where(space > 0, weights, 0.0)
@@ -46,15 +46,11 @@ def redistribute(number: Array, weights: Array, room: Array) -> Array:
         # their portions one after the other, until the rest is used up.
         before = sum_before(portion)
         portion = jnp.minimum(portion, jnp.where(rest > before, rest - before, 0))
-        return rounds + 1, shares + portion, jnp.any(portion > 0)
-
-    def pouring(state: tuple[Array, Array, Array]) -> Array:
-        rounds, _, poured = state
-        return (rounds <= room.shape[0]) & poured
+        return shares + portion, jnp.any(portion > 0)
 
     # Each round fills at least one layer or leaves less than one weight per layer.
-    start = (jnp.zeros((), jnp.int32), jnp.zeros_like(room), jnp.asarray(True))
-    _, shares, _ = lax.while_loop(pouring, pour, start)
+    start = (jnp.zeros_like(room), jnp.asarray(True))
+    shares, _ = lax.while_loop(lambda state: state[1], pour, start)
 
     def unfinished(shares: Array) -> Array:
         # Under `vmap`, the loop also runs in lanes that do not update the masks, where

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import granet_jax
-from granet_jax import analysis, mask_sources, structures
+from granet_jax import analysis, mask_sources, masking, structures
 from tests.helpers.layouts import collectives
 from tests.helpers.trees import assert_same, normal
 
@@ -166,37 +166,75 @@ class Block(nn.Module):
         return nn.LayerNorm()(nn.Dense(x.shape[-1])(x)), None
 
 
+def flax_shapes(module: nn.Module, *inputs: Any) -> Any:
+    """The shapes of a module's parameters."""
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+
+
 def scanned() -> Any:
-    """The parameters of four blocks in one array."""
+    """The shapes of four blocks in one array, and of a head."""
     scan = nn.scan(
         Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=4
     )
-    return scan().init(jax.random.key(0), jnp.ones((2, 8)), None)["params"]
+    layers = flax_shapes(scan(), jnp.ones((2, 8)), None)
+    return {"layers": layers, "head": {"kernel": jnp.ones((8, 3))}}
 
 
-def test_a_scan_without_stacked_warns() -> None:
-    params = {"layers": scanned(), "head": {"kernel": jnp.ones((8, 3))}}
+SINGLE = {
+    "attention": lambda: flax_shapes(
+        nn.MultiHeadDotProductAttention(num_heads=4, use_bias=True),
+        jnp.ones((2, 5, 16)),
+    ),
+    "a convolution of equinox, of one pixel": {
+        "weight": (6, 4, 1, 1),
+        "bias": (6, 1, 1),
+    },
+    "norms": {"w": (4, 8), "a": {"scale": (8,)}, "b": {"scale": (1, 8)}},
+    "a bias of another module": {"a": {"w": (5, 4, 8)}, "b": {"bias": (5, 4)}},
+    "not a bias": {"w": (5, 4, 8), "table": (5, 4)},
+    "another number of layers": {"w": (4, 8, 4), "bias": (5, 4)},
+    "another number of outputs": {"w": (5, 8, 6), "bias": (5, 4)},
+}
+SEVERAL = {
+    "scan": scanned,
+    "linear layers of equinox": {"weight": (5, 4, 8), "bias": (5, 4)},
+    "nnx": {"kernel": {"value": (5, 8, 2)}, "bias": {"value": (5, 2)}},
+    "several kernels": {"w": (5, 8, 4), "v": (3, 3, 8), "b": (5, 4)},
+    "heads of one number": {"w": (5, 8, 1, 4), "bias": (5, 1, 4)},
+    "norms": {"w": (4, 8), "scale": (2, 8)},
+}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "warned"),
+    [
+        *(pytest.param(x, False, id=name) for name, x in SINGLE.items()),
+        *(pytest.param(x, True, id=name) for name, x in SEVERAL.items()),
+    ],
+)
+def test_several_layers_in_one_array_warn(shapes: Any, warned: bool) -> None:
+    if callable(shapes):
+        params = shapes()
+    else:
+        params = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        masking.maskable(params)
+        # Not where the user says that there are none.
+        masking.maskable(params, stacked={})
+    assert ["several layers in one array" in str(w.message) for w in found] == (
+        [True] * warned
+    )
+
+
+def test_erk_sees_the_layers_of_a_scan() -> None:
+    stacked = {"layers/": 0}
     method = granet_jax.rigl(0.9, 100, interval=10)
-    with pytest.warns(UserWarning, match="several layers in one array"):
-        granet_jax.init_masks(method, params)
-    # An ensemble of equinox's linear layers, (out, in).
-    ensemble = {"weight": jnp.ones((5, 4, 8)), "bias": jnp.ones((5, 4))}
-    with pytest.warns(UserWarning, match="'bias' of shape"):
-        granet_jax.init_masks(method, ensemble)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        granet_jax.init_masks(method, params, stacked={})
-        masks = granet_jax.init_masks(method, params, stacked={"layers/": 0})
-        attention = nn.MultiHeadDotProductAttention(num_heads=4, use_bias=True)
-        single = attention.init(jax.random.key(0), jnp.ones((2, 5, 16)))["params"]
-        granet_jax.init_masks(method, single)
-        # A convolution of equinox with kernels of one pixel.
-        conv = {"weight": jnp.ones((6, 4, 1, 1)), "bias": jnp.ones((6, 1, 1))}
-        granet_jax.init_masks(method, conv)
-    # Only kernels carry masks, and ERK sees five layers.
+    masks = granet_jax.init_masks(method, scanned(), stacked=stacked)
+    # Only kernels carry masks.
     kernels = [(8, 3), *[(8, 8)] * 4]
     expected = granet_jax.distributions.counts(kernels, 0.9, "erk")
-    found = analysis.by_layer(masks, {"layers/": 0})
+    found = analysis.by_layer(masks, stacked)
     assert [int(m.sum()) for m in jax.tree.leaves(found)] == expected
 
 

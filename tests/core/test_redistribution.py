@@ -68,16 +68,19 @@ def test_shares_are_proportional_where_there_is_room(
     ("number", "weights", "room", "expected"),
     [
         (10, [1, 3, 1], [9, 9, 9], [2, 6, 2]),
-        # The second leaf is full at 4, and the others halve the rest.
-        (10, [1, 3, 1], [9, 4, 9], [3, 4, 3]),
+        # The second leaf is full at 20, and the others divide the rest by 1 to 3.
+        (120, [1 / 8, 1, 3 / 8], [120, 20, 120], [25, 20, 75]),
         # A leaf of weight zero gets something only when the others are full.
-        (10, [0, 1, 1], [9, 3, 3], [4, 3, 3]),
+        (4, [0, 1, 1], [9, 1, 1], [2, 1, 1]),
         (9, [0, 0, 0], [6, 3, 9], [4, 1, 4]),
+        # The last leaf gets one of three and one of the two that remain, and the first
+        # leaf what is left.
+        (3, [1, 1, 1, 1, 1, 5], [9] * 6, [1, 0, 0, 0, 0, 2]),
         # Only the ratios of weights matter.
         (8, [0.375, 0.125, 0], [9, 9, 9], [6, 2, 0]),
         (5, [math.inf, 1, math.nan], [9, 9, 9], [0, 5, 0]),
-        # In float32 the first share rounds up to one more than there are in all.
-        (2**25 + 3, [1, 5e-8, 0], [2**26] * 3, [2**25 + 3, 0, 0]),
+        # In float32 the shares round up to one more than there are in all.
+        (2**25 + 3, [1, 1, 0], [2**26] * 3, [2**24 + 2, 2**24 + 1, 0]),
         # Under vmap a lane may ask for more than there is room for: the loop must end.
         (5, [1, 1, 0], [1, 1, 0], [1, 1, 0]),
     ],
@@ -97,6 +100,7 @@ def test_mean_scores_are_means_up_to_a_common_factor() -> None:
         for i, m in enumerate(masks)
     ]
     means = np.asarray(mean_score(masks, values, ((),) * len(masks)), np.float64)
+    assert means[0] > 0
     pairs = zip(values[:3], masks, strict=False)
     expected = np.asarray([v[m].mean() for v, m in pairs])
     np.testing.assert_allclose(
@@ -138,3 +142,10 @@ def test_mean_scores_are_precise_and_do_not_overflow(size: int) -> None:
     almost = np.full(size, np.nextafter(np.float32(2), np.float32(0)))
     means = mean_score([mask, single], [almost, almost[:1]], ((), ()))
     np.testing.assert_allclose(means[0], means[1], rtol=1e-6)
+
+
+def test_mean_scores_of_a_leaf_of_more_than_2_31_weights_compile() -> None:
+    mask, scores = (
+        jax.ShapeDtypeStruct((2**16, 2**15 + 1), dtype) for dtype in (bool, jnp.float32)
+    )
+    assert jax.eval_shape(mean_score, [mask], [scores], ((),)).shape == (1,)

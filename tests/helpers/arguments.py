@@ -427,6 +427,7 @@ BAD: dict[str, list[Any] | Free] = {
     "stacked": [
         *(3, "layers", Bad({"(": 0}, "'('"), Bad({3: 0}, "got 3")),
         Bad(lambda name, leaf: 9, "gives 9"),
+        *(Bad({"": axis}, f"gives {axis!r}") for axis in (True, 0.5, "0", -9)),
     ],
     "start": NOT_NEGATIVE,
     "step": POSITIVE,
