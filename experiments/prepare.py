@@ -17,8 +17,8 @@ def prepare(
     """Downloads a data set if necessary and prepares it. Once is enough.
 
     Args:
-      name: digits, fashion_mnist, mnist, cifar10, cifar100, tiny_imagenet,
-        tiny_shakespeare, python_docs or imagenet2012.
+      name: digits, fashion_mnist, fashion_mnist_photos, mnist, cifar10, cifar100,
+        tiny_imagenet, tiny_shakespeare, python_docs or imagenet2012.
       data_dir: Folder of prepared data sets; by default the folder in TFDS_DATA_DIR,
         otherwise ~/tensorflow_datasets.
       manual_dir: Folder of files downloaded by hand; by default downloads/manual in

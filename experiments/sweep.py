@@ -1,17 +1,17 @@
 """Train methods x sparsities x seeds: `python -m experiments.sweep FILE.toml`."""
 
 import dataclasses
+import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import tqdm
 import tyro
 
-from experiments import train
 from experiments.config.run import Config, check_same
 from experiments.config.sweep import Sweep, read
 from experiments.data import Dataset, Stream, load
@@ -23,35 +23,41 @@ from experiments.training.exit_status import exit_status
 from experiments.training.metrics import Log
 from experiments.training.run_folders import DEFAULT_FOLDER, run_name, seeds_of
 from experiments.training.stop_signal import StopSignal
+from experiments.training.sweep_tasks import Task, train_in_processes, train_tasks
 
 
 def run(
-    sweep: Sweep, out: pathlib.Path, *, progress: bool = True
+    sweep: Sweep, out: pathlib.Path, *, jobs: int = 1, progress: bool = True
 ) -> dict[str, training_report.MethodRuns]:
     """Train all unfinished cells of a sweep and write the results to `out`.
+
+    Args:
+      sweep: The sweep.
+      out: Folder of the sweep.
+      jobs: Number of processes that train at the same time.
+      progress: Whether to show a progress bar.
 
     Returns:
       The metrics of every cell, by its name, without seeds that diverged.
 
     Raises:
-      ValueError: A configuration is invalid, or differs from the cell in the folder.
+      ValueError: A configuration is invalid, or differs from the cell in the folder, or
+        this machine does not have the cores for `jobs`.
       OSError: A folder has other files or cannot be written, or the data are missing
         or unreadable.
       loop.DivergedError: A loss was no longer finite. All other cells are trained.
       loop.StoppedError: SIGTERM or SIGINT arrived. Checkpoints are kept.
     """
+    _check_jobs(jobs)
     settings = open_folder(sweep, out)
-    finished = {
-        name: finished_groups(config, out / name)
-        for name, config in sweep.cells.items()
-    }
     unfinished = {
         name: config
         for name, config in sweep.cells.items()
-        if missing(sweep.seeds, finished[name])
+        if missing(sweep.seeds, finished_groups(config, out / name))
     }
-    with StopSignal() as stop:
-        if unfinished:
+    diverged: dict[str, str] = {}
+    if unfinished:
+        with StopSignal() as stop:
             dataset = load(sweep.first.data.dataset, sweep.first.data.data_dir)
             # Report every invalid configuration before training starts.
             for name, config in unfinished.items():
@@ -60,11 +66,32 @@ def run(
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
             vmap_seeds = _choose_vmap_seeds(sweep, settings, dataset, out)
-            diverged = _train(
-                sweep, unfinished, dataset, out, vmap_seeds, stop.reached, progress
-            )
-        else:
-            diverged = {}
+            tasks = _tasks(unfinished, out, vmap_seeds)
+            with tqdm.tqdm(
+                total=sum(task.steps for task in tasks),
+                unit="step",
+                disable=not progress,
+                dynamic_ncols=True,
+            ) as bar:
+
+                def end(cell: str, message: str | None) -> None:
+                    if message is not None:
+                        diverged[cell] = message
+                        bar.write(f"{cell}: {message}", file=sys.stderr)
+                    runs = write_results(sweep, out, diverged)
+                    if cell in runs:
+                        accuracies = [r.test_accuracy for r in runs[cell].last]
+                        line = f"{cell}: {sweep_report.cell(accuracies)} %"
+                        bar.write(line, file=sys.stdout)
+
+                try:
+                    if jobs == 1:
+                        train_tasks(tasks, dataset, out, bar, stop.reached, end)
+                    else:
+                        train_in_processes(jobs, tasks, out, bar, stop.reached, end)
+                except loop.StoppedError as error:
+                    error.add_note(f"Go on with the same command and --out {out}")
+                    raise
     runs = write_results(sweep, out, diverged)
     print((out / "results.md").read_text())
     print(f"Results in {out}")
@@ -74,61 +101,32 @@ def run(
     return runs
 
 
-def _train(
-    sweep: Sweep,
-    unfinished: dict[str, Config],
-    dataset: Dataset | Stream,
-    out: pathlib.Path,
-    vmap_seeds: bool,
-    stopped: Callable[[int], int | None],
-    progress: bool,
-) -> dict[str, str]:
-    """Train cells, and write the results after each.
+def _check_jobs(jobs: int) -> None:
+    """Raise ValueError unless this many processes can train at once."""
+    if jobs == 1:
+        return
+    if jax.default_backend() != "cpu":
+        raise ValueError(
+            f"jobs must be 1 on {jax.default_backend()}, whose devices one process "
+            f"holds, got {jobs}."
+        )
+    cores = len(os.sched_getaffinity(0))
+    if not 1 <= jobs <= cores:
+        raise ValueError(f"jobs must lie in 1 to {cores}, the cores, got {jobs}.")
 
-    Returns:
-      The error messages of the cells that diverged, by the names of the cells.
-    """
-    seed_groups = {
-        name: groups(config, out / name, vmap_seeds)
-        for name, config in unfinished.items()
-    }
-    diverged: dict[str, str] = {}
-    with tqdm.tqdm(
-        total=sweep.first.steps * sum(map(len, seed_groups.values())),
-        unit="step",
-        disable=not progress,
-        dynamic_ncols=True,
-    ) as bar:
-        for name, config in unfinished.items():
-            (out / name).mkdir(parents=True, exist_ok=True)
-            config = dataclasses.replace(config, vmap_seeds=vmap_seeds)
-            write_json(out / name / "config.json", config.to_dict())
-            setups: dict[int, loop.TrainSetup] = {}
-            for seeds in seed_groups[name]:
-                lanes = len(seeds)
-                if lanes not in setups:
-                    setups[lanes] = loop.create(
-                        dataclasses.replace(
-                            config,
-                            seed=seeds[0],
-                            seeds=lanes,
-                            vmap_seeds=lanes > 1,
-                        ),
-                        dataset,
-                    )
-                try:
-                    train.train_seeds(setups[lanes], seeds, out / name, bar, stopped)
-                except loop.DivergedError as error:
-                    diverged[name] = str(error)
-                    bar.write(f"{name}: {error}", file=sys.stderr)
-                except loop.StoppedError as error:
-                    error.add_note(f"Go on with the same command and --out {out}")
-                    raise
-            runs = write_results(sweep, out, diverged)
-            if name in runs:
-                accuracy = sweep_report.cell([r.test_accuracy for r in runs[name].last])
-                bar.write(f"{name}: {accuracy} %", file=sys.stdout)
-    return diverged
+
+def _tasks(
+    unfinished: Mapping[str, Config], out: pathlib.Path, vmap_seeds: bool
+) -> list[Task]:
+    """The runs that are missing; notes their options in the folders of their cells."""
+    tasks = []
+    for name, config in unfinished.items():
+        (out / name).mkdir(parents=True, exist_ok=True)
+        config = dataclasses.replace(config, vmap_seeds=vmap_seeds)
+        write_json(out / name / "config.json", config.to_dict())
+        seed_groups = groups(config, out / name, vmap_seeds)
+        tasks += [Task(name, config, seeds) for seeds in seed_groups]
+    return tasks
 
 
 def open_folder(sweep: Sweep, out: pathlib.Path) -> dict[str, Any]:
@@ -339,20 +337,23 @@ def write_results(
 def _command(
     file: tyro.conf.Positional[pathlib.Path],
     out: pathlib.Path | None = None,
+    jobs: int = 1,
     progress: bool = True,
 ) -> None:
     """Trains methods x sparsities x seeds, as described in a file.
 
     The same command continues where it stopped. It writes results.md, results.json and
-    accuracy.png after every cell.
+    accuracy.png after every run.
 
     Args:
         file: The sweep, as TOML; examples are in experiments/sweeps.
         out: Folder for the results; by default runs/NAME for NAME.toml.
+        jobs: Number of runs that train at once, each in a process with its share of the
+            cores. On CPUs, small networks train faster so.
         progress: Whether to show a progress bar.
     """
     folder = DEFAULT_FOLDER / file.stem if out is None else out
-    run(read(file), folder, progress=progress)
+    run(read(file), folder, jobs=jobs, progress=progress)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,6 @@ import inspect
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import rich.console
 import tqdm
@@ -20,9 +19,9 @@ from experiments.reports import training as training_report
 from experiments.training import loop, processes
 from experiments.training.atomic_files import atomic_path, write_json
 from experiments.training.exit_status import exit_status
-from experiments.training.metrics import MetricsRecord
-from experiments.training.run_folders import open_folder, run_name
+from experiments.training.run_folders import open_folder
 from experiments.training.stop_signal import StopSignal
+from experiments.training.with_progress import train_seeds
 
 
 def run(config: Config) -> list[training_report.MethodRuns]:
@@ -72,7 +71,7 @@ def train_all(
     config = setup.config
     seeds = tuple(range(config.seed, config.seed + config.seeds))
     lanes = setup.compiled_step.lanes
-    records: list[tuple[MetricsRecord, ...]] = []
+    records = []
     with tqdm.tqdm(
         total=config.steps * config.seeds // lanes,
         unit="step",
@@ -83,42 +82,6 @@ def train_all(
             group = seeds[start : start + lanes]
             records += train_seeds(setup, group, folder, bar, stopped)
     return training_report.MethodRuns(config.method, seeds, tuple(records))
-
-
-def train_seeds(
-    setup: loop.TrainSetup,
-    seeds: Sequence[int],
-    folder: pathlib.Path,
-    bar: "tqdm.tqdm[Any]",
-    stopped: Callable[[int], int | None],
-) -> list[tuple[MetricsRecord, ...]]:
-    """Train one seed per lane of the compiled step, in one folder in `folder`."""
-    name = run_name(setup.config.method, seeds)
-    bar.set_description(name, refresh=False)
-
-    def show(records: Sequence[MetricsRecord]) -> None:
-        bar.set_postfix(_progress(records[0]), refresh=False)
-
-    def advance(steps: int) -> None:
-        bar.update(steps)
-
-    records, _ = loop.fit(
-        setup,
-        seeds,
-        folder / name,
-        on_step=advance,
-        on_records=show,
-        stopped=stopped,
-    )
-    return [tuple(lane) for lane in records]
-
-
-def _progress(record: MetricsRecord) -> dict[str, str]:
-    loss = {} if record.train_loss is None else {"loss": f"{record.train_loss:.3f}"}
-    return loss | {
-        "accuracy": f"{record.test_accuracy:.2%}",
-        "sparsity": f"{record.sparsity.overall:.2%}",
-    }
 
 
 def _write_results(

@@ -24,7 +24,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset |
     """Load a data set. It never downloads anything.
 
     Data sets whose source files are on this machine are prepared first if necessary:
-    `digits`, `python_docs`, and `fashion_mnist` with Debian's package.
+    `digits`, `python_docs`, and with Debian's package also `fashion_mnist` and
+    `fashion_mnist_photos`.
 
     Args:
       name: One of `NAMES`.

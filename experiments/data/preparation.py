@@ -174,13 +174,11 @@ def is_available(name: str) -> bool:
     """Return whether `name` can be prepared without a download."""
     if name == "imagenet2012":
         return False
-    archives = tfds_builders.BUILDERS[name].archives()
+    builder = tfds_builders.BUILDERS[name]
+    archives, debian_dir = builder.archives(), builder.debian_dir
     return not archives or (
-        name == "fashion_mnist"
-        and all(
-            (downloads.DEBIAN_FASHION_MNIST / archive.name).is_file()
-            for archive in archives
-        )
+        debian_dir is not None
+        and all((debian_dir / archive.name).is_file() for archive in archives)
     )
 
 
@@ -202,7 +200,7 @@ def missing_message(name: str, data_dir: str | os.PathLike[str] | None) -> str:
     package = (
         f" Debian's package {downloads.DEBIAN_PACKAGE} also has the files: if it is "
         "installed, no command is needed."
-        if name == "fashion_mnist"
+        if tfds_builders.BUILDERS[name].debian_dir
         else ""
     )
     return (

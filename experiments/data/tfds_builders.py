@@ -3,8 +3,8 @@
 The builders of the catalogue need TensorFlow to read and to encode files. The builders
 here inherit the name, version and features from them and read the same source files, so
 the catalogue's classes can open the result. They store images as encoded bytes, which
-needs no TensorFlow. `digits`, `python_docs` and `tiny_imagenet` are not in the
-catalogue.
+needs no TensorFlow. `digits`, `fashion_mnist_photos`, `python_docs` and `tiny_imagenet`
+are not in the catalogue.
 """
 
 import gzip
@@ -14,7 +14,7 @@ import pathlib
 import platform
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,11 +54,13 @@ class FromFiles(_Unregistered, _BUILDER):
     Attributes:
       name: Name of the data set.
       catalogue: The catalogue's builder, if there is one.
+      debian_dir: Folder of Debian's package of the source files, if there is one.
       manual_dir: Folder of files obtained by hand; set it before preparing.
       checksums: SHA-256 by file name, to replace the known values.
     """
 
     name: str
+    debian_dir: pathlib.Path | None = None
     manual_dir: pathlib.Path
     checksums: Mapping[str, str] = {}
 
@@ -79,15 +81,12 @@ class FromFiles(_Unregistered, _BUILDER):
             requests.head(url, timeout=_NETWORK_TIMEOUT, allow_redirects=True)
             return pathlib.Path(dl_manager.download(url))
 
-        # Debian's package has files of the same names as MNIST.
-        is_packaged = self.name == "fashion_mnist"
-        debian_dir = downloads.DEBIAN_FASHION_MNIST if is_packaged else None
         contents = {}
         for archive in self.archives():
             sha256 = self.checksums.get(archive.name, archive.sha256)
             archive = downloads.Archive(archive.name, sha256, archive.url)
             contents[archive.name] = downloads.content(
-                archive, self.manual_dir, debian_dir, download
+                archive, self.manual_dir, self.debian_dir, download
             )
         return contents
 
@@ -159,12 +158,20 @@ class _Mnist(FromFiles):
                     f"{prefix}-labels-idx1-ubyte.gz",
                 )
             )
-            splits[split] = self._generate_examples(pixels, labels)
+            images = self._images(split, pixels)
+            splits[split] = self._generate_examples(images, labels)
         return splits
 
-    def _generate_examples(self, pixels: np.ndarray, labels: np.ndarray) -> _Examples:
-        for key, (image, label) in enumerate(zip(pixels, labels, strict=True)):
-            yield key, {"image": _png(image[..., None]), "label": int(label)}
+    def _images(self, split: str, pixels: np.ndarray) -> Iterable[np.ndarray]:
+        """Return the images (h, w, channels) for pixels (n, 28, 28)."""
+        del split
+        return pixels[..., None]
+
+    def _generate_examples(
+        self, images: Iterable[np.ndarray], labels: np.ndarray
+    ) -> _Examples:
+        for key, (image, label) in enumerate(zip(images, labels, strict=True)):
+            yield key, {"image": _png(image), "label": int(label)}
 
 
 class Mnist(_Mnist, _CATALOGUE.MNIST):
@@ -179,6 +186,76 @@ class FashionMnist(_Mnist, _CATALOGUE.FashionMNIST):
 
     name = "fashion_mnist"
     catalogue = _CATALOGUE.FashionMNIST
+    debian_dir = downloads.DEBIAN_FASHION_MNIST
+
+
+class FashionMnistPhotos(_Mnist):
+    """Fashion-MNIST on photographs, by the recipe of MNIST-M: 32 x 32 pixels, colour.
+
+    Every garment is blended into a crop of one of scikit-learn's two photographs. Crops
+    of training images come from the left halves of the photographs, and crops of test
+    images from the right halves. Sizes, places and mirroring of the crops are random
+    but always the same, so the data set is too.
+
+    References:
+      Ganin et al., Domain-Adversarial Training of Neural Networks, JMLR 2016.
+    """
+
+    name = "fashion_mnist_photos"
+    VERSION = tfds.core.Version("1.0.0")
+    debian_dir = downloads.DEBIAN_FASHION_MNIST
+
+    @classmethod
+    def archives(cls) -> tuple[downloads.Archive, ...]:
+        return FashionMnist.archives()
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Fashion-MNIST blended into crops of two photographs.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(32, 32, 3)),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            disable_shuffling=True,
+        )
+
+    def _images(self, split: str, pixels: np.ndarray) -> Iterator[np.ndarray]:
+        # The import takes a second, and most data sets do not need it.
+        import sklearn.datasets
+
+        side = ("train", "test").index(split)
+        photos = sklearn.datasets.load_sample_images().images
+        halves = [np.split(np.asarray(photo), 2, axis=1)[side] for photo in photos]
+        # NumPy promises that the numbers of a RandomState never change.
+        rng = np.random.RandomState(side)
+        for image in pixels:
+            photo = random_crop(rng, halves[rng.randint(len(halves))])
+            yield blended(rng, image, photo)
+
+
+def random_crop(rng: np.random.RandomState, photo: np.ndarray) -> np.ndarray:
+    """Crop a square of 32 to 96 pixels, resize it to 32, and mirror it at random."""
+    height, width = photo.shape[:2]
+    side = rng.randint(32, 97)
+    top, left = rng.randint(height - side + 1), rng.randint(width - side + 1)
+    crop = PIL.Image.fromarray(photo[top : top + side, left : left + side])
+    pixels = np.asarray(crop.resize((32, 32), PIL.Image.Resampling.BILINEAR))
+    return pixels[:, ::-1] if rng.randint(2) else pixels
+
+
+def blended(
+    rng: np.random.RandomState, image: np.ndarray, photo: np.ndarray
+) -> np.ndarray:
+    """Return |photo - image|, with the grey image at a random place in the photo."""
+    top, left = rng.randint(photo.shape[0] - image.shape[0] + 1, size=2)
+    result = photo.astype(np.int16)
+    place = result[top : top + image.shape[0], left : left + image.shape[1]]
+    place -= image[..., None]
+    return np.abs(result).astype(np.uint8)
 
 
 class _Cifar(FromFiles):
@@ -357,6 +434,7 @@ BUILDERS: dict[str, type[FromFiles]] = {
     for builder in (
         Digits,
         FashionMnist,
+        FashionMnistPhotos,
         Mnist,
         Cifar10,
         Cifar100,

@@ -35,6 +35,9 @@ _PLAIN: dict[str, Callable[..., nn.Module]] = {
 _WITH_BATCH_NORM: dict[str, Callable[..., nn.Module]] = {
     "cnn-bn": NormedCNN,
     "cnn-bn-small": functools.partial(NormedCNN, stem_strides=2),
+    "cnn-bn-gap": functools.partial(NormedCNN, stem_strides=2, pooled=True),
+    "resnet-8-width-8": resnet.thin(8, width=8),
+    "resnet-20-width-8": resnet.thin(20, width=8),
     "resnet-20": resnet.thin(20),
     "resnet-32": resnet.thin(32),
     "resnet-56": resnet.thin(56),
@@ -44,6 +47,7 @@ _WITH_BATCH_NORM: dict[str, Callable[..., nn.Module]] = {
     "resnet-34-cifar": resnet.wide((3, 4, 6, 3), bottleneck=False, large=False),
     "resnet-50-cifar": resnet.wide((3, 4, 6, 3), bottleneck=True, large=False),
     "resnet-50": resnet.wide((3, 4, 6, 3), bottleneck=True, large=True),
+    "vgg-11-width-16": functools.partial(VGG, groups=(1, 1, 2, 2, 2), width=16),
     "vgg-16": functools.partial(VGG, groups=(2, 2, 3, 3, 3)),
     "vgg-19": functools.partial(VGG, groups=(2, 2, 4, 4, 4)),
     "wrn-22-2": functools.partial(WideResNet, depth=22, factor=2),

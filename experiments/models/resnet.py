@@ -139,8 +139,10 @@ class ResNet(nn.Module):
         return layers.output(self.classes, init=self.output_init)(x)
 
 
-def thin(depth: int) -> functools.partial[ResNet]:
+def thin(depth: int, width: int = 16) -> functools.partial[ResNet]:
     """Return the network of He et al. for CIFAR: 6n + 2 layers, 16, 32, 64 channels.
+
+    Another width than 16 has other numbers of channels in proportion.
 
     Kernels are He-normal (fan-in), as in GraNet's code. All depths have basic blocks.
     ToST's code uses bottlenecks from depth 54 on, so its "ResNet-104" has 155 layers,
@@ -149,7 +151,7 @@ def thin(depth: int) -> functools.partial[ResNet]:
     return functools.partial(
         ResNet,
         blocks=3 * ((depth - 2) // 6,),
-        width=16,
+        width=width,
         bottleneck=False,
         large=False,
         kernel_init=layers.he_fan_in,

@@ -27,12 +27,15 @@ class VGG(nn.Module):
       dtype: Dtype of the convolutions.
       axis_name: Mapped axis of the batch; None without one.
       groups: Number of convolutions in each of the five groups.
+      width: Channels of the first group. They double from group to group, up to eight
+        times as many.
     """
 
     classes: int
     dtype: jnp.dtype
     axis_name: str | None
     groups: tuple[int, int, int, int, int]
+    width: int = 64
 
     @nn.compact
     def __call__(
@@ -45,7 +48,7 @@ class VGG(nn.Module):
             if group:
                 x = nn.max_pool(x, (2, 2), (2, 2))
             for _ in range(number):
-                features = min(512, 64 * 2**group)
+                features = self.width * min(8, 2**group)
                 y = layers.conv(features, 3, dtype=self.dtype, name=f"conv_{i:02}")(x)
                 y = layers.batch_norm(
                     train,

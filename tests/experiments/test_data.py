@@ -8,6 +8,7 @@ import fcntl
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import pathlib
@@ -30,6 +31,7 @@ from tensorflow_datasets.core import constants
 
 from experiments import data, prepare
 from experiments.data import downloads, preparation
+from experiments.data import tfds_builders as builders
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -323,7 +325,7 @@ def check_missing(name: str, file: str, folder: pathlib.Path) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_contract_of_a_builder(name, tmp_path, network, monkeypatch):
     """Only the right files are taken, and what is read is what they hold."""
-    monkeypatch.setattr(downloads, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
+    monkeypatch.setattr(builders.FashionMnist, "debian_dir", tmp_path / "debian")
     contents, train, test = stand_in(name)
     check_missing(name, next(iter(contents)), tmp_path / "my data")
     manual = tmp_path / "manual"
@@ -361,7 +363,7 @@ def test_contract_of_a_builder(name, tmp_path, network, monkeypatch):
 def check_catalogue(name: str, folder: pathlib.Path, dataset: Any) -> None:
     """Assert that the class of the catalogue opens the data set and knows its form."""
     checksums = {url: x.checksum for url, x in tfds.builder_cls(name).url_infos.items()}
-    archives = preparation.tfds_builders.BUILDERS[name].archives()
+    archives = builders.BUILDERS[name].archives()
     assert {each.url: each.sha256 for each in archives} == checksums
     assert len(archives) == (4 if "mnist" in name else 1)
     catalogue: Any = tfds.builder(name, data_dir=folder)
@@ -395,7 +397,7 @@ def check_catalogue(name: str, folder: pathlib.Path, dataset: Any) -> None:
 
 def test_files_of_debian_get_their_original_header_back(tmp_path, monkeypatch, network):
     originals, train, _ = mnist()
-    monkeypatch.setattr(downloads, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
+    monkeypatch.setattr(builders.FashionMnist, "debian_dir", tmp_path / "debian")
     with pytest.raises(FileNotFoundError, match="package dataset-fashion-mnist also"):
         data.load("fashion_mnist", tmp_path)
     put(tmp_path / "debian", {name: debian(x) for name, x in originals.items()})
@@ -416,6 +418,61 @@ def test_files_of_debian_get_their_original_header_back(tmp_path, monkeypatch, n
 
 
 # --- missing, damaged and interrupted data
+
+
+def test_photos_have_a_garment_at_some_place(tmp_path, monkeypatch):
+    originals, train, test = mnist()
+    checksums = put(tmp_path / "manual", originals)
+    photo = np.full((100, 200, 3), 10, np.uint8)
+    photo[:, 100:] = 200  # only test images see this half
+    samples = sklearn.utils.Bunch(images=[photo])
+    monkeypatch.setattr(sklearn.datasets, "load_sample_images", lambda: samples)
+    parts = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        preparation.prepare(
+            "fashion_mnist_photos", folder, tmp_path / "manual", checksums=checksums
+        )
+        parts.append(data.load("fashion_mnist_photos", folder))
+    assert rows(parts[0].train) == rows(parts[1].train)
+    assert parts[0].classes == 10
+    places = collections.Counter()
+    for made, given, colour in (
+        (parts[0].train, train, 10),
+        (parts[0].test, test, 200),
+    ):
+        assert made.labels.tolist() == given.labels.tolist()
+        for image, garment in zip(made.inputs, given.inputs, strict=True):
+            fitting = [
+                (top, left)
+                for top, left in itertools.product(range(5), repeat=2)
+                if (image == on_plain_ground(garment, colour, top, left)).all()
+            ]
+            assert len(fitting) == 1
+            places.update(fitting)
+    assert len(places) > 5
+
+
+def on_plain_ground(garment: np.ndarray, colour: int, top: int, left: int):
+    grey = np.pad(garment[..., 0], ((top, 4 - top), (left, 4 - left))).astype(int)
+    return abs(grey - colour)[..., None]
+
+
+def test_crops_of_photos_have_random_sizes_places_and_mirroring():
+    columns = np.broadcast_to(np.arange(150, dtype=np.uint8)[:, None], (120, 150, 3))
+    rng = np.random.RandomState(0)
+    widths, starts, mirrored = [], [], 0
+    for _ in range(300):
+        crop = builders.random_crop(rng, columns)[0, :, 0].astype(int)
+        steps = np.diff(crop)
+        assert (steps >= 0).all() or (steps <= 0).all()
+        mirrored += steps.sum() < 0
+        widths.append(abs(crop[-1] - crop[0]))
+        starts.append(min(crop[0], crop[-1]))
+    # A crop of n pixels begins and ends n / 32 / 2 pixels from its sides.
+    assert (min(widths), max(widths)) == (31, 93)
+    assert min(starts) == 0
+    assert 100 < max(starts) <= 150 - 32
+    assert 120 < mirrored < 180
 
 
 def test_a_download_without_a_network_fails_with_a_remedy(tmp_path, network, capsys):

@@ -4,6 +4,7 @@ Nearly everything is checked on traced shapes. Only small networks are compiled.
 """
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -29,15 +30,21 @@ def conv_norm(kernel: int, inputs: int, outputs: int) -> int:
     return kernel * kernel * inputs * outputs + 2 * outputs
 
 
-def normed_cnn(side: int) -> int:
-    convolutions = conv_norm(3, 1, 16) + conv_norm(3, 16, 32) + conv_norm(3, 32, 64)
-    return convolutions + side * side * 640 + 10
+def plain_convolutions(channels: list[int]) -> int:
+    return sum(
+        itertools.starmap(functools.partial(conv_norm, 3), itertools.pairwise(channels))
+    )
 
 
-def thin_resnet(n: int) -> int:
+def normed_cnn(colours: int, side: int) -> int:
+    return plain_convolutions([colours, 16, 32, 64]) + side * side * 640 + 10
+
+
+def thin_resnet(n: int, width: int = 16) -> int:
     """He et al.'s network of 6n + 2 layers for ten classes."""
-    total = conv_norm(3, 3, 16) + 64 * 10 + 10
-    for inputs, outputs in ((16, 16), (16, 32), (32, 64)):
+    total = conv_norm(3, 3, width) + 4 * width * 10 + 10
+    for inputs, outputs in ((1, 1), (1, 2), (2, 4)):
+        inputs, outputs = inputs * width, outputs * width
         total += conv_norm(3, inputs, outputs)
         total += (2 * n - 1) * conv_norm(3, outputs, outputs)
         total += conv_norm(1, inputs, outputs) if inputs != outputs else 0
@@ -68,8 +75,11 @@ PARAMETERS = {
     "lenet-300-100": 266_610,
     "lenet-5": 431_080,
     "cnn": (9 * 16 + 16) + (9 * 16 * 32 + 32) + (9 * 32 * 64 + 64) + 7 * 7 * 640 + 10,
-    "cnn-bn": normed_cnn(7),
-    "cnn-bn-small": normed_cnn(4),
+    "cnn-bn": normed_cnn(1, 7),
+    "cnn-bn-small": normed_cnn(1, 4),
+    "cnn-bn-gap": normed_cnn(3, 1),
+    "resnet-8-width-8": thin_resnet(1, 8),
+    "resnet-20-width-8": thin_resnet(3, 8),
     # The model zoo osmr/imgclsmob, of CIFAR-10, for -20, -56 and -110 ("option B");
     # counted so in several repositories for -32.
     "resnet-20": 272_474,
@@ -82,6 +92,9 @@ PARAMETERS = {
     "resnet-34-cifar": 21_282_122,
     "resnet-50-cifar": 23_520_842,
     # Network-slimming VGG ("#params=20,035,018" of CIFAR-10); -16 of the same family.
+    "vgg-11-width-16": plain_convolutions([3, 16, 32, 64, 64, 128, 128, 128, 128])
+    + 128 * 10
+    + 10,
     "vgg-16": 14_724_042,
     "vgg-19": 20_035_018,
     "wrn-22-2": wide_resnet(3, 2),

@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,17 +18,18 @@ import numpy as np
 import pytest
 
 import granet_jax
-from experiments import sweep, train
+from experiments import sweep
 from experiments.config.sweep import Sweep, read
 from experiments.reports import sweep as sweep_report
 from experiments.reports.training import MethodRuns
-from experiments.training import loop, run_folders
+from experiments.training import loop, run_folders, sweep_tasks
 from experiments.training.metrics import Log, MetricsRecord
 from granet_jax.analysis import plots
 
 SWEEPS = pathlib.Path(sweep.__file__).parent / "sweeps"
 TOTAL = 64 * 300 + 300 * 100 + 100 * 10
 
+ROOT = pathlib.Path(__file__).parents[2]
 TINY = """
 methods = ["dense", "rigl"]
 sparsities = [0.9, 0.95]
@@ -225,7 +230,7 @@ class Fake:
         self.fails: dict[str, BaseException] = {}
         monkeypatch.setattr(loop, "create", lambda config, dataset: config)
         monkeypatch.setattr(sweep.devices, "compile_step", lambda config, dataset: None)
-        monkeypatch.setattr(train, "train_seeds", self.train)
+        monkeypatch.setattr(sweep_tasks, "train_seeds", self.train)
         monkeypatch.setattr(
             sweep_report, "plot", lambda sweep, runs, path: path.touch()
         )
@@ -285,8 +290,9 @@ def test_a_sweep_continues_where_it_was_stopped(
     assert sweep.main(command) == 128 + signal.SIGTERM
     assert str(out) in capsys.readouterr().err
     assert fake.done == ALL[:3]
-    # The results so far are those after the last finished cell.
-    assert "| rigl | - | - |" in (out / "results.md").read_text()
+    # The results so far are those after the last finished run.
+    text = (out / "results.md").read_text()
+    assert "| rigl | 75.00 (1 of 2 seeds) | - |" in text
     assert sweep.main(command) == 0
     assert fake.done == ALL
     assert "(1 of 2" not in (out / "results.md").read_text()
@@ -374,6 +380,52 @@ def test_auto_chooses_the_faster_way_once(fake, tiny, tmp_path, monkeypatch, cap
     timings.append((0.001, 0.002))
     sweep.run(read(tmp_path / "file.toml"), tmp_path / "other", progress=False)
     assert fake.done[3:] == ALL
+
+
+def test_several_processes_give_the_same_and_stop_with_checkpoints(
+    tmp_path, monkeypatch
+):
+    """Two real sweeps: one process, and two that are stopped and started again."""
+    device = loop.jax.devices()[:1]
+    monkeypatch.setattr(loop.jax, "devices", lambda: device)
+    text = TINY.replace("= 6", "= 400").replace("eval_every = 3", "eval_every = 100")
+    text = text.replace("[0.9, 0.95]", "[0.9]").replace('"dense", ', "")
+    sweep.run(parse(tmp_path, text), tmp_path / "one", progress=False)
+    command = [sys.executable, "-m", "experiments.sweep", str(tmp_path / "file.toml")]
+    command += ["--out", str(tmp_path / "two"), "--jobs", "2", "--no-progress"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
+        while not any(
+            path.stat().st_size for path in tmp_path.glob("two/*/*/metrics.jsonl")
+        ):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert b"Go on with the same command" in errors
+    checkpoints = [x.name for x in tmp_path.glob("two/*/*/checkpoints/[0-9]*")]
+    assert checkpoints
+    assert set(checkpoints) - {"400"}
+    subprocess.run(command, cwd=ROOT, check=True)
+    for seed in range(2):
+        one, two = (
+            map(json.loads, (tmp_path / part / path).read_text().splitlines())
+            for path in [f"rigl-0.9/rigl-seed{seed}/metrics.jsonl"]
+            for part in ("one", "two")
+        )
+        for line, twin in zip(one, two, strict=True):
+            # With fewer cores, the sums of a product have another order.
+            for name in ("train_loss", "test_loss"):
+                assert line[name] == pytest.approx(twin[name], rel=1e-5)
+            same = dict.fromkeys(("train_loss", "test_loss", "seconds"))
+            assert line | same == twin | same
+
+
+def test_more_processes_than_cores_are_an_error(fake, tmp_path):
+    cores = len(os.sched_getaffinity(0))
+    for jobs in (0, cores + 1):
+        with pytest.raises(ValueError, match=f"jobs must lie in 1 to {cores}, the"):
+            sweep.run(parse(tmp_path, TINY), tmp_path / "out", jobs=jobs)
 
 
 # --- the results
