@@ -38,11 +38,11 @@ import optax
 import granet_jax
 from benchmarks.tools import (
     command_line,
-    compiled_programs,
     parameter_trees,
     results,
     timing,
 )
+from experiments.reports import compiled_programs
 from granet_jax import distributions, masking, structures
 
 PyTree = Any

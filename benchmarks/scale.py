@@ -37,7 +37,8 @@ from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
 import granet_jax
-from benchmarks.tools import command_line, compiled_programs, parameter_trees, results
+from benchmarks.tools import command_line, parameter_trees, results
+from experiments.reports import compiled_programs
 
 PyTree = Any
 METHODS = {

@@ -29,11 +29,11 @@ from jax import Array, lax
 import granet_jax
 from benchmarks.tools import (
     command_line,
-    compiled_programs,
     parameter_trees,
     results,
     timing,
 )
+from experiments.reports import compiled_programs
 from granet_jax import distributions, masking, schedules
 from granet_jax.selection import top_k
 

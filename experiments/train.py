@@ -120,8 +120,10 @@ def _command(arguments: Sequence[str] | None) -> None:
         description=f"{inspect.getdoc(Config)}\n\n{parser.format_help()}",
     )
     if first.dry_run:
-        dry_run.run(config, recipe)
+        dry_run.run(config, recipe, first.topology)
         return
+    if first.topology is not None:
+        raise ValueError("--topology compiles without training: give --dry-run too.")
     processes.initialize(config.distributed)
     run(config)
 
@@ -154,6 +156,12 @@ def _recipe_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print parameters, FLOPs, memory and steps, and plot the schedules, "
         "without data and without training",
+    )
+    group.add_argument(
+        "--topology",
+        metavar="NAME",
+        help="with --dry-run: also compile the step for these TPUs, such as v5e:4x4, "
+        "and print memory and communication (needs libtpu, and no TPU)",
     )
     return parser
 

@@ -6,8 +6,8 @@ never downloads anything; `python -m experiments.prepare NAME` does.
 """
 
 from experiments.data.imagenet import Stream
-from experiments.data.in_memory import Dataset, Split, from_arrays
+from experiments.data.in_memory import Dataset, Split, as_rows, from_arrays
 from experiments.data.loading import load
 from experiments.data.preparation import NAMES
 
-__all__ = ["NAMES", "Dataset", "Split", "Stream", "from_arrays", "load"]
+__all__ = ["NAMES", "Dataset", "Split", "Stream", "as_rows", "from_arrays", "load"]

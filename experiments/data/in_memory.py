@@ -20,6 +20,16 @@ class Split(NamedTuple):
     labels: np.ndarray | jax.Array
 
 
+def as_rows(split: Split) -> Split:
+    """Return the same data with every image as a row of its pixels.
+
+    The training step gathers a batch of rows. On a TPU, an array (n, height, width,
+    channels) has another layout than a gather needs, and every step would copy all of
+    the images.
+    """
+    return split._replace(inputs=split.inputs.reshape(len(split.labels), -1))
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A data set in main memory.

@@ -24,6 +24,7 @@ from experiments import models
 from experiments.config.recipes import Recipe, columns
 from experiments.config.run import Config
 from experiments.data import Dataset, Split, Stream
+from experiments.reports import topologies
 from experiments.training.atomic_files import atomic_path
 from experiments.training.step import TrainStep
 from granet_jax import analysis, distributions, masking
@@ -50,6 +51,7 @@ DATASETS = {
     "digits": DatasetInfo((8, 8, 1), 10, 1_201),
     "mnist": DatasetInfo((28, 28, 1), 10, 60_000),
     "fashion_mnist": DatasetInfo((28, 28, 1), 10, 60_000),
+    "fashion_mnist_photos": DatasetInfo((32, 32, 3), 10, 60_000),
     "cifar10": DatasetInfo((32, 32, 3), 10, 50_000),
     "cifar100": DatasetInfo((32, 32, 3), 100, 50_000),
     "tiny_imagenet": DatasetInfo((64, 64, 3), 200, 100_000),
@@ -223,17 +225,27 @@ def path_of(config: Config, name: str) -> pathlib.Path:
     return config.out.with_name(f"{config.out.name}-dry-run.png")
 
 
-def run(config: Config, recipe: Recipe | None = None) -> pathlib.Path:
+def run(
+    config: Config, recipe: Recipe | None = None, topology: str | None = None
+) -> pathlib.Path:
     """Print the properties of a configuration and plot its schedules.
 
     Args:
       config: The configuration.
       recipe: Recipe of the configuration, if any. Its published accuracy is shown only
         if no option that changes results differs.
+      topology: Accelerators for which to compile the step, such as "v5e:4x4"; None for
+        none.
 
     Returns:
       The path of the plot.
+
+    Raises:
+      ValueError: The configuration does not fit its data or the accelerators, or the
+        topology is unknown.
     """
+    if topology is not None:
+        topologies.devices_of(topology)
     name = (
         f"{config.method}-{config.data.dataset}-{config.model}"
         if recipe is None
@@ -246,6 +258,9 @@ def run(config: Config, recipe: Recipe | None = None) -> pathlib.Path:
         plot(result, name, partial)
     print(text(result, name, recipe))
     print(f"\nSchedules: {path}")
+    if topology is not None:
+        dataset = result.train_step.dataset
+        print(f"\n{topologies.report(config, dataset, topology)}")
     return path
 
 

@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.config.run import Config
-from experiments.data import Dataset, Split, Stream
+from experiments.data import Dataset, Split, Stream, as_rows
 from experiments.training.step import Score, TrainState, TrainStep
 from granet_jax import masking
 
@@ -57,6 +57,8 @@ class CompiledStep:
       create: Function from the seeds (lanes,) to the state at step 0.
       steps: Function from (state, data, number of steps) to (state, losses of shape
         (lanes, number)). It donates the state and does not wait for the device.
+      lower: Function that lowers one step from shapes alone, to compile it for devices
+        that are not there.
       evaluate: Function from (state, batch) to a `Score` of arrays (lanes,).
       inspect: Function from the state to an `Inspection` with a leading axis of lanes.
       place: Function that puts training data on the devices; for a stream, this
@@ -73,6 +75,7 @@ class CompiledStep:
     devices: int
     create: Callable[[Sequence[int]], PyTree]
     steps: Callable[[PyTree, PyTree, int], tuple[PyTree, Array]]
+    lower: Callable[[], jax.stages.Lowered]
     evaluate: Callable[[PyTree, PyTree], Score]
     inspect: Callable[[PyTree], Inspection]
     place: Callable[[Split], PyTree]
@@ -149,17 +152,26 @@ def _with_jit(
         return state, losses[None]
 
     create = jax.jit(train_step.create, out_shardings=shardings)
+    compiled_steps = jax.jit(
+        steps,
+        static_argnums=2,
+        donate_argnums=0,
+        out_shardings=(shardings, replicated),
+    )
+
+    def lower() -> jax.stages.Lowered:
+        data = _abstract_data(config, dataset)
+        rows = by_rows if streamed else replicated
+        data = _abstract(data, jax.tree.map(lambda _: rows, data))
+        return compiled_steps.lower(_abstract(shapes, shardings), data, 1)
+
     return CompiledStep(
         train_step=train_step,
         lanes=1,
         devices=len(devices),
         create=lambda seeds: create(np.uint32(seeds[0])),
-        steps=jax.jit(
-            steps,
-            static_argnums=2,
-            donate_argnums=0,
-            out_shardings=(shardings, replicated),
-        ),
+        steps=compiled_steps,
+        lower=lower,
         evaluate=jax.jit(
             _returning_lanes(train_step.evaluate), out_shardings=replicated
         ),
@@ -243,12 +255,23 @@ def _with_pmap(
         # The losses are the same on all devices.
         return state, losses.addressable_shards[0].data
 
+    def lower() -> jax.stages.Lowered:
+        n = len(devices)
+
+        def with_axis(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((n, *x.shape), x.dtype)
+
+        data = _abstract_data(config, dataset, parts=n)
+        state, data = jax.tree.map(with_axis, (shapes, data))
+        return mapped_steps.lower(state, data, 1)
+
     return CompiledStep(
         train_step=train_step,
         lanes=1,
         devices=len(devices),
         create=lambda seeds: replicate(jax.device_get(create(np.uint32(seeds[0])))),
         steps=steps,
+        lower=lower,
         evaluate=lambda state, batch: _add_lane_axis(
             _first_device(mapped_evaluate(state, batch))
         ),
@@ -285,12 +308,14 @@ def _with_vmap(train_step: TrainStep) -> CompiledStep:
     seeds = np.arange(config.seed, config.seed + config.seeds, dtype=np.uint32)
     shapes = jax.eval_shape(create, seeds)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    compiled_steps = jax.jit(steps, static_argnums=2, donate_argnums=0)
     return CompiledStep(
         train_step=train_step,
         lanes=config.seeds,
         devices=1,
         create=lambda seeds: create(np.asarray(seeds, np.uint32)),
-        steps=jax.jit(steps, static_argnums=2, donate_argnums=0),
+        steps=compiled_steps,
+        lower=lambda: compiled_steps.lower(shapes, _abstract_data(config, dataset), 1),
         evaluate=jax.jit(jax.vmap(train_step.evaluate, in_axes=(axes, None))),
         inspect=jax.jit(jax.vmap(_inspect_with(train_step), in_axes=(axes,))),
         place=jax.device_put,
@@ -337,6 +362,26 @@ def _state_shardings(shapes: TrainState, mesh: Mesh, fsdp: int) -> TrainState:
             field: jax.tree.map(sharding, getattr(shapes, field))
             for field in ("params", "opt_state", "average")
         }
+    )
+
+
+def _abstract_data(config: Config, dataset: Dataset | Stream, parts: int = 1) -> PyTree:
+    """Shapes of the data that a step takes: all of it, or one batch of a stream.
+
+    Args:
+      config: The configuration.
+      dataset: The data set.
+      parts: Number of parts into which a batch of a stream is split; the shapes are
+        those of one part.
+    """
+    if isinstance(dataset, Stream):
+        rows = config.data.batch_size // parts
+        return Split(
+            jax.ShapeDtypeStruct((rows, *dataset.image_shape), jnp.uint8),
+            jax.ShapeDtypeStruct((rows,), jnp.int32),
+        )
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), as_rows(dataset.train)
     )
 
 

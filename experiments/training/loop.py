@@ -14,7 +14,7 @@ from jax import Array
 
 import granet_jax
 from experiments.config.run import Config
-from experiments.data import Dataset, Split, Stream
+from experiments.data import Dataset, Split, Stream, as_rows
 from experiments.training import initial_state
 from experiments.training.checkpoints import Checkpoints, Progress
 from experiments.training.devices import CompiledStep, compile_step
@@ -114,7 +114,7 @@ def create(
     return TrainSetup(
         compiled_step,
         ghost_step,
-        compiled_step.place(dataset.train),
+        compiled_step.place(as_rows(dataset.train)),
         [compiled_step.place_test(batch) for batch in batches],
         mask_sizes,
     )

@@ -299,6 +299,7 @@ class TrainStep:
             draws["mirrored"] = jax.random.bernoulli(key, shape=(batch_size,))
         draws = self.split(draws)
         inputs = jnp.asarray(train.inputs)[draws["rows"]]
+        inputs = inputs.reshape(-1, *self.input_shape)
         if shift:
             inputs = augment.shifted(inputs, draws["corners"], shift)
         if self.config.flip:

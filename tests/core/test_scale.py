@@ -14,7 +14,8 @@ import pytest
 
 import granet_jax
 from benchmarks import scale
-from benchmarks.tools import compiled_programs, parameter_trees
+from benchmarks.tools import parameter_trees
+from experiments.reports import compiled_programs
 
 # A collective carries counts: at most 16 integers of four bytes per leaf.
 COUNT_BYTES = 16 * 4

@@ -1,0 +1,93 @@
+"""Optimizer steps as the compiler for TPUs makes them. No TPU is needed."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh
+
+import granet_jax
+from benchmarks import scale
+from benchmarks.tools import parameter_trees
+from experiments.reports import compiled_programs, topologies
+
+TREE = {
+    "conv": {"kernel": (3, 3, 128, 256), "bias": (256,)},
+    "dense": {"kernel": (512, 1024)},
+}
+SIZES = parameter_trees.masked_sizes(TREE)
+WEIGHTS = parameter_trees.size(TREE)
+
+
+@functools.cache
+def devices() -> Any:
+    return np.array(topologies.devices_of("v5e:2x2")).reshape(4, 1)
+
+
+def check_step(text: str, devices: int) -> None:
+    """Assert that no leaf is sorted, gathered, or copied outside of a mask update."""
+    operations = compiled_programs.operations(text)
+    share = min(SIZES) // devices
+    of_leaves = [x for x in operations if x.bytes >= share]
+    assert not {"sort", "gather", "scatter"} & {x.kind for x in of_leaves}
+    copies = compiled_programs.copies(text)
+    assert not [x for x in copies if not x.looped and x.bytes >= share]
+
+
+def test_a_sharded_step_sends_counts_only() -> None:
+    mesh = Mesh(devices(), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        step, _ = scale.compile_step(TREE, scale.METHODS["granet"], mesh)
+    text = compiled_programs.compiled_text(step)
+    check_step(text, 4)
+    collectives = compiled_programs.collectives(text)
+    assert {x.kind for x in collectives} == {"all-reduce"}
+    assert all(x.looped for x in collectives)
+    # A pass counts 16 parts of every leaf, at four bytes.
+    assert max(x.bytes for x in collectives) <= 64 * len(SIZES)
+    memory = compiled_programs.memory(step)
+    # Parameters, momentum and two masks take the place of the old ones.
+    assert memory.alias_size_in_bytes >= (8 * WEIGHTS + 2 * sum(SIZES)) // 4
+
+
+def test_a_pmapped_step_sends_nothing() -> None:
+    tx = granet_jax.transform(
+        scale.METHODS["granet"],
+        optax.sgd(0.1, momentum=0.9),
+        where=parameter_trees.carries_mask,
+    )
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        TREE,
+        is_leaf=parameter_trees.is_shape,
+    )
+    given = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((4, *x.shape), x.dtype),
+        (params, jax.eval_shape(tx.init, params), params),
+    )
+    mapped = jax.pmap(step, devices=list(devices().flat), donate_argnums=(0, 1))
+    text = compiled_programs.compiled_text(mapped.lower(*given).compile())
+    check_step(text, 1)
+    assert compiled_programs.collectives(text) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e:3x7", "v5e:3x7 is not known to the compiler"),
+        ("v5e", "topology must be KIND:SHAPE"),
+        ("v9:2x2", "one of v4, v5e, v5p, v6e, such as v5e:4x4"),
+    ],
+)
+def test_unknown_topologies(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        topologies.devices_of(name)
