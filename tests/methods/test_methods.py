@@ -182,9 +182,7 @@ METHODS: dict[str, list[MethodSpec]] = {
     "last link": [
         spec("gmp", 0.8, 9, initial_sparsity=0.3, **LAYER, **EVERY),
         spec("granet", 0.8, 10, interval=2, initial_sparsity=0.5),
-        spec(
-            "cyclical", 0.8, 12, initial_sparsity=0.2, recovery="projected", **SHORT
-        ),
+        spec("cyclical", 0.8, 12, initial_sparsity=0.2, recovery="projected", **SHORT),
         spec("mest", 0.7, 12, interval=2, gradient_weight=0.5),
     ],
     "structures": [
