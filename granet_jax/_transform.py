@@ -283,7 +283,7 @@ def update(
         grads = zero_outside(step.masks, grads)
         moved, inner_state = optimizer.update(grads, step.inner_state, params, **extra)
         inner_state = renewed(setup, inner_state, params, kept)
-    if method.grows and setup.warmup:
+    if setup.warmup:  # Only methods that grow have one.
         moved = warmed_up(setup, step, load(entered), moved)
     moved = map_masked(update_or_zero, kept, moved, params)
 

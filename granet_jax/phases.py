@@ -159,7 +159,7 @@ class Prune(Phase):
                 "distribution gives every layer its density."
             )
         density = 1.0 - max(method.sparsity(step) for step in method.updates.steps())
-        if self.floor > density:
+        if self.floor > density + 1e-12:  # 0.1 is more than 1.0 - 0.9, by rounding.
             raise ValueError(
                 f"floor must be at most the density that {method.name} prunes to, "
                 f"{density:g}, got {self.floor}: the layers could not all keep it."

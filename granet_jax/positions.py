@@ -37,7 +37,7 @@ def iota(like: Any, dtype: jnp.dtype, axis: int) -> Array:
     """
     shape = [n if i == axis else 1 for i, n in enumerate(like.shape)]
     sharding = like.sharding
-    if sharding is None or not is_explicit(sharding):
+    if not is_explicit(sharding):
         return lax.broadcasted_iota(dtype, shape, axis)
     # On Explicit mesh axes the sharding is part of an array's type, and an iota has no
     # operand to take it from.

@@ -124,12 +124,10 @@ def begin_step(
 def _after_resets(setup: Setup, state: SparseState, params: PyTree) -> optax.OptState:
     """The optimizer's state, with fresh moments if the last step reset them."""
     resets = setup.method.resets
-    if not setup.has_inner or not resets.steps():
+    if not resets.steps():
         return state.inner_state
     # At the start of a step and not at the end of the one before, whose update still
     # reads the old moments: XLA would copy them.
-    if setup.method.weights != "dense":
-        params = zero_outside(unpacked_like(params, state.masks), params)
     fresh = setup.optimizer.init(params)
     restart = resets.contains(state.count) & (state.count < _LAST_COUNT)
     return restart_moments(state.inner_state, fresh, params, restart)

@@ -3,6 +3,7 @@
 `test_arguments.py` checks that every argument of every function refuses bad values.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import optax
 import pytest
 
 import granet_jax
-from granet_jax import masking, schedules, scores, selection
+from granet_jax import masking, phases, schedules, scores, selection
 from tests.helpers import own_methods
 from tests.helpers.arguments import with_kernel
 from tests.helpers.trees import gradients, parameters, shape_tree
@@ -42,6 +43,7 @@ def top_k_of(*dtypes: str) -> Callable[[], Any]:
 
 
 INTEGERS = {"table": jnp.zeros((2, 2), jnp.int32), "w": jnp.zeros((2, 2))}
+THREE: Any = 3
 FLAT = optax.flatten(optax.sgd(0.5, 0.5))
 # Calls, and the whole message of their error.
 VALUE_ERRORS: list[tuple[Callable[[], Any], str]] = [
@@ -200,6 +202,18 @@ TYPE_ERRORS: list[tuple[Callable[[], Any], str]] = [
             "jax.eval_shape(tx.init, params), which gives it its types back.",
         )
         for state in ((), {}, None, optax.EmptyState())
+    ),
+    *(
+        (
+            lambda phase=phase: dataclasses.replace(RIGL, phases=(phase,)),
+            f"{name} must be a function, got 3.",
+        )
+        for name, phase in (
+            ("fraction", phases.Exchange(THREE)),
+            ("grow", phases.Exchange(RIGL.sparsity, grow=THREE)),
+            ("by", phases.Prune(by=THREE)),
+            ("by", phases.Revive(by=THREE)),
+        )
     ),
     *(
         (

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import granet_jax
-from granet_jax import analysis, mask_sources, masking, structures
+from granet_jax import analysis, layers, mask_sources, masking, structures
 from tests.helpers.layouts import collectives
 from tests.helpers.trees import assert_same, normal
 
@@ -283,6 +283,11 @@ def test_flops_of_a_scan() -> None:
         flops = analysis.flops(run, tree, masks, jnp.ones((1, 16)))
         ratios.append(analysis.training_flops(method, 100, flops, stacked=stacks))
     assert ratios[0] == pytest.approx(ratios[1], rel=1e-12)
+
+
+def test_axes_come_in_rising_order_and_once() -> None:
+    leaf = jnp.ones((2,) * 9)
+    assert layers.stack_axes({"w": (8, 1, -1)}, "w", leaf) == (1, 8)
 
 
 def test_errors() -> None:

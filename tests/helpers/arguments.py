@@ -321,7 +321,13 @@ BAD: dict[str, list[Any] | Free] = {
     "image_shape": [3, (3, 3), (2,), Bad((2.0, 2.0), "2.0"), (1, 1, 2, 2)],
     "initial": SPARSITY,
     "initial_sparsity": START,
-    "inner": ["sgd", 3, Bad(optax.sgd, "optax optimizer")],
+    "inner": [
+        *("sgd", 3),
+        *(
+            Bad(x, "optax optimizer")
+            for x in (optax.sgd, {"lr": 0.1}, linen.GhostSkip(4))
+        ),
+    ],
     "inner_state": [Bad({"flat": np.ones(16)}, "flat")],
     "inputs": [Bad("x", "'x'"), Bad({}, "no arrays")],
     "interval": STEPS,

@@ -168,8 +168,9 @@ def test_uses_that_do_not_fit() -> None:
         0.9, 100, interval=1, initial_sparsity=0.5, recovery="projected"
     )
     shapes = {"w": jax.ShapeDtypeStruct((4, 4), jnp.float32)}
-    with pytest.raises(TypeError, match="params must be arrays: cyclical chooses"):
-        granet_jax.init_masks(projected, shapes)
+    for params in (shapes, {**shapes, "v": jnp.ones((4, 4))}):
+        with pytest.raises(TypeError, match="params must be arrays: cyclical chooses"):
+            granet_jax.init_masks(projected, params)
     # Where everything is traced, so are the masks.
     state = jax.eval_shape(granet_jax.transform(projected).init, shapes)
     assert jax.tree.leaves(granet_jax.get_masks(state))[0].shape == (4, 4)

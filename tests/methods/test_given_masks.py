@@ -37,6 +37,9 @@ CHOOSING = {
         0.875, STEPS, cycles=2, recovery="projected", **LAYER
     ),
     "straight_through": granet_jax.straight_through(0.875, 8, interval=2),
+    "straight_through constant": granet_jax.straight_through(
+        0.875, 8, interval=2, initial_sparsity=0.875
+    ),
     "top_kast": granet_jax.top_kast(0.875, backward_sparsity=0.5, interval=2),
 }
 CONSTANT = {
@@ -71,6 +74,14 @@ def counts_after_training(method: granet_jax.Method, masks: Any) -> list[int]:
         updates, state = step(draw(t), state, params)
         params = optax.apply_updates(params, updates)
     return [int(m.sum()) for m in granet_jax.get_masks(state).values()]
+
+
+@pytest.mark.parametrize("name", [*REVIVING, *CHOOSING])
+def test_methods_that_add_weights_end_at_their_sparsity_from_any_masks(
+    name: str,
+) -> None:
+    method = {**REVIVING, **CHOOSING}[name]
+    assert sum(counts_after_training(method, masks_of(10, 2, 0))) == 50
 
 
 @pytest.mark.parametrize("name", [*PRUNING, *REVIVING, *CHOOSING])
@@ -140,8 +151,17 @@ def test_a_structure_rounds_in_every_leaf() -> None:
     with pytest.raises(ValueError, match="masks have 100 of 400 weights active"):
         counts_after_training(method(0.875), masks)
     gmp = granet_jax.gmp(0.5, 8, structure=structures.constant_fan_in(), **LAYER)
-    with pytest.raises(ValueError, match="fewer than gmp ends with"):
-        counts_after_training(gmp, masks)
+    # A denser leaf does not make up for the others.
+    for a in (masks["a"], np.ones(SIZES["a"], bool)):
+        with pytest.raises(ValueError, match="fewer than gmp ends with"):
+            counts_after_training(gmp, {**masks, "a": a})
+
+
+def test_a_leaf_without_weights_may_have_a_mask() -> None:
+    masks = {"w": np.eye(2, dtype=bool), "empty": np.ones((0, 2), bool)}
+    tx = granet_jax.transform(granet_jax.rigl(0.5, STEPS, interval=2), masks=masks)
+    state = tx.init({name: np.ones(m.shape, np.float32) for name, m in masks.items()})
+    assert granet_jax.sparsity(granet_jax.get_masks(state)).active == 2
 
 
 def test_traced_masks_are_not_counted() -> None:

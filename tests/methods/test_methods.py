@@ -182,7 +182,7 @@ METHODS: dict[str, list[MethodSpec]] = {
     "last link": [
         spec("gmp", 0.8, 9, initial_sparsity=0.3, **LAYER, **EVERY),
         spec("granet", 0.8, 10, interval=2, initial_sparsity=0.5),
-        spec("cyclical", 0.8, 12, recovery="projected", **SHORT),
+        spec("cyclical", 0.8, 12, initial_sparsity=0.2, recovery="projected", **SHORT),
         spec("mest", 0.7, 12, interval=2, gradient_weight=0.5),
     ],
     "structures": [
@@ -277,7 +277,7 @@ def test_a_floor_keeps_layers_of_small_weights(name: str) -> None:
     rng = np.random.default_rng(0)
     params = {k: np.float32(rng.normal(size=(20, 20))) for k in ("large", "small")}
     params["small"] = params["small"] / 100
-    for floor, kept in ((0.0, 0), (0.02, 8), (0.025, 10)):
+    for floor, kept in ((0.0, 0), (0.02, 8), (0.025, 10), (0.1, 40)):
         method = getattr(granet_jax, name)(0.9, floor=floor, **args)
         tx = granet_jax.transform(method, optax.sgd(0.0))
         state, step = tx.init(params), jax.jit(tx.update)
