@@ -7,6 +7,7 @@ kind it can mask what goes into the optimizer instead of what comes out of it, w
 saves copies of the parameters and the moments in every step.
 """
 
+import concurrent.futures
 import math
 from typing import Any, NamedTuple
 
@@ -47,13 +48,21 @@ def is_per_weight(
     """
     if not isinstance(jax.tree.leaves(masks)[0], Tracer):
         return False  # Outside jit nothing is compiled, so nothing would be saved.
-    try:
-        with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+    wide = jax.config.read("jax_enable_x64")
+
+    def try_it() -> bool:
+        with jax.enable_x64(wide), jax.transfer_guard("allow"):
             clean = _one_step(optimizer, params, masks, extra, 0.0)
             noisy = _one_step(optimizer, params, masks, extra, math.nan)
-    except Exception:  # noqa: BLE001 - optimizers raise what they like on other shapes
-        return False
-    return all(map(_is_kept, clean, noisy))
+        return all(map(_is_kept, clean, noisy))
+
+    # A thread of its own is outside of the caller's trace and mesh. With the mesh, the
+    # example would run on all its devices, some of which may belong to other processes.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        try:
+            return thread.submit(try_it).result()
+        except Exception:  # noqa: BLE001 - optimizers raise what they like here
+            return False
 
 
 class _Result(NamedTuple):

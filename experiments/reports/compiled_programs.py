@@ -50,8 +50,12 @@ def memory(program: jax.stages.Compiled) -> Any:
 
 
 def copies(text: str) -> list[Operation]:
-    """Lists all copies in a compiled program's text."""
-    return [x for x in operations(text) if x.kind == "copy"]
+    """Lists all copies in a compiled program's text.
+
+    A copy inside a fused kernel changes the order of what the kernel writes anyway, and
+    is not one of them.
+    """
+    return [x for x in operations(text, fused=False) if x.kind == "copy"]
 
 
 def collectives(text: str) -> list[Operation]:
@@ -63,8 +67,13 @@ def collectives(text: str) -> list[Operation]:
     ]
 
 
-def operations(text: str) -> list[Operation]:
-    """Lists all operations in a compiled program's text."""
+def operations(text: str, *, fused: bool = True) -> list[Operation]:
+    """Lists all operations in a compiled program's text.
+
+    Args:
+      text: The text.
+      fused: Whether to list also those inside of fused kernels.
+    """
     computations: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -72,26 +81,28 @@ def operations(text: str) -> list[Operation]:
             lines = computations.setdefault(header[1], [])
         elif " = " in line:
             lines.append(line)
-    looped = _looped(computations, text)
+    looped = _reached(computations, r"(?:body|condition)=%?([\w.\-]+)", text)
+    kernels = _reached(computations, r" fusion\(.*calls=%?([\w.\-]+)", text)
     return [
         Operation(match[2], type_bytes(match[1]), name in looped)
         for name, lines in computations.items()
+        if fused or name not in kernels
         for line in lines
         if (match := re.search(r"= (\([^=]*?\)|\S+) ([\w\-]+)\(", _plain(line)))
     ]
 
 
-def _looped(computations: dict[str, list[str]], text: str) -> set[str]:
-    """Names the computations that some loop runs."""
-    looped: set[str] = set()
-    waiting = re.findall(r"(?:body|condition)=%?([\w.\-]+)", text)
+def _reached(computations: dict[str, list[str]], start: str, text: str) -> set[str]:
+    """Names the computations that a pattern finds in the text, and all they call."""
+    reached: set[str] = set()
+    waiting = re.findall(start, text)
     while waiting:
         name = waiting.pop()
-        if name not in looped:
-            looped.add(name)
+        if name not in reached:
+            reached.add(name)
             for line in computations.get(name, ()):
                 waiting += _called(line)
-    return looped
+    return reached
 
 
 def _called(line: str) -> list[str]:

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import types
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -85,6 +86,10 @@ def devices_of(topology: str) -> Sequence[Any]:
         )
     # Without it, libtpu asks Google's cloud for minutes what machine this is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # One process at a time may use a TPU, but any number may compile.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # The compiler ends the process at a flag that only JAX's own XLA knows.
+    os.environ.pop("XLA_FLAGS", None)
     try:
         return topologies.get_topology_desc(topology, platform="tpu").devices
     except jax.errors.JaxRuntimeError as error:
@@ -130,7 +135,11 @@ def compiled(name: str, step: CompiledStep) -> Compiled:
     lowered = step.lower()
     start, processor = time.perf_counter(), time.process_time()
     try:
-        program = lowered.compile()
+        with warnings.catch_warnings():
+            # A program for devices that are not there can be put into JAX's cache of
+            # programs, but not be read from it.
+            warnings.filterwarnings("ignore", "Error reading persistent compilation")
+            program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return Compiled(name, _first_line(error), state)
     seconds, processor = time.perf_counter() - start, time.process_time() - processor

@@ -26,7 +26,8 @@ def exit_status(command: Callable[[], object]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except loop.StoppedError as error:
-        print("\n".join([str(error), *error.__notes__]), file=sys.stderr)
+        notes = getattr(error, "__notes__", ())
+        print("\n".join([str(error), *notes]), file=sys.stderr)
         return 128 + error.signal
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

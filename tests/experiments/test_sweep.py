@@ -403,6 +403,7 @@ def test_several_processes_give_the_same_and_stop_with_checkpoints(
         _, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert b"Go on with the same command" in errors
+    assert b"Traceback" not in errors
     checkpoints = [x.name for x in tmp_path.glob("two/*/*/checkpoints/[0-9]*")]
     assert checkpoints
     assert set(checkpoints) - {"400"}
