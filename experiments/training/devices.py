@@ -376,10 +376,9 @@ def _abstract_data(config: Config, dataset: Dataset | Stream, parts: int = 1) ->
     """
     if isinstance(dataset, Stream):
         rows = config.data.batch_size // parts
-        return Split(
-            jax.ShapeDtypeStruct((rows, *dataset.image_shape), jnp.uint8),
-            jax.ShapeDtypeStruct((rows,), jnp.int32),
-        )
+        images: Any = jax.ShapeDtypeStruct((rows, *dataset.image_shape), jnp.uint8)
+        labels: Any = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        return Split(images, labels)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), as_rows(dataset.train)
     )

@@ -150,7 +150,8 @@ def test_parser_of_programs() -> None:
     }
 
     %outer (p: u32[3]) -> u32[3] {
-      ROOT %call = u32[3]{0} fusion(%p), kind=kLoop, calls=%inner
+      %copy.3 = u32[3]{0} copy(%p)
+      ROOT %call = u32[3]{0} fusion(%copy.3), kind=kLoop, calls=%inner
     }
 
     ENTRY %main (a: f32[8]) -> f32[8] {
@@ -165,7 +166,7 @@ def test_parser_of_programs() -> None:
         operation("all-gather", 8 * 2 + 16 * 2, False),
     ]
     assert compiled_programs.copies(program) == [
-        operation("copy", 16, True),
+        operation("copy", 12, True),  # The one inside the fused kernel is none.
         operation("copy", 32, False),
     ]
 

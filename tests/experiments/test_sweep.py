@@ -382,18 +382,18 @@ def test_auto_chooses_the_faster_way_once(fake, tiny, tmp_path, monkeypatch, cap
     assert fake.done[3:] == ALL
 
 
-def test_several_processes_give_the_same_and_stop_with_checkpoints(
-    tmp_path, monkeypatch
-):
-    """Two real sweeps: one process, and two that are stopped and started again."""
-    device = loop.jax.devices()[:1]
-    monkeypatch.setattr(loop.jax, "devices", lambda: device)
+def test_processes_stop_with_checkpoints_and_continue(tmp_path):
+    """Two real sweeps of two processes: one is stopped and started again."""
     text = TINY.replace("= 6", "= 400").replace("eval_every = 3", "eval_every = 100")
     text = text.replace("[0.9, 0.95]", "[0.9]").replace('"dense", ', "")
-    sweep.run(parse(tmp_path, text), tmp_path / "one", progress=False)
-    command = [sys.executable, "-m", "experiments.sweep", str(tmp_path / "file.toml")]
-    command += ["--out", str(tmp_path / "two"), "--jobs", "2", "--no-progress"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
+    parse(tmp_path, text)
+
+    def command(out: str) -> list[str]:
+        words = ["-m", "experiments.sweep", str(tmp_path / "file.toml"), "--jobs", "2"]
+        return [sys.executable, *words, "--no-progress", "--out", str(tmp_path / out)]
+
+    subprocess.run(command("one"), cwd=ROOT, check=True)
+    with subprocess.Popen(command("two"), cwd=ROOT, stderr=subprocess.PIPE) as process:
         while not any(
             path.stat().st_size for path in tmp_path.glob("two/*/*/metrics.jsonl")
         ):
@@ -407,7 +407,7 @@ def test_several_processes_give_the_same_and_stop_with_checkpoints(
     checkpoints = [x.name for x in tmp_path.glob("two/*/*/checkpoints/[0-9]*")]
     assert checkpoints
     assert set(checkpoints) - {"400"}
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command("two"), cwd=ROOT, check=True)
     for seed in range(2):
         one, two = (
             map(json.loads, (tmp_path / part / path).read_text().splitlines())
@@ -415,10 +415,7 @@ def test_several_processes_give_the_same_and_stop_with_checkpoints(
             for part in ("one", "two")
         )
         for line, twin in zip(one, two, strict=True):
-            # With fewer cores, the sums of a product have another order.
-            assert line["test_loss"] == pytest.approx(twin["test_loss"], rel=1e-5)
-            other = dict.fromkeys(("train_loss", "test_loss", "seconds"))
-            assert line | other == twin | other
+            assert {**line, "seconds": 0} == {**twin, "seconds": 0}
 
 
 def test_more_processes_than_cores_are_an_error(fake, tmp_path):
