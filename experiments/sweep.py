@@ -5,7 +5,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,31 +67,7 @@ def run(
                     raise ValueError(f"{name}: {error}") from error
             vmap_seeds = _choose_vmap_seeds(sweep, settings, dataset, out)
             tasks = _tasks(unfinished, out, vmap_seeds)
-            with tqdm.tqdm(
-                total=sum(task.steps for task in tasks),
-                unit="step",
-                disable=not progress,
-                dynamic_ncols=True,
-            ) as bar:
-
-                def end(cell: str, message: str | None) -> None:
-                    if message is not None:
-                        diverged[cell] = message
-                        bar.write(f"{cell}: {message}", file=sys.stderr)
-                    runs = write_results(sweep, out, diverged)
-                    if cell in runs:
-                        accuracies = [r.test_accuracy for r in runs[cell].last]
-                        line = f"{cell}: {sweep_report.cell(accuracies)} %"
-                        bar.write(line, file=sys.stdout)
-
-                try:
-                    if jobs == 1:
-                        train_tasks(tasks, dataset, out, bar, stop.reached, end)
-                    else:
-                        train_in_processes(jobs, tasks, out, bar, stop.reached, end)
-                except loop.StoppedError as error:
-                    error.add_note(f"Go on with the same command and --out {out}")
-                    raise
+            diverged = _train(sweep, tasks, dataset, out, jobs, stop.reached, progress)
     runs = write_results(sweep, out, diverged)
     print((out / "results.md").read_text())
     print(f"Results in {out}")
@@ -99,6 +75,48 @@ def run(
         name, error = next(iter(diverged.items()))
         raise loop.DivergedError(f"{name}: {error}")
     return runs
+
+
+def _train(
+    sweep: Sweep,
+    tasks: Sequence[Task],
+    dataset: Dataset | Stream,
+    out: pathlib.Path,
+    jobs: int,
+    stopped: Callable[[int], int | None],
+    progress: bool,
+) -> dict[str, str]:
+    """Train runs, and write the results after each.
+
+    Returns:
+      The error messages of the cells that diverged, by the names of the cells.
+    """
+    diverged: dict[str, str] = {}
+    with tqdm.tqdm(
+        total=sum(task.config.steps for task in tasks),
+        unit="step",
+        disable=not progress,
+        dynamic_ncols=True,
+    ) as bar:
+
+        def end(cell: str, message: str | None) -> None:
+            if message is not None:
+                diverged[cell] = message
+                bar.write(f"{cell}: {message}", file=sys.stderr)
+            runs = write_results(sweep, out, diverged)
+            if cell in runs:
+                accuracy = sweep_report.cell([r.test_accuracy for r in runs[cell].last])
+                bar.write(f"{cell}: {accuracy} %", file=sys.stdout)
+
+        try:
+            if jobs == 1:
+                train_tasks(tasks, dataset, out, bar, stopped, end)
+            else:
+                train_in_processes(jobs, tasks, out, bar, stopped, end)
+        except loop.StoppedError as error:
+            error.add_note(f"Go on with the same command and --out {out}")
+            raise
+    return diverged
 
 
 def _check_jobs(jobs: int) -> None:
@@ -109,6 +127,11 @@ def _check_jobs(jobs: int) -> None:
         raise ValueError(
             f"jobs must be 1 on {jax.default_backend()}, whose devices one process "
             f"holds, got {jobs}."
+        )
+    if not hasattr(os, "sched_getaffinity"):
+        raise ValueError(
+            f"jobs must be 1 on {sys.platform}, which gives no process its own cores, "
+            f"got {jobs}."
         )
     cores = len(os.sched_getaffinity(0))
     if not 1 <= jobs <= cores:
@@ -348,8 +371,8 @@ def _command(
     Args:
         file: The sweep, as TOML; examples are in experiments/sweeps.
         out: Folder for the results; by default runs/NAME for NAME.toml.
-        jobs: Number of runs that train at once, each in a process with its share of the
-            cores. On CPUs, small networks train faster so.
+        jobs: Number of runs that train at the same time, each in a process with its
+            share of the cores. Only on Linux, and only on CPUs.
         progress: Whether to show a progress bar.
     """
     folder = DEFAULT_FOLDER / file.stem if out is None else out

@@ -1,7 +1,6 @@
 """Train a sparse network, and a dense one to compare: `python -m experiments.train`."""
 
 import argparse
-import dataclasses
 import inspect
 import pathlib
 import sys
@@ -12,7 +11,7 @@ import tqdm
 import tyro
 
 from experiments.config import recipes
-from experiments.config.run import Config, MaskConfig
+from experiments.config.run import Config
 from experiments.data import Dataset, Stream, load
 from experiments.reports import dry_run
 from experiments.reports import training as training_report
@@ -39,7 +38,7 @@ def run(config: Config) -> list[training_report.MethodRuns]:
     """
     configs = [config]
     if config.baseline and config.method != "dense" and config.init_from is None:
-        configs.append(dataclasses.replace(config, method="dense", masks=MaskConfig()))
+        configs.append(config.dense())
 
     def prepare() -> tuple[Dataset | Stream, loop.TrainSetup, pathlib.Path]:
         dataset = load(config.data.dataset, config.data.data_dir)

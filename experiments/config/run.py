@@ -351,6 +351,10 @@ class Config:
                 "ones behind a mask: leave it out."
             )
 
+    def dense(self) -> "Config":
+        """Return the configuration of dense training with the same options."""
+        return dataclasses.replace(self, method="dense", masks=MaskConfig())
+
     def _check_values(self) -> None:
         _check_range("sparsity", self.sparsity, "[0, 1)", 0 <= self.sparsity < 1)
         _check_range("steps", self.steps, "[1, 2**31)", 1 <= self.steps < 2**31)

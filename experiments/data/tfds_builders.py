@@ -99,6 +99,24 @@ def _png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def _ten_classes(
+    builder: Any, description: str, shape: tuple[int, int, int]
+) -> tfds.core.DatasetInfo:
+    """Describe images of ten classes, kept in the order of the examples."""
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        description=description,
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=shape),
+                "label": tfds.features.ClassLabel(num_classes=10),
+            }
+        ),
+        supervised_keys=("image", "label"),
+        disable_shuffling=True,
+    )
+
+
 class Digits(FromFiles):
     """Handwritten digits of 8 x 8 pixels, which are part of scikit-learn.
 
@@ -110,17 +128,8 @@ class Digits(FromFiles):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="1,797 handwritten digits, which are part of scikit-learn.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(8, 8, 1)),
-                    "label": tfds.features.ClassLabel(num_classes=10),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            disable_shuffling=True,
+        return _ten_classes(
+            self, "1,797 handwritten digits, which are part of scikit-learn.", (8, 8, 1)
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, _Examples]:
@@ -210,17 +219,8 @@ class FashionMnistPhotos(_Mnist):
         return FashionMnist.archives()
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Fashion-MNIST blended into crops of two photographs.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(32, 32, 3)),
-                    "label": tfds.features.ClassLabel(num_classes=10),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            disable_shuffling=True,
+        return _ten_classes(
+            self, "Fashion-MNIST blended into crops of two photographs.", (32, 32, 3)
         )
 
     def _images(self, split: str, pixels: np.ndarray) -> Iterator[np.ndarray]:
@@ -233,11 +233,11 @@ class FashionMnistPhotos(_Mnist):
         # NumPy promises that the numbers of a RandomState never change.
         rng = np.random.RandomState(side)
         for image in pixels:
-            photo = random_crop(rng, halves[rng.randint(len(halves))])
+            photo = photo_crop(rng, halves[rng.randint(len(halves))])
             yield blended(rng, image, photo)
 
 
-def random_crop(rng: np.random.RandomState, photo: np.ndarray) -> np.ndarray:
+def photo_crop(rng: np.random.RandomState, photo: np.ndarray) -> np.ndarray:
     """Crop a square of 32 to 96 pixels, resize it to 32, and mirror it at random."""
     height, width = photo.shape[:2]
     side = rng.randint(32, 97)

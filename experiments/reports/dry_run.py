@@ -244,8 +244,7 @@ def run(
       ValueError: The configuration does not fit its data or the accelerators, or the
         topology is unknown.
     """
-    if topology is not None:
-        topologies.devices_of(topology)
+    accelerators = None if topology is None else topologies.devices_of(topology)
     name = (
         f"{config.method}-{config.data.dataset}-{config.model}"
         if recipe is None
@@ -258,9 +257,9 @@ def run(
         plot(result, name, partial)
     print(text(result, name, recipe))
     print(f"\nSchedules: {path}")
-    if topology is not None:
+    if topology is not None and accelerators is not None:
         dataset = result.train_step.dataset
-        print(f"\n{topologies.report(config, dataset, topology)}")
+        print(f"\n{topologies.report(config, dataset, topology, accelerators)}")
     return path
 
 

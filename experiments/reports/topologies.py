@@ -20,7 +20,7 @@ import jax
 from jax.experimental import topologies
 
 from experiments.config.recipes import columns
-from experiments.config.run import Config, MaskConfig
+from experiments.config.run import Config
 from experiments.data import Dataset, Stream
 from experiments.reports import compiled_programs
 from experiments.training.devices import CompiledStep, compile_step
@@ -47,7 +47,6 @@ class Compiled(NamedTuple):
       optimal_seconds: The compiler's own estimate of the time of a step; None if it
         gives none.
       seconds: Seconds to compile.
-      processor_seconds: Seconds of all processor cores to compile.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Compiled(NamedTuple):
     sent_in_update: Mapping[str, list[int]] = types.MappingProxyType({})
     optimal_seconds: float | None = None
     seconds: float = 0.0
-    processor_seconds: float = 0.0
 
     @property
     def total(self) -> int:
@@ -99,26 +97,24 @@ def devices_of(topology: str) -> Sequence[Any]:
         ) from error
 
 
-def report(config: Config, dataset: Dataset | Stream, topology: str) -> str:
+def report(
+    config: Config, dataset: Dataset | Stream, topology: str, devices: Sequence[Any]
+) -> str:
     """Compile the step, and the step of dense training, and describe both.
 
     Args:
       config: The configuration.
       dataset: Its data set; only sizes and shapes are used.
       topology: Kind and arrangement of the devices, such as "v5e:4x4".
+      devices: These devices, from `devices_of`.
 
     Raises:
-      ValueError: The topology is unknown, the compiler is missing, or the devices
-        cannot share a batch.
+      ValueError: The devices cannot share a batch.
     """
-    devices = devices_of(topology)
     config = dataclasses.replace(config, vmap_seeds=False)
     configs = [config]
     if config.method != "dense":
-        dense = dataclasses.replace(
-            config, method="dense", masks=MaskConfig(), init_from=None
-        )
-        configs.insert(0, dense)
+        configs.insert(0, config.dense())
     # Wrong batches are reported before the first compilation, which takes a minute.
     steps = [compile_step(each, dataset, devices) for each in configs]
     results = []
@@ -133,7 +129,7 @@ def compiled(name: str, step: CompiledStep) -> Compiled:
     """Compile one step and read what the compiler says of it."""
     state = _state_bytes(step.abstract())
     lowered = step.lower()
-    start, processor = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
     try:
         with warnings.catch_warnings():
             # A program for devices that are not there can be put into JAX's cache of
@@ -142,7 +138,7 @@ def compiled(name: str, step: CompiledStep) -> Compiled:
             program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return Compiled(name, _first_line(error), state)
-    seconds, processor = time.perf_counter() - start, time.process_time() - processor
+    seconds = time.perf_counter() - start
     memory = compiled_programs.memory(program)
     text = compiled_programs.compiled_text(program)
     collectives = compiled_programs.collectives(text)
@@ -160,7 +156,6 @@ def compiled(name: str, step: CompiledStep) -> Compiled:
         sent_in_update=_by_kind([x for x in collectives if x.looped]),
         optimal_seconds=optimal if optimal > 0 else None,
         seconds=seconds,
-        processor_seconds=processor,
     )
 
 

@@ -35,11 +35,6 @@ class Task(NamedTuple):
     config: Config
     seeds: range
 
-    @property
-    def steps(self) -> int:
-        """Number of steps, which all its seeds take together."""
-        return self.config.steps
-
 
 OnEnd = Callable[[str, str | None], None]
 """Called after a run with the name of its cell, and with a message if it diverged."""
@@ -92,8 +87,6 @@ def train_in_processes(
     on_end: OnEnd,
 ) -> None:
     """Train runs in several processes, each of which has its share of the cores.
-
-    Small networks leave most cores idle, so several runs at once take less time.
 
     Raises:
       loop.StoppedError: `stopped` returned a signal. Checkpoints exist.

@@ -462,7 +462,7 @@ def test_crops_of_photos_have_random_sizes_places_and_mirroring():
     rng = np.random.RandomState(0)
     widths, starts, mirrored = [], [], 0
     for _ in range(300):
-        crop = builders.random_crop(rng, columns)[0, :, 0].astype(int)
+        crop = builders.photo_crop(rng, columns)[0, :, 0].astype(int)
         steps = np.diff(crop)
         assert (steps >= 0).all() or (steps <= 0).all()
         mirrored += steps.sum() < 0

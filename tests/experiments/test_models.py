@@ -31,9 +31,7 @@ def conv_norm(kernel: int, inputs: int, outputs: int) -> int:
 
 
 def plain_convolutions(channels: list[int]) -> int:
-    return sum(
-        itertools.starmap(functools.partial(conv_norm, 3), itertools.pairwise(channels))
-    )
+    return sum(conv_norm(3, a, b) for a, b in itertools.pairwise(channels))
 
 
 def normed_cnn(colours: int, side: int) -> int:
