@@ -56,8 +56,8 @@ def is_per_weight(
             noisy = _one_step(optimizer, params, masks, extra, math.nan)
         return all(map(_is_kept, clean, noisy))
 
-    # A thread of its own is outside of the caller's trace and mesh. With the mesh, the
-    # example would run on all its devices, some of which may belong to other processes.
+    # A new thread has neither the trace nor the mesh of the caller. In the mesh, the
+    # example would run on all devices, also where this process cannot use them.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         try:
             return thread.submit(try_it).result()
