@@ -128,21 +128,17 @@ GOALS = (
         "compile seconds",
         10.0,
     ),
-    Goal(
-        "seconds to compile the step, 1,000 leaves",
-        "scale",
-        "1000-leaves, seconds to compile",
-        60.0,
-    ),
     *(
         Goal(
-            f"{tree}, {axes} axes, bytes a leaf and collective",
+            f"{tree} on {topology}, bytes a leaf and pass",
             "scale",
-            f"{tree}, {axes}, bytes a leaf and collective",
+            f"{topology}, {tree}, bytes a leaf and pass",
             limit,
         )
-        for tree, limit in (("resnet50", 64), ("7b-stacked", 128))
-        for axes in ("explicit", "auto")
+        for topology, tree, limit in (
+            ("v5e:4x4", "resnet50", 64),
+            ("v5e:16x16", "7b-stacked", 128),
+        )
     ),
 )
 

@@ -1,14 +1,15 @@
-"""What an optimizer step with its mask update costs on many devices.
+r"""What an optimizer step with its mask update costs on many TPUs or GPUs.
 
-    python -m benchmarks.scale                       # the usual cases
-    python -m benchmarks.scale --trees 70b-layers --methods granet rigl --devices 8
+    python -m benchmarks.scale                       # the usual cases, an hour
+    python -m benchmarks.scale --trees 7b-stacked --methods dense rigl \
+        --topologies v5e:16x16
 
-A case is a tree of parameters, a method, a number of virtual CPU devices, and a kind of
-mesh axes. For each case the whole optimizer step, SGD with momentum inside, is compiled
-from shapes and shardings alone: nothing is allocated and nothing runs. Parameters,
-gradients and moments are float32, masks are booleans, and all are sharded over a mesh
-(fsdp x tensor), which is set by `jax.set_mesh`. Each case has a process of its own, in
-which the number of devices can be set.
+A case is a tree of parameters, a method, a topology of devices, and a kind of mesh
+axes. For each case the whole optimizer step, SGD with momentum inside, is compiled by
+the compiler of these devices, from shapes and shardings alone: nothing is allocated,
+nothing runs, and no such device is needed. Parameters, gradients and moments are
+float32, masks are booleans, and all are sharded over a mesh (fsdp x tensor), which is
+set by `jax.set_mesh`. Each case has a process of its own.
 
 From the compiled program the benchmark reads, per device:
 
@@ -16,10 +17,11 @@ From the compiled program the benchmark reads, per device:
   all-reduce sends up to twice as many.) Those in loops belong to the mask update, and
   run once in each pass over the scores;
 - the memory of arguments, of results that take their place, and of temporary arrays;
-- seconds to trace, lower and compile, by the clock and of the processor.
+- the bytes of arrays that every step copies;
+- seconds to compile, by the clock and of the processor.
 
-With `--quick` it compiles one small case, and asserts that a step between updates sends
-nothing.
+With `--quick` it compiles one dense step, and asserts that it sends nothing. What holds
+for sparse steps is tested in tests/core/test_tpu.py.
 """
 
 import argparse
@@ -38,83 +40,74 @@ from tqdm import tqdm
 
 import granet_jax
 from benchmarks.tools import command_line, parameter_trees, results
-from experiments.reports import compiled_programs
+from experiments.reports import compiled_programs, topologies
 
 PyTree = Any
-METHODS = {
+METHODS: dict[str, granet_jax.Method | None] = {
+    "dense": None,
     "granet": granet_jax.granet(0.9, 100_000, initial_sparsity=0.5, interval=1000),
     "rigl": granet_jax.rigl(0.9, 100_000, interval=1000),
 }
-USUAL_TREES = (
-    "resnet50",
-    *parameter_trees.MANY,
-    "100m-layers",
-    *(f"{name}-stacked" for name in parameter_trees.TRANSFORMERS),
-)
+USUAL_TREES = {
+    "v5e:4x4": ("resnet50", "1b-stacked"),
+    "h100:8": ("resnet50", "1b-stacked"),
+    "v5e:16x16": ("7b-stacked", "70b-stacked"),
+}
 AXES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-PARTS = ("trace", "lower", "compile")
 
 
 class Case(NamedTuple):
-    """What is compiled: a tree, a method, a number of devices, a kind of mesh axes."""
+    """What is compiled: a tree, a method, a topology, a kind of mesh axes."""
 
     tree: str
     method: str
-    devices: int
+    topology: str
     axes: str
 
     def __str__(self) -> str:
-        return f"{self.tree}, {self.method}, {self.devices} devices, {self.axes}"
+        return ", ".join(self)
 
 
 def compile_step(
-    shapes: PyTree, method: granet_jax.Method, mesh: Mesh, *, donate: bool = True
-) -> tuple[jax.stages.Compiled, dict[str, float]]:
+    shapes: PyTree,
+    method: granet_jax.Method | None,
+    mesh: Mesh,
+    *,
+    donate: bool = True,
+) -> jax.stages.Compiled:
     """Compiles the step of `method` with SGD and momentum from shapes alone.
 
     Args:
       shapes: Tree of shapes of the parameters.
-      method: Record of the method.
+      method: Record of the method; None for the dense optimizer.
       mesh: Mesh with the axes "fsdp" and "tensor".
       donate: Whether parameters and optimizer state are donated.
 
     Returns:
-      The compiled step (params, state, grads) -> (params, state), and the seconds of
-      each part of the compilation, by the clock and of the processor.
+      The compiled step (params, state, grads) -> (params, state).
     """
     params = parameter_trees.place(shapes, mesh)
-    tx = granet_jax.transform(
-        method, optax.sgd(0.1, momentum=0.9), where=parameter_trees.carries_mask
-    )
+    tx = optax.sgd(0.1, momentum=0.9)
+    if method is not None:
+        tx = granet_jax.transform(method, tx, where=parameter_trees.carries_mask)
     state = parameter_trees.place_like(jax.eval_shape(tx.init, params), params)
 
     def step(params: PyTree, state: PyTree, grads: PyTree) -> tuple[PyTree, PyTree]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    seconds = {}
-
-    def timed(name: str, f: Any, *arguments: Any) -> Any:
-        clock, cpu = time.perf_counter(), time.process_time()
-        result = f(*arguments)
-        seconds[name] = time.perf_counter() - clock
-        seconds[f"{name}_cpu"] = time.process_time() - cpu
-        return result
-
     jitted = jax.jit(step, donate_argnums=(0, 1) if donate else ())
-    traced = timed("trace", jitted.trace, params, state, params)
-    lowered = timed("lower", traced.lower)
-    return timed("compile", lowered.compile), seconds
+    return jitted.lower(params, state, params).compile()
 
 
-def make_mesh(devices: int, axes: str) -> Mesh:
+def make_mesh(devices: Sequence[Any], axes: str) -> Mesh:
     """Makes a mesh (fsdp, tensor): (1, 1), (2, 1), (2, 2), (4, 2), ..."""
-    tensor = 2 if devices >= 4 else 1
+    tensor = 2 if len(devices) >= 4 else 1
     return jax.make_mesh(
-        (devices // tensor, tensor),
+        (len(devices) // tensor, tensor),
         ("fsdp", "tensor"),
         axis_types=(AXES[axes],) * 2,
-        devices=jax.devices()[:devices],
+        devices=devices,
     )
 
 
@@ -123,9 +116,12 @@ def measure(case: Case) -> dict[str, Any]:
     shapes = parameter_trees.shapes(case.tree)
     # Counting 2**32 weights or more together takes 64 bits.
     jax.config.update("jax_enable_x64", parameter_trees.size(shapes) >= 2**32)
-    mesh = make_mesh(case.devices, case.axes)
+    mesh = make_mesh(topologies.devices_of(case.topology), case.axes)
+    clock, cpu = time.perf_counter(), time.process_time()
     with jax.set_mesh(mesh):
-        compiled, seconds = compile_step(shapes, METHODS[case.method], mesh)
+        compiled = compile_step(shapes, METHODS[case.method], mesh)
+    seconds = time.perf_counter() - clock
+    processor_seconds = time.process_time() - cpu
     masked = parameter_trees.masked_sizes(shapes)
     text = compiled_programs.compiled_text(compiled)
     memory = compiled_programs.memory(compiled)
@@ -133,6 +129,7 @@ def measure(case: Case) -> dict[str, Any]:
     return {
         **case._asdict(),
         "mesh": list(mesh.devices.shape),
+        "device_count": mesh.size,
         "parameters": parameter_trees.size(shapes),
         "masked_leaves": len(masked),
         "masked_weights": sum(masked),
@@ -151,23 +148,17 @@ def measure(case: Case) -> dict[str, Any]:
             c.bytes for c in compiled_programs.copies(text) if not c.looped
         ),
         "seconds": seconds,
+        "processor_seconds": processor_seconds,
     }
 
 
 def run_case(case: Case, timeout: float) -> dict[str, Any]:
-    """Runs `measure` in a process with as many devices as the case has."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    count = f"--xla_force_host_platform_device_count={case.devices}"
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"{flags} {count}".strip(),
-        "JAX_PLATFORMS": "cpu",
-    }
+    """Runs `measure` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.scale", "--case", *map(str, case)]
     try:
         process = subprocess.run(
             command,
-            env=environment,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -184,42 +175,30 @@ def report(cases: Sequence[dict[str, Any]]) -> str:
     """Formats a table for each of communication, memory and compilation."""
     communication, memory, compilation, errors = [], [], [], []
     for case in cases:
-        label = [case["tree"], case["method"]]
-        devices = "x".join(map(str, case.get("mesh", [case["devices"]])))
-        label += [devices, case["axes"] if case["devices"] > 1 else ""]
+        label = [case[name] for name in ("topology", "tree", "method", "axes")]
         if "error" in case:
             errors.append([*label, case["error"]])
             continue
-        if case["devices"] > 1:
-            kinds = ", ".join(f"{n} {kind}" for kind, n in case["collectives"].items())
-            largest = case["largest_collective_bytes"]
-            cells = [str(case["masked_leaves"]), kinds or "none", f"{largest:,}"]
-            communication.append([*label, *cells, f"{case['bytes_every_step']:,}"])
+        kinds = ", ".join(f"{n} {kind}" for kind, n in case["collectives"].items())
+        sent = (case["bytes_in_loops"], case["bytes_every_step"])
+        communication.append([*label, kinds or "none", *(f"{x:,}" for x in sent)])
         parts = [case[f"{kind}_bytes"] for kind in ("argument", "alias", "temporary")]
-        cells = [f"{part / 2**20:,.1f}" for part in parts]
-        memory.append([*label, *cells, f"{_temporary_a_weight(case):.1f}"])
-        seconds = case["seconds"]
-        times = [
-            seconds["trace"] + seconds["lower"],
-            seconds["compile"],
-            sum(seconds[f"{part}_cpu"] for part in PARTS),
-        ]
-        cells = [str(case["masked_leaves"]), *(f"{time:.1f}" for time in times)]
-        compilation.append([*label, *cells])
-    label = ["tree", "method", "devices", "axes"]
+        parts.append(case["copied_every_step_bytes"])
+        memory.append([*label, *(f"{part / 2**20:,.1f}" for part in parts)])
+        times = (case["seconds"], case["processor_seconds"])
+        leaves = str(case["masked_leaves"])
+        compilation.append([*label, leaves, *(f"{time:.1f}" for time in times)])
+    label = ["topology", "tree", "method", "axes"]
     tables = {
         "Communication": (
-            ["masked leaves", "collectives", "largest, bytes", "every step, bytes"],
+            ["collectives", "bytes a pass", "bytes every step"],
             communication,
         ),
         "Memory": (
-            ["arguments MiB", "aliased MiB", "temporary MiB", "temporary, B a weight"],
+            ["arguments MiB", "aliased MiB", "temporary MiB", "copied every step MiB"],
             memory,
         ),
-        "Compilation": (
-            ["masked leaves", "trace and lower s", "compile s", "processor s"],
-            compilation,
-        ),
+        "Compilation": (["masked leaves", "seconds", "processor seconds"], compilation),
         "Failures": (["error"], errors),
     }
     return "\n\n".join(
@@ -229,32 +208,21 @@ def report(cases: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _temporary_a_weight(case: dict[str, Any]) -> float:
-    """Temporary bytes of a device, for each masked weight that it holds."""
-    return case["temporary_bytes"] * case["devices"] / case["masked_weights"]
-
-
 def figures(cases: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Takes the largest costs of each tree, over all methods and numbers of devices."""
+    """Takes the largest costs of each topology and tree, over all sparse methods."""
     most: dict[str, float] = {}
-
-    def record(name: str, value: float) -> None:
-        most[name] = max(value, most.get(name, 0.0))
-
     for case in cases:
-        if "error" in case:
+        if "error" in case or case["method"] == "dense":
             continue
-        tree, axes = case["tree"], case["axes"]
-        if case["devices"] > 1:
-            sent = case["largest_collective_bytes"] / case["masked_leaves"]
-            record(f"{tree}, {axes}, bytes a leaf and collective", sent)
-            record(f"{tree}, {axes}, bytes every step", case["bytes_every_step"])
-            record(
-                f"{tree}, {axes}, temporary bytes a weight", _temporary_a_weight(case)
-            )
-        else:
-            taken = sum(case["seconds"][part] for part in PARTS)
-            record(f"{tree}, seconds to compile", taken)
+        weights = case["masked_weights"] / case["device_count"]
+        for name, value in {
+            "bytes a leaf and pass": case["bytes_in_loops"] / case["masked_leaves"],
+            "bytes every step": case["bytes_every_step"],
+            "temporary bytes a weight": case["temporary_bytes"] / weights,
+            "processor seconds to compile": case["processor_seconds"],
+        }.items():
+            name = f"{case['topology']}, {case['tree']}, {name}"
+            most[name] = max(value, most.get(name, 0.0))
     return most
 
 
@@ -262,29 +230,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles all cases, each in its process, and writes the table and the figures."""
     parser = command_line.parser(__doc__)
     parser.add_argument(
-        "--trees", nargs="+", default=USUAL_TREES, choices=parameter_trees.NAMES
+        "--trees",
+        nargs="+",
+        choices=parameter_trees.NAMES,
+        help="by default two trees of the topology's size",
     )
-    parser.add_argument("--methods", nargs="+", default=["granet"], choices=METHODS)
-    parser.add_argument("--devices", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--axes", nargs="+", default=[*AXES], choices=AXES)
+    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS)
+    parser.add_argument("--topologies", nargs="+", default=[*USUAL_TREES])
+    parser.add_argument("--axes", nargs="+", default=["explicit"], choices=AXES)
     parser.add_argument("--timeout", type=float, default=1800, help="seconds a case")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.case:
-        tree, method, devices, axes = options.case
-        print(json.dumps(measure(Case(tree, method, int(devices), axes))))
+        print(json.dumps(measure(Case(*options.case))))
         return
     if options.quick:
-        options.trees, options.methods = ["100m-stacked"], ["rigl"]
-        options.devices, options.axes = [2], ["explicit"]
+        options.trees, options.methods = ["100m-stacked"], ["dense"]
+        options.topologies = ["v5e:2x2"]
+    if not (options.trees or USUAL_TREES.keys() >= {*options.topologies}):
+        parser.error(f"give --trees for topologies other than {', '.join(USUAL_TREES)}")
     selected = [
-        Case(tree, method, devices, axes)
-        for tree in options.trees
+        Case(tree, method, topology, axes)
+        for topology in options.topologies
+        for tree in options.trees or USUAL_TREES[topology]
         for method in options.methods
-        for devices in options.devices
-        for axes in (options.axes if devices > 1 else options.axes[:1])
-        # Trees of many leaves are there for their compile time, on one device.
-        if devices == 1 or tree not in parameter_trees.MANY
+        for axes in options.axes
     ]
     cases: list[dict[str, Any]] = []
     with tqdm(selected) as bar:

@@ -21,13 +21,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 
 from benchmarks.tools import command_line, results, timing
 from experiments import data, models
@@ -139,7 +139,7 @@ def with_trainer(
                 begin = end
 
         with tempfile.TemporaryDirectory() as folder:
-            (records,), _ = loop.fit(setup, [0], Path(folder), on_step=on_step)
+            (records,), _ = loop.fit(setup, [0], epath.Path(folder), on_step=on_step)
         return end - begin, records[-1].train_loss
 
     return run

@@ -31,15 +31,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from etils import epath
 from jax import Array
 from matplotlib.figure import Figure
 
 import granet_jax
+from experiments.buckets import check_folder
 from experiments.reports import training
 from experiments.training.atomic_files import atomic_path, write_json
 from experiments.training.exit_status import exit_status
 from granet_jax import schedules
 
+DEFAULT_FOLDER = epath.Path("runs/cyclical-linear")
 RECOVERIES = ("hard", "projected", "straight_through")
 CYCLES = (1, 2, 4, 8)
 # Masks are recorded at the end of every part. All cycles end with a part.
@@ -69,10 +72,11 @@ class Config:
     features: int = 200
     steps: int = 4000
     seeds: int = 20
-    out: pathlib.Path = pathlib.Path("runs/cyclical-linear")
+    out: epath.Path = DEFAULT_FOLDER
 
     def __post_init__(self) -> None:
         """Raise ValueError for an invalid value."""
+        check_folder("out", self.out)
         if self.steps < 8 * PARTS or self.steps % PARTS:
             raise ValueError(
                 f"steps must be a multiple of {PARTS}, at least {8 * PARTS}, got "

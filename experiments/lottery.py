@@ -14,7 +14,6 @@ References:
 import dataclasses
 import itertools
 import json
-import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,9 +22,11 @@ import jax
 import jax.numpy as jnp
 import tqdm
 import tyro
+from etils import epath
 
 import granet_jax
 from experiments import models
+from experiments.buckets import check_folder
 from experiments.config.run import Config, DistributedConfig, MaskConfig, ToSTConfig
 from experiments.data import load
 from experiments.training import initial_state, loop, ticket_files
@@ -48,7 +49,7 @@ class LotteryConfig:
     sparsities: tyro.conf.Positional[tuple[float, ...]]
     """Sparsity after every round of pruning, in (0, 1), increasing."""
 
-    out: pathlib.Path
+    out: epath.Path
     """Folder for the tickets and the training of every round."""
 
     rewind_steps: int = 0
@@ -63,6 +64,7 @@ class LotteryConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for an invalid value."""
+        check_folder("out", self.out)
         if not self.sparsities:
             raise ValueError("sparsities must not be empty.")
         for before, after in itertools.pairwise((0.0, *self.sparsities, 1.0)):

@@ -6,7 +6,6 @@ a checkpoint at every point, from which all branches of that point start.
 """
 
 import datetime
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 import tqdm
 import tyro
+from etils import epath
 
 from experiments import train
 from experiments.config.plasticity import Branch, PruningPoint, Study
@@ -116,7 +116,7 @@ def continued_steps(study: Study, dataset: Dataset | Stream) -> int:
     return steps
 
 
-def open_folder(study: Study) -> pathlib.Path:
+def open_folder(study: Study) -> epath.Path:
     """Return the results folder of a study, new or to be continued.
 
     Raises:
@@ -141,11 +141,11 @@ def _points(study: Study, dense: CompiledStep) -> list[PruningPoint]:
     ]
 
 
-def _path(folder: pathlib.Path, step: int, seed: int, branch: Branch) -> pathlib.Path:
+def _path(folder: epath.Path, step: int, seed: int, branch: Branch) -> epath.Path:
     return folder / "branches" / f"step{step}" / f"seed{seed}-{branch.name}.json"
 
 
-def _calls(study: Study, runs: training_report.MethodRuns, folder: pathlib.Path) -> int:
+def _calls(study: Study, runs: training_report.MethodRuns, folder: epath.Path) -> int:
     """Return how many groups of `study.lanes` branches are left to train."""
     missing = [
         sum(
@@ -162,7 +162,7 @@ def _missing(
     study: Study,
     dense: CompiledStep,
     runs: training_report.MethodRuns,
-    folder: pathlib.Path,
+    folder: epath.Path,
     point: PruningPoint,
 ) -> list[BranchRun]:
     """Return the unfinished branches of a point."""
@@ -191,7 +191,7 @@ def write_results(
     study: Study,
     dense: CompiledStep,
     runs: training_report.MethodRuns,
-    folder: pathlib.Path,
+    folder: epath.Path,
     steps: int,
 ) -> Results | None:
     """Write results.md, results.json and plots of the finished points.

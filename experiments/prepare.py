@@ -11,7 +11,7 @@ from experiments.data import preparation
 
 def prepare(
     name: tyro.conf.Positional[str],
-    data_dir: pathlib.Path | None = None,
+    data_dir: str | None = None,
     manual_dir: pathlib.Path | None = None,
 ) -> None:
     """Downloads a data set if necessary and prepares it. Once is enough.

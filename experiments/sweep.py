@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import tqdm
 import tyro
+from etils import epath
 
+from experiments.buckets import check_folder
 from experiments.config.run import Config, check_same
 from experiments.config.sweep import Sweep, read
 from experiments.data import Dataset, Stream, load
@@ -27,7 +29,7 @@ from experiments.training.sweep_tasks import Task, train_in_processes, train_tas
 
 
 def run(
-    sweep: Sweep, out: pathlib.Path, *, jobs: int = 1, progress: bool = True
+    sweep: Sweep, out: epath.Path, *, jobs: int = 1, progress: bool = True
 ) -> dict[str, training_report.MethodRuns]:
     """Train all unfinished cells of a sweep and write the results to `out`.
 
@@ -49,6 +51,7 @@ def run(
       loop.StoppedError: SIGTERM or SIGINT arrived. Checkpoints are kept.
     """
     _check_jobs(jobs)
+    check_folder("out", out)
     settings = open_folder(sweep, out)
     unfinished = {
         name: config
@@ -81,7 +84,7 @@ def _train(
     sweep: Sweep,
     tasks: Sequence[Task],
     dataset: Dataset | Stream,
-    out: pathlib.Path,
+    out: epath.Path,
     jobs: int,
     stopped: Callable[[int], int | None],
     progress: bool,
@@ -139,7 +142,7 @@ def _check_jobs(jobs: int) -> None:
 
 
 def _tasks(
-    unfinished: Mapping[str, Config], out: pathlib.Path, vmap_seeds: bool
+    unfinished: Mapping[str, Config], out: epath.Path, vmap_seeds: bool
 ) -> list[Task]:
     """The runs that are missing; notes their options in the folders of their cells."""
     tasks = []
@@ -152,7 +155,7 @@ def _tasks(
     return tasks
 
 
-def open_folder(sweep: Sweep, out: pathlib.Path) -> dict[str, Any]:
+def open_folder(sweep: Sweep, out: epath.Path) -> dict[str, Any]:
     """Create the folder of a sweep, or check that it belongs to this sweep.
 
     Returns:
@@ -195,7 +198,7 @@ def _choose_vmap_seeds(
     sweep: Sweep,
     settings: dict[str, Any],
     dataset: Dataset | Stream,
-    out: pathlib.Path,
+    out: epath.Path,
 ) -> bool:
     """Return whether to train all seeds of a cell at once; measured once per sweep."""
     if sweep.vmap_seeds is not None:
@@ -266,7 +269,7 @@ def seconds_per_step(
     return min(timings[0]), min(timings[1])
 
 
-def groups(config: Config, folder: pathlib.Path, vmap_seeds: bool) -> list[range]:
+def groups(config: Config, folder: epath.Path, vmap_seeds: bool) -> list[range]:
     """Return the groups of seeds to train, beginning with the groups already started.
 
     A started group keeps its seeds. Seeds added since then form new groups.
@@ -283,7 +286,7 @@ def groups(config: Config, folder: pathlib.Path, vmap_seeds: bool) -> list[range
     return result
 
 
-def finished_groups(config: Config, folder: pathlib.Path) -> list[range]:
+def finished_groups(config: Config, folder: epath.Path) -> list[range]:
     """Return the groups of seeds that are trained to the end, one group per folder."""
     return [
         seeds
@@ -297,14 +300,14 @@ def missing(seeds: int, groups: Sequence[range]) -> list[int]:
     return [seed for seed in range(seeds) if not any(seed in group for group in groups)]
 
 
-def _started(config: Config, folder: pathlib.Path) -> list[range]:
+def _started(config: Config, folder: epath.Path) -> list[range]:
     """Return the groups of seeds in the folder of a cell."""
     found = [seeds_of(path, config.method) for path in folder.glob("*")]
     started = [seeds for seeds in found if seeds and seeds[0] < config.seeds]
     return sorted(started, key=lambda seeds: seeds[0])
 
 
-def _is_finished(config: Config, folder: pathlib.Path, seeds: range) -> bool:
+def _is_finished(config: Config, folder: epath.Path, seeds: range) -> bool:
     run_folder = folder / run_name(config.method, seeds)
     if not (run_folder / "checkpoints" / str(config.steps)).is_dir():
         return False
@@ -313,7 +316,7 @@ def _is_finished(config: Config, folder: pathlib.Path, seeds: range) -> bool:
 
 
 def _records(
-    config: Config, folder: pathlib.Path, seeds: range
+    config: Config, folder: epath.Path, seeds: range
 ) -> list[list[training_report.MetricsRecord]]:
     log = Log(
         folder / run_name(config.method, seeds),
@@ -326,7 +329,7 @@ def _records(
 
 
 def write_results(
-    sweep: Sweep, out: pathlib.Path, diverged: Mapping[str, str]
+    sweep: Sweep, out: epath.Path, diverged: Mapping[str, str]
 ) -> dict[str, training_report.MethodRuns]:
     """Write results.md, results.json and accuracy.png from the finished seeds.
 
@@ -359,7 +362,7 @@ def write_results(
 
 def _command(
     file: tyro.conf.Positional[pathlib.Path],
-    out: pathlib.Path | None = None,
+    out: epath.Path | None = None,
     jobs: int = 1,
     progress: bool = True,
 ) -> None:

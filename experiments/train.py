@@ -2,13 +2,13 @@
 
 import argparse
 import inspect
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
 import rich.console
 import tqdm
 import tyro
+from etils import epath
 
 from experiments.config import recipes
 from experiments.config.run import Config
@@ -40,7 +40,7 @@ def run(config: Config) -> list[training_report.MethodRuns]:
     if config.baseline and config.method != "dense" and config.init_from is None:
         configs.append(config.dense())
 
-    def prepare() -> tuple[Dataset | Stream, loop.TrainSetup, pathlib.Path]:
+    def prepare() -> tuple[Dataset | Stream, loop.TrainSetup, epath.Path]:
         dataset = load(config.data.dataset, config.data.data_dir)
         return dataset, loop.create(configs[0], dataset), open_folder(config)
 
@@ -63,7 +63,7 @@ def run(config: Config) -> list[training_report.MethodRuns]:
 
 def train_all(
     setup: loop.TrainSetup,
-    folder: pathlib.Path,
+    folder: epath.Path,
     stopped: Callable[[int], int | None] = lambda step: None,
 ) -> training_report.MethodRuns:
     """Train all seeds of a configuration, each in its own folder in `folder`."""
@@ -84,7 +84,7 @@ def train_all(
 
 
 def _write_results(
-    config: Config, runs: Sequence[training_report.MethodRuns], folder: pathlib.Path
+    config: Config, runs: Sequence[training_report.MethodRuns], folder: epath.Path
 ) -> None:
     title = (
         f"{config.data.dataset}, {config.model}, {config.steps:,} steps of "
@@ -159,8 +159,9 @@ def _recipe_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--topology",
         metavar="NAME",
-        help="with --dry-run: also compile the step for these TPUs, such as v5e:4x4, "
-        "and print memory and communication (needs libtpu, and no TPU)",
+        help="with --dry-run: also compile the step for these TPUs or GPUs, such as "
+        "v5e:4x4 or h100:8, and print memory and communication (needs their compiler, "
+        "but not the devices)",
     )
     return parser
 

@@ -24,10 +24,6 @@ RESNET50_KERNELS = 54
 _STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))
 _EXPANSION = 4
 
-# Trees of many small kernels, of five shapes in turn, as deep networks have them.
-MANY = {"54-leaves": 54, "200-leaves": 200, "1000-leaves": 1000}
-_KERNELS = ((128, 128), (3, 3, 64, 64), (64, 256), (1, 1, 128, 64), (256, 32))
-
 
 class Transformer(NamedTuple):
     """Sizes of a decoder with gated feed-forward layers and untied embeddings.
@@ -59,7 +55,6 @@ TRANSFORMERS = {
 }
 NAMES = (
     "resnet50",
-    *MANY,
     *(f"{size}-{form}" for size in TRANSFORMERS for form in ("stacked", "layers")),
 )
 
@@ -68,8 +63,6 @@ def shapes(name: str) -> Shapes:
     """Returns the tree of shapes with one of the `NAMES`."""
     if name == "resnet50":
         return resnet50()
-    if name in MANY:
-        return {f"layer_{i}": _KERNELS[i % len(_KERNELS)] for i in range(MANY[name])}
     size, _, form = name.partition("-")
     return transformer(TRANSFORMERS[size], stacked=form == "stacked")
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-import pathlib
 from typing import Any, Literal
+
+from etils import epath
 
 import granet_jax
 
@@ -142,7 +143,7 @@ class MaskConfig:
     """Number of training examples for the source, without augmentation; by
     default ten per class. snip, iterative-snip, grasp, force."""
 
-    tickets: pathlib.Path | None = None
+    tickets: epath.Path | None = None
     """Folder written by `python -m experiments.lottery`. Training starts
     from the weights of the ticket. tickets."""
 

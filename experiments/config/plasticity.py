@@ -2,9 +2,11 @@
 
 import dataclasses
 import itertools
-import pathlib
 from typing import Any, Literal, NamedTuple
 
+from etils import epath
+
+from experiments.buckets import check_folder
 from experiments.config.run import CheckpointConfig, Config, MaskConfig
 from granet_jax.selection import Scope
 
@@ -118,7 +120,7 @@ class Study:
     1 on a CPU, where convolutions with separate kernels are several times
     slower."""
 
-    out: pathlib.Path | None = None
+    out: epath.Path | None = None
     """Folder for the results; must be new or contain the same study, which
     then continues. By default runs/TIME-plasticity."""
 
@@ -132,6 +134,7 @@ class Study:
 
     def __post_init__(self) -> None:
         """Raise ValueError for an invalid value."""
+        check_folder("out", self.out)
         for name in ("points", "updates", "lanes"):
             if getattr(self, name) < 1:
                 raise ValueError(

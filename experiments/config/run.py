@@ -5,13 +5,14 @@ import difflib
 import json
 import math
 import operator
-import pathlib
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from etils import epath
+
 import granet_jax
 from experiments import data, models
+from experiments.buckets import check_folder
 from experiments.config import methods
 from experiments.config.methods import OPTIONS, MaskConfig, MethodName
 from granet_jax import tost
@@ -91,7 +92,8 @@ class DataConfig:
 
     data_dir: str | None = None
     """Folder of the prepared data sets; by default the folder of
-    tensorflow-datasets, ~/tensorflow_datasets."""
+    tensorflow-datasets, ~/tensorflow_datasets. A data set in a bucket
+    (gs://...) is copied there first."""
 
     batch_size: int = 64
     """Examples per step, over all devices. An incomplete batch at the end
@@ -312,16 +314,17 @@ class Config:
     where convolutions in a scan are about ten times slower (and round
     differently)."""
 
-    init_from: pathlib.Path | None = None
+    init_from: epath.Path | None = None
     """Folder (the --out) of a finished run with the same network. Every
     seed starts from the weights and batch statistics that it ended with
     there, and a method that starts sparse from its masks too, unless
     masks.source is given. Steps and learning rate begin again. Not for
     straight-through and top-kast."""
 
-    out: pathlib.Path | None = None
-    """Folder for the results; must be new or contain a run of the same
-    configuration, which then continues. By default runs/TIME-METHOD."""
+    out: epath.Path | None = None
+    """Folder for the results, on disk or gs://BUCKET/FOLDER; must be new
+    or contain a run of the same configuration, which then continues. By
+    default runs/TIME-METHOD."""
 
     progress: bool = True
     """Whether to show a progress bar."""
@@ -378,11 +381,8 @@ class Config:
         _check_range(
             "optimizer.warmup_steps", warmup, "[0, steps)", warmup < self.steps
         )
-        if self.out is not None and re.match(r"\w{2,}:/", str(self.out)):
-            raise ValueError(
-                f"out must be a folder of the file system, got {self.out}: mount the "
-                "bucket (gcsfuse) and give the folder where it is mounted."
-            )
+        for name in ("out", "init_from", "masks.tickets", "data.data_dir"):
+            check_folder(name, operator.attrgetter(name)(self))
 
     def _check_devices(self) -> None:
         if self.data.batch_size % self.optimizer.accumulate:

@@ -10,6 +10,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from etils import epath
+
 from experiments.config.methods import OPTIONS, MethodName
 from experiments.config.run import Config
 
@@ -277,9 +279,9 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     elif origin is tuple:
         if isinstance(value, list):
             return tuple(_convert(name, item, arguments[0]) for item in value)
-    elif hint is pathlib.Path:
+    elif hint is epath.Path:
         if isinstance(value, str):
-            return pathlib.Path(value)
+            return epath.Path(value)
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
@@ -291,7 +293,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
 def _type_name(hint: Any) -> str:
     """Describe a type."""
     words = {int: "an integer", float: "a number", str: "a string"}
-    words |= {bool: "true or false", pathlib.Path: "a string with a path"}
+    words |= {bool: "true or false", epath.Path: "a string with a path"}
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_type_name(a) for a in arguments if a is not types.NoneType)

@@ -9,7 +9,8 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 
-from experiments.data import preparation
+from experiments.buckets import in_bucket
+from experiments.data import from_bucket, preparation
 from experiments.data.imagenet import Stream, open_stream
 from experiments.data.in_memory import Dataset, Split, from_arrays
 
@@ -30,7 +31,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset |
     Args:
       name: One of `NAMES`.
       data_dir: Folder of prepared data sets; None means the folder in TFDS_DATA_DIR,
-        otherwise ~/tensorflow_datasets.
+        otherwise ~/tensorflow_datasets. If it is in a bucket, the data set is first
+        copied to the folder that None means.
 
     Returns:
       The whole data set in main memory; for imagenet2012, a `Stream`.
@@ -40,6 +42,9 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset |
       FileNotFoundError: The data set is not prepared.
       OSError: The data set cannot be read.
     """
+    if data_dir is not None and in_bucket(data_dir):
+        from_bucket.copy(name, data_dir)
+        data_dir = None
     builder = preparation.builder_of(name, data_dir)
     if not preparation.is_prepared(builder):
         if not preparation.is_available(name):

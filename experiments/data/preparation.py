@@ -17,6 +17,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants
 
+from experiments.buckets import in_bucket
 from experiments.data import downloads, tfds_builders
 
 NAMES = (*tfds_builders.BUILDERS, "imagenet2012")
@@ -92,16 +93,21 @@ def prepare(
       (the folder of the data set, whether it was prepared by this call).
 
     Raises:
-      ValueError: There is no such data set.
+      ValueError: There is no such data set, or `data_dir` is in a bucket.
       ModuleNotFoundError: The preparation needs TensorFlow, which is not installed.
       OSError: A file is missing or has the wrong checksum, the network or the disk
         fails, or the folder contains something else.
     """
+    if data_dir is not None and in_bucket(data_dir):
+        raise ValueError(
+            f"data_dir must be on disk, got {data_dir}: prepare {name} there, then "
+            f"copy it with `gcloud storage cp -r {_default_dir() / name} {data_dir}/`."
+        )
     builder = builder_of(name, data_dir)
     folder = pathlib.Path(builder.data_dir)
     if is_prepared(builder):
         return folder, False
-    with _lock(builder):
+    with lock(builder):
         # Another process may have prepared it in the meantime.
         builder = builder_of(name, data_dir)
         if is_prepared(builder):
@@ -222,7 +228,7 @@ def _manual_dir(
 
 
 @contextlib.contextmanager
-def _lock(builder: Any) -> Generator[None]:
+def lock(builder: Any) -> Generator[None]:
     """Let one process at a time prepare a data set. The lock ends with the process."""
     root = pathlib.Path(builder.data_dir_root)
     root.mkdir(parents=True, exist_ok=True)

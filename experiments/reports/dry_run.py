@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import granet_jax
 from experiments import models
+from experiments.buckets import in_bucket
 from experiments.config.recipes import Recipe, columns
 from experiments.config.run import Config
 from experiments.data import Dataset, Split, Stream
@@ -215,10 +217,13 @@ def analyse(config: Config) -> DryRun:
     return DryRun(config, dataset_info, train_step, tuple(leaves), flops, memory)
 
 
-def path_of(config: Config, name: str) -> pathlib.Path:
-    """Return the path of the plot: `out` if it is a PNG file, else next to `out`."""
-    if config.out is None:
-        return pathlib.Path(f"dry-run-{name}.png")
+def path_of(config: Config, name: str) -> epath.Path:
+    """Return the path of the plot: `out` if it is a PNG file, else next to `out`.
+
+    No plot of a plan is put into a bucket.
+    """
+    if config.out is None or in_bucket(config.out):
+        return epath.Path(f"dry-run-{name}.png")
     if config.out.suffix == ".png":
         return config.out
     # The plot is not put into `out`: training refuses a folder with other files.
@@ -227,7 +232,7 @@ def path_of(config: Config, name: str) -> pathlib.Path:
 
 def run(
     config: Config, recipe: Recipe | None = None, topology: str | None = None
-) -> pathlib.Path:
+) -> epath.Path:
     """Print the properties of a configuration and plot its schedules.
 
     Args:

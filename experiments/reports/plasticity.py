@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -67,7 +68,7 @@ class Results:
         }
 
 
-def write(results: Results, values: Mapping[str, Any], out: pathlib.Path) -> None:
+def write(results: Results, values: Mapping[str, Any], out: epath.Path) -> None:
     """Write results.md, results.json and plots.
 
     Args:

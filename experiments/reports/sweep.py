@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -21,7 +22,7 @@ def write(
     runs: Mapping[str, MethodRuns],
     diverged: Mapping[str, str],
     environment: Mapping[str, Any],
-    out: pathlib.Path,
+    out: epath.Path,
 ) -> None:
     """Write results.md, results.json and accuracy.png.
 

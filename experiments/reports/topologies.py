@@ -2,7 +2,8 @@
 
 `python -m experiments.train ... --dry-run --topology v5e:4x4` lowers the step that
 training would run, from shapes alone, and gives it to the compiler of the accelerator.
-The package libtpu has the compiler for TPUs, and needs no TPU. Nothing is run.
+The package libtpu has the compiler for TPUs and needs no TPU, and JAX's plugin for CUDA
+has the one for NVIDIA GPUs and needs no GPU. Nothing is run.
 """
 
 import dataclasses
@@ -29,7 +30,39 @@ PyTree = Any
 
 # Memory of one device in GiB, from Google's documentation of Cloud TPU. A device of JAX
 # is a chip, except for v2 and v3.
-MEMORY = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
+TPUS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
+
+
+class _Gpu(NamedTuple):
+    """A kind of GPU, from NVIDIA's documentation: what its compiler must know.
+
+    Attributes:
+      memory: Memory in GiB.
+      capability: Major version of its compute capability; the minor one is 0.
+      cores: Number of streaming multiprocessors.
+      fpus: Number of units for float32 in each of them.
+      clock: Clock rate in GHz.
+      bandwidth: Bytes that its memory reads or writes in a second.
+      cache: Bytes of the second-level cache.
+      shared: Bytes of memory that the threads of a multiprocessor share.
+    """
+
+    memory: int
+    capability: int
+    cores: int
+    fpus: int
+    clock: float
+    bandwidth: float
+    cache: int
+    shared: int
+
+
+GPUS = {
+    "a100": _Gpu(80, 8, 108, 64, 1.41, 2.039e12, 40 * 2**20, 164 * 2**10),
+    "h100": _Gpu(80, 9, 132, 128, 1.98, 3.352e12, 50 * 2**20, 228 * 2**10),
+    "h200": _Gpu(141, 9, 132, 128, 1.98, 4.8e12, 50 * 2**20, 228 * 2**10),
+}
+MEMORY = TPUS | {name: gpu.memory for name, gpu in GPUS.items()}
 
 
 class Compiled(NamedTuple):
@@ -66,7 +99,7 @@ class Compiled(NamedTuple):
 
 
 def devices_of(topology: str) -> Sequence[Any]:
-    """The devices of a topology such as "v5e:4x4".
+    """The devices of a topology: "v5e:4x4" for TPUs, "h100:8" for GPUs.
 
     Raises:
       ValueError: There is no such topology, or the compiler is not installed.
@@ -75,8 +108,12 @@ def devices_of(topology: str) -> Sequence[Any]:
     if kind not in MEMORY or not shape:
         raise ValueError(
             f"topology must be KIND:SHAPE with KIND one of {', '.join(MEMORY)}, such "
-            f"as v5e:4x4 or v4:2x2x1, got {topology!r}."
+            f"as v5e:4x4, v4:2x2x1 or h100:8, got {topology!r}."
         )
+    return _gpus(kind, shape) if kind in GPUS else _tpus(topology)
+
+
+def _tpus(topology: str) -> Sequence[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             "topology needs the compiler for TPUs: run `pip install '.[tpu]'`, which "
@@ -95,6 +132,53 @@ def devices_of(topology: str) -> Sequence[Any]:
             f"topology {topology} is not known to the compiler ({_first_line(error)}). "
             "Examples are v5e:2x2, v5e:4x4, v5e:16x16, v6e:4x4 and v4:2x2x1."
         ) from error
+
+
+def _gpus(kind: str, number: str) -> Sequence[Any]:
+    """Describe GPUs of one machine to the compiler, in its own words."""
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(
+            f"topology must have the number of GPUs, such as {kind}:8, got "
+            f"{kind}:{number}."
+        )
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        raise ValueError(
+            "topology needs the compiler for GPUs: run "
+            "`pip install '.[gpu-compiler]'`, which also works on a machine without a "
+            "GPU."
+        )
+    # The compiler warns that it cannot measure which of its kernels are fastest.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    gpu = GPUS[kind]
+    # One block of threads may take all shared memory but a kibibyte.
+    target = f"""
+        platform_name: "CUDA"
+        device_description_str: "{kind.upper()}"
+        dnn_version_info {{ major: 9 minor: 12 }}
+        runtime_version {{ major: 12 minor: 9 }}
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {gpu.capability} }}
+          threads_per_warp: 32
+          threads_per_block_limit: 1024
+          threads_per_core_limit: 2048
+          block_dim_limit_x: 2147483647
+          block_dim_limit_y: 65535
+          block_dim_limit_z: 65535
+          registers_per_core_limit: 65536
+          registers_per_block_limit: 65536
+          shared_memory_per_block: 49152
+          shared_memory_per_block_optin: {gpu.shared - 2**10}
+          shared_memory_per_core: {gpu.shared}
+          core_count: {gpu.cores}
+          fpus_per_core: {gpu.fpus}
+          clock_rate_ghz: {gpu.clock}
+          memory_bandwidth: {gpu.bandwidth:.0f}
+          l2_cache_size: {gpu.cache}
+          device_memory_size: {gpu.memory * 2**30}
+        }}"""
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=target, topology=f"1x1x{number}"
+    ).devices
 
 
 def report(

@@ -2,41 +2,52 @@
 
 import contextlib
 import json
+import os
 import pathlib
+import tempfile
 from collections.abc import Generator, Mapping
 from typing import Any
 
+from etils import epath
+
+from experiments.buckets import in_bucket
+
 
 @contextlib.contextmanager
-def atomic_path(path: pathlib.Path) -> Generator[pathlib.Path]:
+def atomic_path(path: epath.Path) -> Generator[pathlib.Path]:
     """Give a file its name only when it is complete.
 
+    An object in a bucket appears when its upload is complete. A file on disk is
+    renamed, which buckets cannot do.
+
     Yields:
-      The path to write to: `path` with ".partial" appended. If an exception or the end
-      of the process interrupts the body, that partial file remains.
+      The local path to write to. For a file on disk it is `path` with ".partial"
+      appended, which remains if an exception or a kill interrupts the body.
 
     Raises:
       OSError: The file cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
-    with explain_write_errors(path):
-        yield partial
-        partial.replace(path)
-
-
-@contextlib.contextmanager
-def explain_write_errors(path: pathlib.Path) -> Generator[None]:
-    """Add the remedy to an OSError of the body, which writes `path`."""
     try:
-        yield
+        if in_bucket(path):
+            with tempfile.TemporaryDirectory() as folder:
+                local = pathlib.Path(folder) / path.name
+                yield local
+                path.write_bytes(local.read_bytes())
+            return
+        partial = pathlib.Path(f"{path}.partial")
+        yield partial
+        with partial.open("rb") as file:
+            # A crash of the machine must not leave a complete name and no content.
+            os.fsync(file.fileno())
+        partial.replace(path)
     except OSError as error:
         raise OSError(
-            f"{path} could not be written ({error.strerror}): make room (or give "
-            "another folder as --out) and run the same command again."
+            f"{path} could not be written ({error.strerror or error}): make room (or "
+            "give another folder as --out) and run the same command again."
         ) from error
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: epath.Path) -> dict[str, Any]:
     """Read a JSON file in a folder of results.
 
     Raises:
@@ -48,7 +59,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise FileExistsError(f"out: {path} cannot be read ({error}).") from error
 
 
-def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+def write_json(path: epath.Path, values: Mapping[str, Any]) -> None:
     """Write values as an indented JSON file, atomically."""
     with atomic_path(path) as partial:
         partial.write_text(json.dumps(values, indent=2) + "\n")

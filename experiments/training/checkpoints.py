@@ -2,14 +2,15 @@
 
 import contextlib
 import json
-import pathlib
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
+from experiments.buckets import in_bucket
 from experiments.training import manifest
 from granet_jax import masking
 
@@ -62,7 +63,7 @@ class Checkpoints:
     the step.
     """
 
-    def __init__(self, folder: pathlib.Path, keep: int) -> None:
+    def __init__(self, folder: epath.Path, keep: int) -> None:
         """Open the folder without creating it. All processes of a run must do so.
 
         Args:
@@ -71,7 +72,8 @@ class Checkpoints:
         """
         self.folder = folder
         self._manager = _Manager(
-            folder.absolute(),
+            # `absolute` does not know buckets.
+            folder if in_bucket(folder) else folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 create=True,
@@ -209,9 +211,12 @@ class Checkpoints:
         # that it cannot read.
         except Exception as error:
             which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+            others = (
+                "see whether all processes run, " if jax.process_count() > 1 else ""
+            )
             remedy = (
-                "the checkpoints before it are complete. Make room (or give another "
-                "folder as --out) and run the same command again."
+                f"the checkpoints before it are complete. To go on, {others}make "
+                "room (or give another folder as --out) and run the same command again."
                 if action == "written"
                 else f"remove {self.folder / str(step)} to go on from the one before."
             )

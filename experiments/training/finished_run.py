@@ -1,9 +1,9 @@
 """What a finished run ended with: weights, batch statistics and masks."""
 
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 
 import granet_jax
 from experiments.training.atomic_files import read_json
@@ -28,7 +28,7 @@ class Result(NamedTuple):
 
 
 def read(
-    folder: pathlib.Path, seed: int, params: PyTree, statistics: PyTree, masks: PyTree
+    folder: epath.Path, seed: int, params: PyTree, statistics: PyTree, masks: PyTree
 ) -> Result:
     """Read the result of a seed.
 
@@ -76,13 +76,13 @@ def read(
 class _Run(NamedTuple):
     """A finished run: its folder, method, number of steps, and seeds."""
 
-    folder: pathlib.Path
+    folder: epath.Path
     method: str
     steps: int
     seeds: range
 
 
-def _find(folder: pathlib.Path, seed: int) -> _Run:
+def _find(folder: epath.Path, seed: int) -> _Run:
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(

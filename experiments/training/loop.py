@@ -2,7 +2,6 @@
 
 import collections
 import math
-import pathlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax import Array
 
 import granet_jax
@@ -123,7 +123,7 @@ def create(
 def fit(
     setup: TrainSetup,
     seeds: Sequence[int],
-    folder: pathlib.Path,
+    folder: epath.Path,
     *,
     on_step: Callable[[int], None] = lambda steps: None,
     on_records: Callable[[Sequence[MetricsRecord]], None] = lambda records: None,

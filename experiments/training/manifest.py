@@ -6,10 +6,11 @@ the data of an array.
 
 import hashlib
 import json
-import pathlib
-from typing import Any
+from collections.abc import Generator
+from typing import Any, cast
 
 import orbax.checkpoint as ocp
+from etils import epath
 
 NAME = "manifest"
 FILE = "sha256.json"
@@ -34,7 +35,7 @@ class Handler(ocp.CheckpointHandler):
 
     def finalize(self, directory: Any) -> None:
         """Write the manifest. Orbax calls this in one process."""
-        folder = pathlib.Path(directory)
+        folder = epath.Path(directory)
         # Sorted keys make the manifests of equal checkpoints equal.
         text = json.dumps(_digests(folder.parent), indent=1, sort_keys=True)
         (folder / FILE).write_text(text + "\n")
@@ -45,7 +46,7 @@ class Args(ocp.args.CheckpointArgs):
     """Arguments of `Handler`: none."""
 
 
-def check(folder: pathlib.Path) -> bool:
+def check(folder: epath.Path) -> bool:
     """Check that the files of a checkpoint are the files that were written.
 
     Returns:
@@ -71,7 +72,7 @@ def check(folder: pathlib.Path) -> bool:
     return True
 
 
-def _digests(folder: pathlib.Path) -> dict[str, str]:
+def _digests(folder: epath.Path) -> dict[str, str]:
     """Return the SHA-256 of the files of all items except the manifest, by path.
 
     Orbax's own files next to the items are left out: they contain times, and nothing
@@ -82,9 +83,17 @@ def _digests(folder: pathlib.Path) -> dict[str, str]:
         # The folder of the manifest has a longer name until it is complete.
         if not item.is_dir() or item.name.startswith(NAME):
             continue
-        for path in item.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                digests[path.relative_to(folder).as_posix()] = digest
+        for path in _files(item):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
+            digests[path.relative_to(folder).as_posix()] = digest
     return digests
+
+
+def _files(folder: epath.Path) -> Generator[epath.Path]:
+    """Yield all files in a folder and in the folders in it."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path

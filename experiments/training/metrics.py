@@ -1,15 +1,14 @@
 """Metrics of a training run, written as JSON lines and for TensorBoard."""
 
 import json
-import os
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from etils import epath
 from tensorboardX import SummaryWriter
 
 import granet_jax
-from experiments.training.atomic_files import atomic_path, explain_write_errors
+from experiments.training.atomic_files import atomic_path
 
 FILE = "metrics.jsonl"
 
@@ -45,7 +44,7 @@ class Log:
     """
 
     def __init__(
-        self, folder: pathlib.Path, method: str, seeds: Sequence[int], *, writes: bool
+        self, folder: epath.Path, method: str, seeds: Sequence[int], *, writes: bool
     ) -> None:
         """Create an empty log without reading or writing files."""
         self.records: list[list[MetricsRecord]] = [[] for _ in seeds]
@@ -70,7 +69,7 @@ class Log:
                 try:
                     seed, record = _parse(line)
                 except (ValueError, KeyError, TypeError):
-                    # A kill cut this line off. The checkpoint is of an earlier step.
+                    # A damaged line counts as missing.
                     continue
                 if record.step > step:
                     continue
@@ -86,10 +85,7 @@ class Log:
                 )
         if not self._writes:
             return
-        with atomic_path(self._path) as path, path.open("w") as file:
-            for i in range(len(self.records[0])):
-                for seed, records in zip(self._seeds, self.records, strict=True):
-                    file.write(_line(self._method, seed, records[i]))
+        self._write()
         self._boards = [
             SummaryWriter(
                 logdir=str(
@@ -109,15 +105,18 @@ class Log:
             records.append(record)
         if not self._writes:
             return
-        with explain_write_errors(self._path), self._path.open("a") as file:
-            for seed, record in zip(self._seeds, new_records, strict=True):
-                file.write(_line(self._method, seed, record))
-            file.flush()
-            os.fsync(file.fileno())
+        self._write()
         for board, record in zip(self._boards, new_records, strict=True):
             for name, value in _scalars(record).items():
                 board.add_scalar(name, value, record.step)
             board.flush()
+
+    def _write(self) -> None:
+        """Write all records. Buckets cannot append to a file."""
+        with atomic_path(self._path) as path, path.open("w") as file:
+            for evaluation in zip(*self.records, strict=True):
+                for seed, record in zip(self._seeds, evaluation, strict=True):
+                    file.write(_line(self._method, seed, record))
 
     def close(self) -> None:
         """Close the TensorBoard files."""

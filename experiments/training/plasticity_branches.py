@@ -1,13 +1,13 @@
 """Branches of a plasticity study: prune states of the dense run and keep training."""
 
 import functools
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import Array
 
 import granet_jax
@@ -40,7 +40,7 @@ class BranchRun(NamedTuple):
     seed: int
     state: TrainState
     before: int
-    path: pathlib.Path
+    path: epath.Path
 
 
 class BranchPruner(NamedTuple):

@@ -1,21 +1,21 @@
 """Folders of results: a new one, or the folder of a run that continues."""
 
 import datetime
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
 from experiments.config.run import Config, check_same
 from experiments.training import processes
 from experiments.training.atomic_files import read_json, write_json
 
-DEFAULT_FOLDER = pathlib.Path("runs")
+DEFAULT_FOLDER = epath.Path("runs")
 
 
-def open_folder(config: Config) -> pathlib.Path:
+def open_folder(config: Config) -> epath.Path:
     """Return the results folder of a configuration, new or to be continued.
 
     Raises:
@@ -32,7 +32,7 @@ def open_folder(config: Config) -> pathlib.Path:
     return config.out
 
 
-def claim(folder: pathlib.Path, options: dict[str, Any], hint: str = "") -> None:
+def claim(folder: epath.Path, options: dict[str, Any], hint: str = "") -> None:
     """Create a results folder, or check that it belongs to the same run.
 
     Args:
@@ -63,12 +63,12 @@ def claim(folder: pathlib.Path, options: dict[str, Any], hint: str = "") -> None
     write_json(path, options)
 
 
-def _has_other_files(folder: pathlib.Path) -> bool:
+def _has_other_files(folder: epath.Path) -> bool:
     # A killed run may have left an unfinished config.json.
     return any(path.name != "config.json.partial" for path in folder.iterdir())
 
 
-def new_folder(config: Config) -> pathlib.Path:
+def new_folder(config: Config) -> epath.Path:
     """Create a folder named after the time and the method in `DEFAULT_FOLDER`."""
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     DEFAULT_FOLDER.mkdir(exist_ok=True)
@@ -83,7 +83,7 @@ def new_folder(config: Config) -> pathlib.Path:
     raise FileExistsError(f"{DEFAULT_FOLDER} already has 99 runs of {time}.")
 
 
-def seeds_of(folder: pathlib.Path, method: str) -> range | None:
+def seeds_of(folder: epath.Path, method: str) -> range | None:
     """Return the seeds of a run's folder, or None if it has another name."""
     name = re.fullmatch(
         rf"{re.escape(method)}-(?:seed(\d+)|seeds(\d+)-(\d+))", folder.name

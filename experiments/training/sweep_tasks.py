@@ -3,13 +3,14 @@
 import dataclasses
 import multiprocessing
 import os
-import pathlib
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
+
+from etils import epath
 
 from experiments.config.run import Config
 from experiments.data import Dataset, Stream, load
@@ -43,7 +44,7 @@ OnEnd = Callable[[str, str | None], None]
 def train_tasks(
     tasks: Iterable[Task],
     dataset: Dataset | Stream,
-    out: pathlib.Path,
+    out: epath.Path,
     bar: Bar,
     stopped: Callable[[int], int | None],
     on_end: OnEnd,
@@ -81,7 +82,7 @@ class _Shared(NamedTuple):
 def train_in_processes(
     jobs: int,
     tasks: Sequence[Task],
-    out: pathlib.Path,
+    out: epath.Path,
     bar: Bar,
     stopped: Callable[[int], int | None],
     on_end: OnEnd,
@@ -125,7 +126,7 @@ def train_in_processes(
 
 
 def _work(
-    cores: Sequence[int], tasks: Sequence[Task], out: pathlib.Path, shared: _Shared
+    cores: Sequence[int], tasks: Sequence[Task], out: epath.Path, shared: _Shared
 ) -> None:
     """Train unclaimed runs until there are none. This is a process of its own."""
     # JAX counts the cores when it starts, so this comes first.

@@ -1,12 +1,12 @@
 """Lottery tickets as files: masks and the weights from which their training starts."""
 
 import math
-import pathlib
 import zipfile
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from experiments.training.atomic_files import atomic_path
 from granet_jax import distributions, masking
@@ -15,7 +15,7 @@ PyTree = Any
 
 
 def write(
-    folder: pathlib.Path, seed: int, sparsity: float, weights: PyTree, masks: PyTree
+    folder: epath.Path, seed: int, sparsity: float, weights: PyTree, masks: PyTree
 ) -> None:
     """Write a ticket: all parameters, and the masks with 1 bit per weight.
 
@@ -29,7 +29,7 @@ def write(
 
 
 def read(
-    folder: pathlib.Path, seed: int, sparsity: float, params: PyTree, masks: PyTree
+    folder: epath.Path, seed: int, sparsity: float, params: PyTree, masks: PyTree
 ) -> tuple[PyTree, PyTree]:
     """Read the ticket of a seed at a sparsity.
 
@@ -80,7 +80,7 @@ def read(
     return weights, bits
 
 
-def _path(folder: pathlib.Path, seed: int, sparsity: float) -> pathlib.Path:
+def _path(folder: epath.Path, seed: int, sparsity: float) -> epath.Path:
     return folder / f"seed{seed}-{sparsity}.npz"
 
 

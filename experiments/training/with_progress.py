@@ -1,8 +1,9 @@
 """Train one run and show its progress."""
 
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+
+from etils import epath
 
 from experiments.training import loop
 from experiments.training.metrics import MetricsRecord
@@ -25,7 +26,7 @@ class Bar(Protocol):
 def train_seeds(
     setup: loop.TrainSetup,
     seeds: Sequence[int],
-    folder: pathlib.Path,
+    folder: epath.Path,
     bar: Bar,
     stopped: Callable[[int], int | None],
 ) -> list[tuple[MetricsRecord, ...]]:

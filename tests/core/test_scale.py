@@ -47,7 +47,7 @@ def compiled(
     )
     with jax.set_mesh(mesh):
         shapes = {"small": SMALL_TREE, "large": LARGE_TREE}[size]
-        step, _ = scale.compile_step(shapes, scale.METHODS[method], mesh)
+        step = scale.compile_step(shapes, scale.METHODS[method], mesh)
     return step, compiled_programs.compiled_text(step)
 
 
@@ -85,7 +85,7 @@ def test_more_devices_send_no_more() -> None:
     assert sent(2) == sent(8)
 
 
-@pytest.mark.parametrize("method", scale.METHODS)
+@pytest.mark.parametrize("method", ["granet", "rigl"])
 def test_memory_of_a_donated_step(method: str) -> None:
     step, text = compiled("large", method, "auto", (1, 1))
     weights = parameter_trees.size(LARGE_TREE)
@@ -99,8 +99,8 @@ def test_memory_of_a_donated_step(method: str) -> None:
 
 def test_copies_are_found_without_donation() -> None:
     """A loop must not overwrite its arguments, so XLA has to copy the masks."""
-    mesh = scale.make_mesh(1, "auto")
-    step, _ = scale.compile_step(SMALL_TREE, scale.METHODS["rigl"], mesh, donate=False)
+    mesh = scale.make_mesh(jax.devices()[:1], "auto")
+    step = scale.compile_step(SMALL_TREE, scale.METHODS["rigl"], mesh, donate=False)
     assert compiled_programs.memory(step).alias_size_in_bytes == 0
     copies = compiled_programs.copies(compiled_programs.compiled_text(step))
     masked = sum(parameter_trees.masked_sizes(SMALL_TREE))
@@ -117,9 +117,9 @@ def test_published_networks(tree: str, axes: str) -> None:
     shapes = parameter_trees.shapes(tree)
     sizes = parameter_trees.masked_sizes(shapes)
     wide = parameter_trees.size(shapes) >= 2**32
-    mesh = scale.make_mesh(8, axes)
+    mesh = scale.make_mesh(jax.devices(), axes)
     with jax.enable_x64(wide), jax.set_mesh(mesh):
-        step, _ = scale.compile_step(shapes, scale.METHODS["granet"], mesh)
+        step = scale.compile_step(shapes, scale.METHODS["granet"], mesh)
     text = compiled_programs.compiled_text(step)
     collectives = compiled_programs.collectives(text)
     most = COUNT_BYTES * (1 + wide) * len(sizes)
@@ -185,7 +185,7 @@ def test_trees_have_the_published_sizes() -> None:
 
 
 def test_state_is_sharded_like_its_parameters() -> None:
-    mesh = scale.make_mesh(8, "auto")
+    mesh = scale.make_mesh(jax.devices(), "auto")
     params = parameter_trees.place(SMALL_TREE, mesh)
     tx = granet_jax.transform(scale.METHODS["rigl"])
     state = parameter_trees.place_like(jax.eval_shape(tx.init, params), params)

@@ -52,7 +52,7 @@ def check_step(text: str, devices: int) -> None:
 def test_a_sharded_step_sends_counts_only() -> None:
     mesh = Mesh(devices(), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
-        step, _ = scale.compile_step(TREE, scale.METHODS["granet"], mesh)
+        step = scale.compile_step(TREE, scale.METHODS["granet"], mesh)
     text = compiled_programs.compiled_text(step)
     check_step(text, 4)
     collectives = compiled_programs.collectives(text)

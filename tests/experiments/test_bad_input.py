@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import pytest
+from etils import epath
 
 from experiments import cyclical_linear, data, lottery, plasticity, train
 from experiments.config import plasticity as study
@@ -56,7 +57,9 @@ CONFIG = [
     ({"fsdp": 0}, "fsdp must be at least 1"),
     ({"parallel": "pmap", "fsdp": 2}, "fsdp must be 1 with pmap, got 2"),
     ({"model": "lenet5"}, "got 'lenet5'. Did you mean 'lenet-5'?"),
-    ({"out": pathlib.Path("gs://bucket/run")}, "mount the bucket"),
+    ({"out": epath.Path("s3://bucket/run")}, "out must be a folder on disk or gs://"),
+    ({"out": pathlib.Path("gs://bucket/run")}, "got gs:/bucket/run"),
+    ({"init_from": epath.Path("gs://bucket")}, "must name a folder in the bucket"),
     ({"data.batch_size": 0}, "data.batch_size must be at least 1"),
     ({"data.shift": -1}, "data.shift must be at least 0"),
     ({"data.dataset": "cifar"}, "got 'cifar'. Did you mean 'cifar10'"),

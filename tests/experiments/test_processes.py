@@ -4,11 +4,13 @@ They talk over loopback, by Gloo. A process that hangs ignores SIGTERM, which JA
 for the notice of a pre-emption. So all waiting has a limit, after which it is killed.
 """
 
+import os
 import pathlib
 import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -124,30 +126,72 @@ def test_a_process_that_cannot_start_stops_the_other(cache, tmp_path):
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 
+# A call has several steps, so training cannot stop at every step. The run is so long
+# that it has not ended when a signal arrives.
+LONGER: dict[str, Any] = {
+    "steps": 2400,
+    "eval_every": 900,
+    "scan_block": 5,
+    "masks": MaskConfig(interval=240),
+    "checkpoint": CheckpointConfig(every=600),
+}
+LONGER_OPTIONS = (
+    *("--steps", "2400", "--eval-every", "900", "--scan-block", "5"),
+    *("--masks.interval", "240", "--checkpoint.every", "600"),
+)
+
+
+def wait_until(
+    processes: list[subprocess.Popen[str]], condition: Callable[[], bool]
+) -> None:
+    limit = time.monotonic() + 120
+    while not condition() and time.monotonic() < limit:
+        assert {process.poll() for process in processes} == {None}
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    "moment", ["training", pytest.param("writing", marks=pytest.mark.slow)]
+)
+def test_a_process_that_is_killed_ends_the_other_and_they_continue_exactly(
+    moment, cache, tmp_path
+):
+    out = tmp_path / "out"
+    checkpoints = out / RUN / "checkpoints"
+
+    def has_come() -> bool:
+        names = os.listdir(checkpoints) if checkpoints.exists() else []
+        if moment == "writing":
+            return any(name.startswith("600.") for name in names)
+        return "600" in names
+
+    processes = start_pair(cache, out, *LONGER_OPTIONS)
+    wait_until(processes, has_come)
+    processes[1].kill()
+    # JAX gives up on a process that it has missed for 100 seconds.
+    (status, printed, errors), (killed, _, _) = end_pair(processes, seconds=150)
+    assert (killed, printed) == (-signal.SIGKILL, "")
+    # The error of a checkpoint, ours, or JAX's, whichever comes first.
+    message = {
+        2: "see whether all processes run",
+        3: "the connection to the other processes broke",
+        -signal.SIGABRT: "another task died",
+    }[status]
+    assert message in errors
+    assert "Traceback" not in errors
+    results = end_pair(start_pair(cache, out, *LONGER_OPTIONS))
+    assert [(status, errors) for status, _, errors in results] == [(0, ""), (0, "")]
+    assert_trained_alike(out, tmp_path, **LONGER)
+
+
 @pytest.mark.slow
 def test_a_pre_emption_stops_both_at_one_step_and_they_continue_exactly(
     cache, tmp_path
 ):
     out = tmp_path / "out"
-    # A call has several steps, so that training cannot stop at every step. The run is
-    # so long that both processes know of the signal before its end.
-    longer: dict[str, Any] = {
-        "steps": 2400,
-        "eval_every": 900,
-        "scan_block": 5,
-        "masks": MaskConfig(interval=240),
-        "checkpoint": CheckpointConfig(every=600),
-    }
-    options = (
-        *("--steps", "2400", "--eval-every", "900", "--scan-block", "5"),
-        *("--masks.interval", "240", "--checkpoint.every", "600"),
-    )
-    processes = start_pair(cache, out, *options)
+    processes = start_pair(cache, out, *LONGER_OPTIONS)
     first = out / RUN / "checkpoints" / "600"
-    limit = time.monotonic() + 120
-    while not first.exists() and time.monotonic() < limit:
-        assert {process.poll() for process in processes} == {None}
-        time.sleep(0.001)
+    wait_until(processes, first.exists)
     processes[0].send_signal(signal.SIGTERM)
     results = end_pair(processes)
     last = runs.saved_steps(out / RUN)[-1]
@@ -161,9 +205,9 @@ def test_a_pre_emption_stops_both_at_one_step_and_they_continue_exactly(
         )
         assert "Traceback" not in errors
     assert not (out / "summary.json").exists()
-    results = end_pair(start_pair(cache, out, *options))
+    results = end_pair(start_pair(cache, out, *LONGER_OPTIONS))
     assert [(status, errors) for status, _, errors in results] == [(0, ""), (0, "")]
     # Each start writes one file of events.
     assert len(list((out / RUN).glob("events.*"))) == 2
     assert (out / "summary.json").exists()
-    assert_trained_alike(out, tmp_path, **longer)
+    assert_trained_alike(out, tmp_path, **LONGER)

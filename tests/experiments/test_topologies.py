@@ -1,4 +1,4 @@
-"""Dry runs for TPUs: what the compiler says of the whole training step."""
+"""Dry runs for TPUs and GPUs: what the compiler says of the whole training step."""
 
 import re
 
@@ -37,6 +37,47 @@ def test_a_training_step_compiled_for_tpus(tmp_path, capsys, monkeypatch):
     assert "all-reduce" in rows["sent in every step"]
     assert rows["sent in a mask update"].startswith("nothing")
     assert "a pass" in rows["sent in a mask update"]
+
+
+@pytest.mark.slow  # The weekly run has the extra gpu-compiler.
+def test_a_training_step_compiled_for_gpus(tmp_path, capsys):
+    command = [*OPTIONS, "--model", "lenet-300-100", "--out", str(tmp_path / "a.png")]
+    command += ["--parallel", "pmap", "--dry-run", "--topology", "h100:2"]
+    assert train.main(command) == 0
+    text = capsys.readouterr().out.rpartition("Compiled for ")[2]
+    assert text.startswith("h100:2: 2 devices, pmap, replicated, batches of 128.")
+    rows = dict(re.findall(r"^(\S.*?)  +(\S.*)$", text, flags=re.MULTILINE))
+    assert rows["masks"].split("MiB")[1].strip() == f"{2 * 266_200 / 2**20:.2f}"
+    assert rows["fits into 80 GiB"].split() == ["yes", "yes"]
+    # Each device has all masks: only gradients are sent, in updates too.
+    assert rows["sent in every step"].count("all-reduce") == 2
+    assert rows["sent in a mask update"].split() == ["nothing", "nothing"]
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v9:2x2", "KIND:SHAPE with KIND one of v4, "),
+        ("v5e", "KIND:SHAPE with KIND one of v4, "),
+        ("v5e:3x5", "v5e:3x5 is not known to the compiler"),
+        ("h100:2x2", "the number of GPUs, such as h100:8, got h100:2x2"),
+    ],
+)
+def test_topologies_that_do_not_fit(topology, message, tmp_path, capfd):
+    out = ("--out", str(tmp_path / "plan.png"))
+    command = [*OPTIONS, *out, "--dry-run", "--topology", topology]
+    capfd.readouterr()
+    assert train.main(command) == 2
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("topology", "extra"), [("v5e:2x2", "tpu"), ("h100:2", "gpu-compiler")]
+)
+def test_a_missing_compiler_is_named(topology, extra, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert train.main([*OPTIONS, "--dry-run", "--topology", topology]) == 2
+    assert f"pip install '.[{extra}]'" in capsys.readouterr().err
 
 
 def test_a_topology_without_a_dry_run_is_an_error(capsys):

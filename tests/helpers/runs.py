@@ -187,14 +187,17 @@ def full_disk(size: int) -> Generator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def start(arguments: Sequence[str], *, cache: pathlib.Path) -> subprocess.Popen[str]:
-    """Start `python -m experiments.train` in a process of its own, on one device.
+def start(
+    arguments: Sequence[str], *, cache: pathlib.Path, command: str = "train"
+) -> subprocess.Popen[str]:
+    """Start a command of experiments/ in a process of its own, on one device.
 
     The process compiles as this one does, so that both compute the same bits.
 
     Args:
       arguments: Arguments of the command line.
       cache: Folder for compiled programs, which later processes need not compile.
+      command: Name of the command.
     """
     quick = jax.config.read("jax_disable_most_optimizations")
     environment = os.environ | {
@@ -206,7 +209,7 @@ def start(arguments: Sequence[str], *, cache: pathlib.Path) -> subprocess.Popen[
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.train", *arguments],
+        [sys.executable, "-m", f"experiments.{command}", *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
