@@ -1,7 +1,6 @@
 """The configuration of a study of pruning plasticity."""
 
 import dataclasses
-import itertools
 from typing import Any, Literal, NamedTuple
 
 from etils import epath
@@ -22,7 +21,8 @@ class Branch(NamedTuple):
     Attributes:
       criterion: Criterion of pruning: "magnitude", "gradient" or "random".
       scope: Scope of pruning: "global" or "layer".
-      pruning: When to prune: "one-shot" or "gradual".
+      pruning: "one-shot", "gradual", or "revived": prune once and let all pruned
+        weights grow again from zero.
       regrow: Fraction of each layer's weights that is exchanged after pruning.
       rate: Fraction of all weights that is pruned.
     """
@@ -41,9 +41,9 @@ class Branch(NamedTuple):
         return "-".join([*self[:3], f"regrow{self.regrow}", f"rate{self.rate}"])
 
     @property
-    def ranking(self) -> tuple[str, Scope, float]:
+    def rule(self) -> tuple[str, Scope, float, bool]:
         """The part that determines which weights are pruned and regrown."""
-        return self.criterion, self.scope, self.regrow
+        return self.criterion, self.scope, self.regrow, self.pruning == "revived"
 
     @property
     def way(self) -> str:
@@ -99,9 +99,14 @@ class Study:
     scopes: tuple[Literal["global", "layer"], ...] = ("global",)
     """Whether weights compete across all layers or within each layer."""
 
-    pruning: tuple[Literal["one-shot", "gradual"], ...] = ("one-shot", "gradual")
+    pruning: tuple[Literal["one-shot", "gradual", "revived"], ...] = (
+        "one-shot",
+        "gradual",
+    )
     """Prune once, or gradually by a cubic schedule over the first half of
-    the training that follows."""
+    the training that follows. Or, as the authors' study code regenerates:
+    prune once, then let all pruned weights grow again from zero, so that
+    the network is dense; without regrow."""
 
     regrow: tuple[float, ...] = (0.0, 0.5)
     """Neuroregeneration: fraction of each layer's remaining weights that
@@ -193,11 +198,13 @@ class Study:
     @property
     def branches(self) -> list[Branch]:
         """Branches of every point; the first is not pruned."""
-        ways = itertools.product(
-            self.criteria, self.scopes, self.pruning, sorted(self.regrow)
-        )
         pruned = [
-            Branch(*way, rate) for way, rate in itertools.product(ways, self.rates)
+            Branch(criterion, scope, pruning, share, rate)
+            for criterion in self.criteria
+            for scope in self.scopes
+            for pruning in self.pruning
+            for share in ((0.0,) if pruning == "revived" else sorted(self.regrow))
+            for rate in self.rates
         ]
         return [UNPRUNED, *pruned]
 

@@ -170,6 +170,16 @@ def _markdown(results: Results) -> str:
             _pairs(results, lambda b: b.regrow > 0, lambda b: b._replace(regrow=0.0)),
         ),
         (
+            "What it adds to let all pruned weights grow again",
+            "Accuracy of the network that is dense again minus accuracy with the "
+            "weights left after one-shot pruning.",
+            _pairs(
+                results,
+                lambda b: b.pruning == "revived",
+                lambda b: b._replace(pruning="one-shot"),
+            ),
+        ),
+        (
             "What gradual pruning adds",
             "Accuracy after gradual pruning minus accuracy after one-shot pruning.",
             _pairs(

@@ -50,12 +50,12 @@ class BranchPruner(NamedTuple):
 
     Attributes:
       start: Function that adds masks to a dense state, with all weights active.
-      cutter: Function from (criterion, scope, regrow) to a compiled function of
+      cutter: Function from the rule of a branch to a compiled function of
         (state, data, keep), which prunes a state down to `keep` weights.
     """
 
     start: Callable[[TrainState], TrainState]
-    cutter: Callable[[str, Scope, float], Callable[..., TrainState]]
+    cutter: Callable[[str, Scope, float, bool], Callable[..., TrainState]]
 
 
 def create_pruner(study: Study, dataset: Dataset | Stream) -> BranchPruner:
@@ -71,9 +71,10 @@ def create_pruner(study: Study, dataset: Dataset | Stream) -> BranchPruner:
 
     @functools.cache
     def cutter(
-        criterion: str, scope: Scope, regrow: float
+        criterion: str, scope: Scope, regrow: float, revive: bool
     ) -> Callable[..., TrainState]:
-        return jax.jit(functools.partial(_prune, train_step, criterion, scope, regrow))
+        rule = (criterion, scope, regrow, revive)
+        return jax.jit(functools.partial(_prune, train_step, *rule))
 
     return BranchPruner(jax.jit(start), cutter)
 
@@ -83,11 +84,16 @@ def _prune(
     criterion: str,
     scope: Scope,
     regrow: float,
+    revive: bool,
     state: TrainState,
     data: PyTree,
     keep: Any,
 ) -> TrainState:
-    """Prune a state down to `keep` weights, and exchange the fraction `regrow`."""
+    """Prune a state down to `keep` weights, and exchange the fraction `regrow`.
+
+    With `revive`, the pruned weights and their moments become zero, and no mask keeps
+    them there.
+    """
     opt_state = state.opt_state
     assert isinstance(opt_state, granet_jax.SparseState)
     key = jax.random.fold_in(jax.random.key(state.seed), _STREAM)
@@ -108,7 +114,8 @@ def _prune(
     average = state.average
     if average != ():
         average = granet_jax.apply_masks(average, pruned.continuing)
-    opt_state = granet_jax.get_state(granet_jax.set_masks(opt_state, pruned.masks))
+    masks = opt_state.masks if revive else pruned.masks
+    opt_state = granet_jax.get_state(granet_jax.set_masks(opt_state, masks))
     opt_state = opt_state._replace(inner_state=inner_state)
     return state._replace(params=params, opt_state=opt_state, average=average)
 
@@ -138,7 +145,8 @@ def train_branches(
     total = setup.dataset.test_size
     for i, run in enumerate(branch_runs):
         rows = [*keeps[i].values()]
-        expected = int(rows[-1].sum()) if rows else sum(m.size for m in masks)
+        dense = not rows or run.branch.pruning == "revived"
+        expected = sum(m.size for m in masks) if dense else int(rows[-1].sum())
         active = int(np.asarray(inspection.active)[i].sum())
         if active != expected or inspection.broken[i].any():
             raise RuntimeError(f"{run.path.stem} has not exactly {expected} weights.")
@@ -169,7 +177,7 @@ def _train(
       each lane predicts correctly right after it was pruned for the last time).
     """
     compiled_step = setup.compiled_step
-    cutters = [pruner.cutter(*run.branch.ranking) for run in lanes]
+    cutters = [pruner.cutter(*run.branch.rule) for run in lanes]
     states = [pruner.start(run.state) for run in lanes]
     state = compiled_step.restore(_stack(compiled_step, states))
     pruned = np.asarray([run.before for run in lanes])

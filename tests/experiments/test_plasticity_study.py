@@ -78,7 +78,8 @@ def text(folder: pathlib.Path) -> tuple[str, ...]:
 def test_a_whole_study(tmp_path, capsys):
     """Its numbers are those of networks pruned and trained on by NumPy and optax."""
     folder = tmp_path / "study"
-    study = dataclasses.replace(STUDY, out=folder)
+    ways = ("one-shot", "gradual", "revived")
+    study = dataclasses.replace(STUDY, out=folder, pruning=ways)
     results = plasticity.run(study)
     assert results is not None
     assert [p.step for p in results.points] == [8, 16, 24]
@@ -87,16 +88,20 @@ def test_a_whole_study(tmp_path, capsys):
     np.testing.assert_allclose(rates, [0.1, 0.01, 0.01], rtol=1e-6)
     assert results.drops == (12 / 18,)
     report = json.loads((folder / "results.json").read_text())
-    assert len(report["branches"]) == 2 * 2 * 2
+    assert len(report["branches"]) == 2 * (2 * 2 + 1)
     for branch in report["branches"]:
         left = math.floor((1 - branch["rate"]) * WEIGHTS + 0.5)
-        assert branch["active_weights"] == left
+        revived = branch["pruning"] == "revived"
+        assert branch["active_weights"] == (WEIGHTS if revived else left)
         assert np.shape(branch["accuracy_after"]) == (3, 2)
         plain = np.asarray(branch["accuracy_after"]) - report["accuracy_before"]
         np.testing.assert_allclose(branch["plasticity_mean"], plain.mean(axis=1))
     page = (folder / "results.md").read_text()
     assert page.strip() in capsys.readouterr().out
-    for heading in ("## Plasticity", "regeneration adds", "gradual pruning adds"):
+    for heading in (
+        *("## Plasticity", "regeneration adds", "gradual pruning adds"),
+        "all pruned weights grow again",
+    ):
         assert heading in page
     picture = matplotlib.image.imread(folder / "plasticity-magnitude-global.png")
     assert picture.shape[0] > 500
@@ -110,19 +115,27 @@ def test_a_whole_study(tmp_path, capsys):
 
     dense = loop.create(study.dense, data.load("digits"))
     state = runs.restore_state(dense, folder / "dense-seed1", 16)
-    after, when_pruned = by_hand(dense, state, rate=0.9, learning_rate=0.01)
-    branch = Branch("magnitude", "global", "one-shot", 0.0, 0.9)
-    file = folder / "branches" / "step16" / f"seed1-{branch.name}.json"
-    outcome = json.loads(file.read_text())
-    # To one test example: the order of the sums is not the same.
-    assert abs(outcome["after"] - after) <= 1.01 / 596
-    assert abs(outcome["pruned"] - when_pruned) <= 1.01 / 596
-    assert outcome["before"] == report["accuracy_before"][1][1]
-    assert outcome["after"] != outcome["pruned"]
+    for way in ("one-shot", "revived"):
+        after, when_pruned = by_hand(
+            dense, state, rate=0.9, learning_rate=0.01, revive=way == "revived"
+        )
+        branch = Branch("magnitude", "global", way, 0.0, 0.9)
+        file = folder / "branches" / "step16" / f"seed1-{branch.name}.json"
+        outcome = json.loads(file.read_text())
+        # To one test example: the order of the sums is not the same.
+        assert abs(outcome["after"] - after) <= 1.01 / 596
+        assert abs(outcome["pruned"] - when_pruned) <= 1.01 / 596
+        assert outcome["before"] == report["accuracy_before"][1][1]
+        assert outcome["after"] != outcome["pruned"]
 
 
 def by_hand(
-    dense: loop.TrainSetup, state: Any, *, rate: float, learning_rate: float
+    dense: loop.TrainSetup,
+    state: Any,
+    *,
+    rate: float,
+    learning_rate: float,
+    revive: bool,
 ) -> tuple[float, float]:
     """Accuracy of a state pruned by magnitude, eight steps later and at once."""
     train_step: Any = dense.compiled_step.train_step
@@ -169,7 +182,7 @@ def by_hand(
         decay = functools.partial(
             on_kernels, lambda n, g, old=old: g + 5e-4 * old[n]["kernel"]
         )
-        grads = mask_kernels(decay(grads))
+        grads = decay(grads) if revive else mask_kernels(decay(grads))
         trace = jax.tree.map(lambda t, g: 0.9 * t + g, trace, grads)
         # Nesterov.
         params = jax.tree.map(
