@@ -72,8 +72,8 @@ class Checkpoints:
         """
         self.folder = folder
         self._manager = _Manager(
-            # `absolute` does not know buckets.
-            folder if in_bucket(folder) else folder.absolute(),
+            # `resolve` does not know buckets.
+            folder if in_bucket(folder) else folder.resolve(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 create=True,
