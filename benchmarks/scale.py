@@ -191,7 +191,7 @@ def report(cases: Sequence[dict[str, Any]]) -> str:
     label = ["topology", "tree", "method", "axes"]
     tables = {
         "Communication": (
-            ["collectives", "bytes a pass", "bytes every step"],
+            ["collectives", "bytes, a pass of each search", "bytes every step"],
             communication,
         ),
         "Memory": (

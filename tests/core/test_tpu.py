@@ -89,16 +89,3 @@ def test_a_pmapped_step_sends_nothing() -> None:
     text = compiled_programs.compiled_text(mapped.lower(*given).compile())
     check_step(text, 1)
     assert compiled_programs.collectives(text) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("v5e:3x7", "v5e:3x7 is not known to the compiler"),
-        ("v5e", "topology must be KIND:SHAPE"),
-        ("v9:2x2", "one of v4, v5e, v5p, v6e, such as v5e:4x4"),
-    ],
-)
-def test_unknown_topologies(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        topologies.devices_of(name)
