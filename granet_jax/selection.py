@@ -275,9 +275,23 @@ def _sum_apart(
     leaves: list[list[Array]], axes: Sequence[Axes], counter: jnp.dtype
 ) -> list[list[Array]]:
     return [
-        [jnp.sum(x, axis=a, dtype=counter) for x in leaf]
+        [_sum_layers(x, a, counter) for x in leaf]
         for leaf, a in zip(leaves, axes, strict=True)
     ]
+
+
+def _sum_layers(x: Array, axes: Axes, counter: jnp.dtype) -> Array:
+    """Count the True entries of every layer, in 32 bits as far as they suffice.
+
+    Where XLA emulates 64-bit integers, devices would send whole vectors of them.
+    """
+    sizes = [x.shape[axis] for axis in axes]
+    if math.prod(sizes) < 2**32:
+        return jnp.sum(x, axis=axes, dtype=jnp.uint32).astype(counter)
+    if math.prod(sizes[1:]) < 2**32:
+        rows = jnp.sum(x, axis=axes[1:], dtype=jnp.uint32)
+        return jnp.sum(rows, axis=axes[0], dtype=counter)
+    return jnp.sum(x, axis=axes, dtype=counter)
 
 
 def _sum_together(

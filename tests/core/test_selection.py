@@ -15,6 +15,7 @@ from jax.extend import core
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from granet_jax import selection
 from granet_jax.selection import SCOPES, Scope, shuffled, top_k
 from tests.helpers import numpy_reference
 
@@ -406,6 +407,20 @@ def test_drawn_scores_in_a_random_order_of_ties(scope: Scope, data: Any) -> None
     found = top_k(scores, k, among=among, scope=scope, key=key)
     for mask, want in zip(found, expected, strict=True):
         np.testing.assert_array_equal(mask, want, strict=True)
+
+
+@pytest.mark.parametrize("shape", [(7, 8, 9), (5, 2**15, 2**16), (3, 2**16, 2**16)])
+def test_layers_of_any_size_are_counted_exactly(shape: tuple[int, ...]) -> None:
+    """In 32 bits, row by row in 32 bits, and in 64 bits."""
+    with jax.enable_x64(True):
+        # XLA multiplies instead of adding so many equal numbers.
+        count = jax.jit(
+            lambda flag: selection._sum_layers(
+                jnp.broadcast_to(flag, shape), (0, 1, 2), jnp.dtype("uint64")
+            )
+        )(True)
+        assert count.dtype == "uint64"
+        assert int(count) == math.prod(shape)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64"])
