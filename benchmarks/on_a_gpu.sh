@@ -22,8 +22,11 @@ part() {
 }
 
 if [ -n "$quick" ]; then
+  network=()
   training=(--model lenet-300-100 --steps 40 --seeds 1)
 else
+  network=(--model resnet-50 --size 224 --channels 3 --batch-size 128
+    --precision bfloat16 --steps 120 --rounds 3)
   training=(--model resnet-20 --steps 600 --seeds 3)
 fi
 
@@ -33,9 +36,7 @@ part 240 selection python -m benchmarks.selection --out "$out" $quick
 # Steps between updates, next to the dense optimizer; compile times.
 part 180 optimizer_step python -m benchmarks.optimizer_step --out "$out" $quick
 # ResNet-50 for ImageNet in bfloat16, dense and with GraNet.
-part 240 throughput python -m benchmarks.throughput --model resnet-50 --size 224 \
-  --channels 3 --batch-size 128 --precision bfloat16 --steps 120 --rounds 3 \
-  --out "$out" $quick
+part 240 throughput python -m benchmarks.throughput "${network[@]}" --out "$out" $quick
 # Short trainings on the bundled digits: one program, and one per device.
 part 120 train-jit python -m experiments.train "${training[@]}" --no-progress \
   --out "$out/train-jit"

@@ -74,6 +74,7 @@ def compile_step(
     mesh: Mesh,
     *,
     donate: bool = True,
+    packed: bool = False,
 ) -> jax.stages.Compiled:
     """Compiles the step of `method` with SGD and momentum from shapes alone.
 
@@ -82,6 +83,7 @@ def compile_step(
       method: Record of the method; None for the dense optimizer.
       mesh: Mesh with the axes "fsdp" and "tensor".
       donate: Whether parameters and optimizer state are donated.
+      packed: Whether masks take one bit a weight.
 
     Returns:
       The compiled step (params, state, grads) -> (params, state).
@@ -89,7 +91,8 @@ def compile_step(
     params = parameter_trees.place(shapes, mesh)
     tx = optax.sgd(0.1, momentum=0.9)
     if method is not None:
-        tx = granet_jax.transform(method, tx, where=parameter_trees.carries_mask)
+        where = parameter_trees.carries_mask
+        tx = granet_jax.transform(method, tx, where=where, packed=packed)
     state = parameter_trees.place_like(jax.eval_shape(tx.init, params), params)
 
     def step(params: PyTree, state: PyTree, grads: PyTree) -> tuple[PyTree, PyTree]:

@@ -44,3 +44,26 @@ def check_folder(name: str, path: str | os.PathLike[str] | None) -> None:
             f"{name} is in a bucket, got {path}, and the package gcsfs is missing: "
             "pip install '.[buckets]'."
         )
+
+
+def check_reachable(name: str, path: str | os.PathLike[str]) -> None:
+    """Check that the bucket of a folder, if it is in one, answers.
+
+    Raises:
+      OSError: There is no such bucket, or this machine may not read it.
+    """
+    if not in_bucket(path):
+        return
+    bucket = epath.Path(f"gs://{epath.Path(path).parts[2]}")
+    remedy = "check its name, and log in with `gcloud auth application-default login`."
+    try:
+        found = bucket.exists()
+    except Exception as error:  # Libraries for buckets raise errors of many types.
+        raise OSError(
+            f"{name}: {bucket} cannot be reached ({error}): {remedy}"
+        ) from error
+    if not found:
+        raise OSError(
+            f"{name}: {bucket} cannot be reached (it does not exist, or may not "
+            f"be read): {remedy}"
+        )

@@ -13,7 +13,7 @@ import tqdm
 import tyro
 from etils import epath
 
-from experiments.buckets import check_folder
+from experiments.buckets import check_folder, check_reachable
 from experiments.config.run import Config, check_same
 from experiments.config.sweep import Sweep, read
 from experiments.data import Dataset, Stream, load
@@ -165,6 +165,7 @@ def open_folder(sweep: Sweep, out: epath.Path) -> dict[str, Any]:
       FileExistsError: The folder contains other files.
       ValueError: A cell in the folder has another configuration.
     """
+    check_reachable("out", out)
     path = out / "sweep.json"
     if not path.exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -13,6 +13,7 @@ import fsspec
 from etils import epath
 from fsspec.callbacks import TqdmCallback
 
+from experiments.buckets import check_reachable
 from experiments.data import preparation
 
 
@@ -40,6 +41,7 @@ def copy(name: str, data_dir: str | os.PathLike[str]) -> None:
     with preparation.lock(builder):
         if folder.exists():  # Another process has copied it.
             return
+        check_reachable("data.data_dir", source)
         if not source.is_dir():
             raise FileNotFoundError(
                 f"data.data_dir: there is no {source}. Prepare {name} on one machine, "

@@ -6,6 +6,7 @@ import jax
 from etils import epath
 
 import granet_jax
+from experiments.buckets import check_reachable
 from experiments.training.atomic_files import read_json
 from experiments.training.checkpoints import Checkpoints, differences
 from experiments.training.run_folders import seeds_of
@@ -83,6 +84,7 @@ class _Run(NamedTuple):
 
 
 def _find(folder: epath.Path, seed: int) -> _Run:
+    check_reachable("init_from", folder)
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(

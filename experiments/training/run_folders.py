@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from experiments.buckets import check_reachable
 from experiments.config.run import Config, check_same
 from experiments.training import processes
 from experiments.training.atomic_files import read_json, write_json
@@ -42,8 +43,10 @@ def claim(folder: epath.Path, options: dict[str, Any], hint: str = "") -> None:
 
     Raises:
       FileExistsError: The folder contains other files.
+      OSError: The folder is in a bucket that cannot be reached.
       ValueError: The folder contains a run with other options.
     """
+    check_reachable("out", folder)
     path = folder / "config.json"
     if path.exists():
         check_same(

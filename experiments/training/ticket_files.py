@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from experiments.buckets import check_reachable
 from experiments.training.atomic_files import atomic_path
 from granet_jax import distributions, masking
 
@@ -47,6 +48,7 @@ def read(
       FileNotFoundError: The folder has no such ticket.
       ValueError: The ticket is damaged or belongs to another network.
     """
+    check_reachable("masks.tickets", folder)
     path = _path(folder, seed, sparsity)
     if not path.exists():
         tickets = ", ".join(sorted(x.name for x in folder.glob("seed*.npz")))

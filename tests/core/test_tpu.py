@@ -23,6 +23,20 @@ TREE = {
     "conv": {"kernel": (3, 3, 8192, 8192), "bias": (8192,)},
     "dense": {"kernel": (32768, 16384)},
 }
+LAST = 100_000
+METHODS = {
+    "gmp": granet_jax.gmp(0.9, LAST),
+    "rigl": granet_jax.rigl(0.9, LAST),
+    "set": granet_jax.set_(0.9, LAST),
+    "snfs": granet_jax.snfs(0.9, LAST),
+    "mest": granet_jax.mest(0.9, LAST),
+    "dsr": granet_jax.dsr(0.9, LAST),
+    "cyclical": granet_jax.cyclical(0.9, LAST),
+    "acdc": granet_jax.acdc(0.9, (100, 200, 300)),
+    "straight_through": granet_jax.straight_through(0.9, LAST),
+    "top_kast": granet_jax.top_kast(0.9, backward_sparsity=0.5),
+    "static": granet_jax.static(0.9),
+}
 SIZES = parameter_trees.masked_sizes(TREE)
 WEIGHTS = parameter_trees.size(TREE)
 
@@ -63,6 +77,34 @@ def test_a_sharded_step_sends_counts_only() -> None:
     memory = compiled_programs.memory(step)
     # Parameters, momentum and two masks take the place of the old ones.
     assert memory.alias_size_in_bytes >= (8 * WEIGHTS + 2 * sum(SIZES)) // 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_all_methods_on_explicit_axes(name: str, packed: bool) -> None:
+    mesh = Mesh(devices(), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        step = scale.compile_step(TREE, METHODS[name], mesh, packed=packed)
+    text = compiled_programs.compiled_text(step)
+    check_step(text, 4)
+    assert all(
+        x.kind == "all-reduce" and x.looped and x.bytes <= 64 * len(SIZES)
+        for x in compiled_programs.collectives(text)
+    )
+
+
+@pytest.mark.slow
+def test_a_step_of_seven_billion_parameters() -> None:
+    """More weights than 32 bits count are counted together, layer by layer."""
+    shapes = parameter_trees.shapes("7b-stacked")
+    mesh = scale.make_mesh(topologies.devices_of("v5e:16x16"), "explicit")
+    with jax.enable_x64(True), jax.set_mesh(mesh):
+        step = scale.compile_step(shapes, scale.METHODS["granet"], mesh)
+    collectives = compiled_programs.collectives(compiled_programs.compiled_text(step))
+    assert {x.kind for x in collectives} == {"all-reduce"}
+    leaves = len(parameter_trees.masked_sizes(shapes))
+    assert all(x.looped and x.bytes <= 64 * leaves for x in collectives)
 
 
 def test_a_pmapped_step_sends_nothing() -> None:

@@ -67,6 +67,12 @@ def test_a_run_that_is_killed_and_stopped_ends_like_one_on_disk(bucket, tmp_path
     assert list((out / RUN).glob("events.*"))
 
 
+def test_a_bucket_that_does_not_exist(bucket, tmp_path):
+    command = [*ARGUMENTS, "--out", "gs://other/run"]
+    printed = finish(runs.start(command, cache=tmp_path / "cache"), status=2)
+    assert "error: out: gs://other cannot be reached" in printed
+
+
 def test_data_tickets_and_earlier_results_come_from_a_bucket(
     bucket, tmp_path, monkeypatch
 ):
