@@ -204,18 +204,20 @@ def place(tree: Shapes, mesh: Mesh, dtype: Any = jnp.float32) -> PyTree:
 def place_like(tree: PyTree, params: PyTree) -> PyTree:
     """Shards optimizer state like the parameters it belongs to.
 
-    A leaf belongs to the parameter of the same shape whose path ends the leaf's path.
-    Leaves that belong to no parameter are whole on every device.
+    A leaf belongs to the parameter with as many axes whose path ends the leaf's path.
+    The bits of a packed mask do too. Other leaves are whole on every device.
     """
     known = jax.tree.leaves_with_path(params)
     whole = NamedSharding(known[0][1].sharding.mesh, P())
     # Looking up the last key first keeps this fast in trees of many leaves.
     by_key: dict[Any, list[tuple[Any, NamedSharding]]] = {}
     for path, p in known:
-        by_key.setdefault((path[-1:], p.shape), []).append((path, p.sharding))
+        by_key.setdefault((path[-1:], p.ndim), []).append((path, p.sharding))
 
     def leaf(path: Any, x: Any) -> jax.ShapeDtypeStruct:
-        candidates = by_key.get((path[-1:], x.shape), [])
+        if path[-1:] == (jax.tree_util.GetAttrKey("bits"),):
+            path = path[:-1]
+        candidates = by_key.get((path[-1:], x.ndim), [])
         matches = [s for tail, s in candidates if path[-len(tail) :] == tail]
         sharding = matches[0] if matches else whole
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
