@@ -556,8 +556,10 @@ def _pack_leaf(mask: Array, axis: int) -> Array:
     padding[axis] = (0, -mask.shape[axis] % 8)
     shape = list(mask.shape)
     shape[axis : axis + 1 or None] = [-(-mask.shape[axis] // 8), 8]
-    digits = jnp.pad(mask, padding).reshape(shape).astype(jnp.uint8)
-    return jnp.sum(digits << _places(digits.ndim, axis), axis=axis, dtype=jnp.uint8)
+    # The compiler for TPUs (libtpu 0.0.52) aborts on some sums in 8 bits.
+    digits = jnp.pad(mask, padding).reshape(shape).astype(jnp.uint32)
+    places = _places(digits.ndim, axis).astype(jnp.uint32)
+    return jnp.sum(digits << places, axis=axis, dtype=jnp.uint32).astype(jnp.uint8)
 
 
 def _places(ndim: int, axis: int) -> Array:
