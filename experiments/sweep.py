@@ -21,6 +21,7 @@ from experiments.reports import sweep as sweep_report
 from experiments.reports import training as training_report
 from experiments.training import devices, loop
 from experiments.training.atomic_files import read_json, write_json
+from experiments.training.checkpoints import is_complete
 from experiments.training.exit_status import exit_status
 from experiments.training.metrics import Log
 from experiments.training.run_folders import DEFAULT_FOLDER, run_name, seeds_of
@@ -309,8 +310,7 @@ def _started(config: Config, folder: epath.Path) -> list[range]:
 
 
 def _is_finished(config: Config, folder: epath.Path, seeds: range) -> bool:
-    run_folder = folder / run_name(config.method, seeds)
-    if not (run_folder / "checkpoints" / str(config.steps)).is_dir():
+    if not is_complete(folder / run_name(config.method, seeds), config.steps):
         return False
     records = _records(config, folder, seeds)
     return all(lane and lane[-1].step == config.steps for lane in records)

@@ -229,6 +229,18 @@ class Checkpoints:
             ) from error
 
 
+def is_complete(run: epath.Path, step: int) -> bool:
+    """Return whether a run has a complete checkpoint of a step.
+
+    Args:
+      run: Folder of the run.
+      step: The step.
+    """
+    path = run / "checkpoints" / str(step)
+    # In a bucket the folder has its final name from the start.
+    return path.is_dir() and bool(ocp.utils.is_checkpoint_finalized(path))
+
+
 def differences(saved: PyTree, abstract: PyTree) -> list[str]:
     """Describe the leaves in which a saved state and an expected state differ.
 

@@ -8,7 +8,7 @@ from etils import epath
 import granet_jax
 from experiments.buckets import check_reachable
 from experiments.training.atomic_files import read_json
-from experiments.training.checkpoints import Checkpoints, differences
+from experiments.training.checkpoints import Checkpoints, differences, is_complete
 from experiments.training.run_folders import seeds_of
 
 PyTree = Any
@@ -96,7 +96,7 @@ def _find(folder: epath.Path, seed: int) -> _Run:
         seeds = seeds_of(run, method)
         if seeds is None or seed not in seeds:
             continue
-        if not (run / "checkpoints" / str(steps)).is_dir():
+        if not is_complete(run, steps):
             raise FileNotFoundError(
                 f"init_from: {run} is not finished: it has no checkpoint of its last "
                 f"step, {steps}. Run its command again to go on with it."

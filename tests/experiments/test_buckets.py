@@ -102,3 +102,8 @@ def test_data_tickets_and_earlier_results_come_from_a_bucket(
         for name in ("first", "second")
     )
     assert before[-1]["test_accuracy"] == after[0]["test_accuracy"]
+
+    # As if a kill had come at the very end of the last checkpoint.
+    bucket.delete("first/static-seed0/checkpoints/8/commit_success.txt")
+    refused = runs.start([*second, "--out", "gs://bucket/third"], cache=cache)
+    assert "static-seed0 is not finished" in finish(refused, status=2)

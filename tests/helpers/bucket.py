@@ -51,6 +51,10 @@ class Bucket:
         if function := self._calls.pop(self.changes, None):
             function()
 
+    def delete(self, name: str) -> None:
+        """Delete an object."""
+        self._storage.delete_file(NAME, name)
+
     def put(self, folder: pathlib.Path, prefix: str) -> None:
         """Upload a folder."""
         for path in folder.rglob("*"):
