@@ -14,6 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend import core
 
+from granet_jax.jaxpr_calls import (
+    PRODUCTS,
+    carry_of_scan,
+    has_products,
+    is_call,
+    programs_in,
+)
+
 # FLOPs by the index of the parameter; None stands for products without a parameter.
 Counts = Counter[int | None]
 
@@ -44,8 +52,6 @@ _KEEPS_ZEROS = frozenset(
     )
 )
 _OUTPUT_PER_OPERAND = frozenset({"optimization_barrier", "pvary"})
-_PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
-_UNCOUNTABLE = frozenset({"ragged_dot_general", "scaled_matmul_wrapper", "shard_map"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +90,15 @@ class ProductCounter:
         self, equation: Any, operands: list[Origin]
     ) -> tuple[list[Origin], Counts]:
         name = equation.primitive.name
-        if name in _PRODUCTS:
+        if name in PRODUCTS:
             return self._count_product(equation, operands)
         if name == "scan":
             return self._count_scan(equation, operands)
         if name == "cond":
             return self._count_branches(equation.params["branches"], operands)
-        programs = list(core.jaxprs_in_params(equation.params))
-        if programs and _is_call(equation, programs) and name not in _UNCOUNTABLE:
-            return self.count(programs[0], operands)
-        if name in _UNCOUNTABLE or any(map(_has_products, programs)):
+        if is_call(equation):
+            return self.count(programs_in(equation)[0], operands)
+        if has_products(equation):
             raise _uncountable(name)
         outputs = range(len(equation.outvars))
         return [self._transform(equation, operands, i) for i in outputs], Counter()
@@ -125,13 +130,9 @@ class ProductCounter:
     def _count_scan(
         self, equation: Any, operands: list[Origin]
     ) -> tuple[list[Origin], Counts]:
-        body: core.Jaxpr = equation.params["jaxpr"].jaxpr
-        # Operands are constants, then the carry, then arrays with an axis of steps. The
-        # shapes tell how many there are of each; the names of the parameters that say
-        # so differ between versions of JAX.
-        carry_size = _count_unstacked(equation.outvars, body.outvars)
-        start = _count_unstacked(equation.invars, body.invars) - carry_size
-        carry = slice(start, start + carry_size)
+        (body,) = programs_in(equation)
+        carry = carry_of_scan(equation)
+        carry_size = carry.stop - carry.start
         operands = list(operands)
         while True:
             outputs, counts = self.count(body, operands)
@@ -189,23 +190,6 @@ def _common(a: Origin, b: Origin) -> Origin:
     return Origin(a.parameters & b.parameters, False)
 
 
-def _is_call(equation: Any, programs: Sequence[core.Jaxpr]) -> bool:
-    """Whether the equation calls one program on its operands, as jit and remat do."""
-    return (
-        len(programs) == 1
-        and len(programs[0].invars) == len(equation.invars)
-        and len(programs[0].outvars) == len(equation.outvars)
-    )
-
-
-def _has_products(jaxpr: core.Jaxpr) -> bool:
-    return any(
-        equation.primitive.name in _PRODUCTS | _UNCOUNTABLE
-        or any(map(_has_products, core.jaxprs_in_params(equation.params)))
-        for equation in jaxpr.eqns
-    )
-
-
 def _uncountable(name: str) -> NotImplementedError:
     remedy = (
         "the number of iterations is not known. Use lax.scan, or lax.fori_loop with "
@@ -216,12 +200,6 @@ def _uncountable(name: str) -> NotImplementedError:
     return NotImplementedError(
         f"apply_fn has products in {name!r}, whose FLOPs cannot be counted: {remedy}"
     )
-
-
-def _count_unstacked(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-    """Count the variables of a scan that have no axis of steps."""
-    pairs = zip(outside, inside, strict=True)
-    return sum(a.aval.shape == b.aval.shape for a, b in pairs)
 
 
 def _matrix_product(equation: Any) -> int:
