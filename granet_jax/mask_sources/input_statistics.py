@@ -6,6 +6,7 @@ hooks. The statistics are sums over the batches, and each batch is dropped after
 turn.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -93,24 +94,25 @@ def input_statistics(
     check_function("apply_fn", apply_fn, "a function (params, batch) -> outputs")
     check_flag("products", products)
     check_batches(batches, passes=1)
-    chosen = masking.maskable(params, where)
-
-    @jax.jit
-    def step(params: PyTree, batch: Any) -> dict[str, InputSums]:
-        return _sums(apply_fn, params, batch, chosen, products)
-
+    chosen = tuple(jax.tree.leaves(masking.maskable(params, where)))
     total: dict[str, InputSums] | None = None
     with jax.default_matmul_precision("highest"):
         for batch in batches:
-            sums = step(params, batch)
+            sums = _sums(apply_fn, params, batch, chosen, products)
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     if total is None:
         raise ValueError("batches must hold at least one batch, got none.")
     return {name: _statistics(sums) for name, sums in total.items()}
 
 
+# Blocks of a network that are the same function share the compiled program.
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _sums(
-    apply_fn: ApplyFn, params: PyTree, batch: Any, chosen: PyTree, products: bool
+    apply_fn: ApplyFn,
+    params: PyTree,
+    batch: Any,
+    chosen: tuple[bool, ...],
+    products: bool,
 ) -> dict[str, InputSums]:
     """The sums of one batch, for every leaf that is True in `chosen`."""
     program = jax.make_jaxpr(apply_fn)(params, batch)
@@ -118,9 +120,7 @@ def _sums(
     names = [masking.leaf_name(path) for path, _ in named]
     values = [
         Value(leaf, (Weights(i, keep),) if is_chosen else ())
-        for i, ((_, leaf), is_chosen) in enumerate(
-            zip(named, jax.tree.leaves(chosen), strict=True)
-        )
+        for i, ((_, leaf), is_chosen) in enumerate(zip(named, chosen, strict=True))
     ]
     values += [Value(x, from_batch=True) for x in jax.tree.leaves(batch)]
     try:
