@@ -139,7 +139,7 @@ def _exchange(
       swaps: The largest number of swaps of a row.
       tolerance: The error at which a row is finished.
     """
-    place = jnp.arange(mask.shape[1])
+    place = jnp.arange(mask.shape[1])[None]
 
     def best(values: Array, candidates: Array) -> tuple[Array, Array]:
         """The candidate of largest value in each row, and its effect."""

@@ -8,6 +8,7 @@ products and convolutions.
 """
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -149,40 +150,55 @@ class ProductInputs:
     ) -> tuple[list[Value], Sums]:
         program, constants = _program_of(equation)
         carry = carry_of_scan(equation)
-        from_batch = any(operand.from_batch for operand in operands)
         arrays = [operand.array for operand in operands]
         fixed, start = arrays[: carry.start], arrays[carry]
         stacked = arrays[carry.stop :]
+        from_batch = [operand.from_batch for operand in operands]
+        outputs_from_batch: list[bool] = []
 
         def value_inside(i: int, array: Any) -> Value:
             # A step sees the weights of an operand, or of one layer of it.
-            held = operands[i].weights
-            if carry.start <= i < carry.stop:
-                weights = () if from_batch else tuple(Weights(i, None) for _ in held)
-                return Value(array, weights, from_batch)
-            return Value(array, held and (Weights(i, keep),), operands[i].from_batch)
+            way = None if carry.start <= i < carry.stop else keep
+            weights = (
+                () if from_batch[i] else operands[i].weights and (Weights(i, way),)
+            )
+            return Value(array, weights, from_batch[i])
 
-        def step(state: list[Any], layer: list[Any]) -> tuple[list[Any], Any, Any, Any]:
+        def step(
+            state: list[Any], layer: list[Any]
+        ) -> tuple[list[Any], list[Any], Sums]:
             inputs = map(value_inside, range(len(operands)), [*fixed, *state, *layer])
-            outputs, found = self.evaluate(program, constants, list(inputs))
+            outputs, sums = self.evaluate(program, constants, list(inputs))
+            outputs_from_batch[:] = [value.from_batch for value in outputs]
             results = [value.array for value in outputs]
-            of_fixed = {i: x for i, x in found.items() if i < carry.start}
-            of_layer = {i: x for i, x in found.items() if i >= carry.stop}
-            return results[: len(state)], results[len(state) :], of_fixed, of_layer
+            return results[: len(state)], results[len(state) :], sums
+
+        def split(sums: Sums) -> tuple[Sums, Sums]:
+            of_fixed = {i: x for i, x in sums.items() if i < carry.start}
+            return of_fixed, {i: x for i, x in sums.items() if i not in of_fixed}
 
         def accumulate(state: Any, layer: Any) -> tuple[Any, Any]:
             values, totals = state
-            values, outputs, of_fixed, of_layer = step(values, layer)
+            values, outputs, sums = step(values, layer)
+            of_fixed, of_layer = split(sums)
             totals = jax.tree.map(jnp.add, totals, of_fixed)
             return (values, totals), (outputs, of_layer)
 
-        try:
-            _, _, shapes, _ = jax.eval_shape(step, start, [x[0] for x in stacked])
-        except UnknownInputsError as error:
-            operand, cause = error.args
-            (held, *_) = operands[operand].weights
-            raise UnknownInputsError(held.parameter, cause) from None
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        first = [x[0] for x in stacked]
+        while True:
+            # What a step computes from the batch enters the next one.
+            try:
+                _, _, shapes = jax.eval_shape(step, start, first)
+            except UnknownInputsError as error:
+                operand, cause = error.args
+                parameter = operands[operand].weights[0].parameter
+                raise UnknownInputsError(parameter, cause) from None
+            before = from_batch[carry]
+            after = [*map(operator.or_, before, outputs_from_batch[: len(start)])]
+            if after == before:
+                break
+            from_batch[carry] = after
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), split(shapes)[0])
         options = {k: equation.params[k] for k in ("length", "reverse", "unroll")}
         (end, totals), (outputs, layers) = lax.scan(
             accumulate, (start, zeros), stacked, **options
@@ -191,9 +207,11 @@ class ProductInputs:
         stacks = {i: stack_sums(x) for i, x in layers.items()}
         for i, found in (totals | stacks).items():
             _add(sums, _move_all(operands[i].weights, found))
-        held = [] if from_batch else [w for x in operands for w in x.weights]
-        lost = tuple(Weights(w.parameter, None) for w in held)
-        return [Value(x, lost, from_batch) for x in [*end, *outputs]], sums
+        held = [Weights(w.parameter, None) for x in operands for w in x.weights]
+        return [
+            Value(x, () if flag else tuple(held), flag)
+            for x, flag in zip([*end, *outputs], outputs_from_batch, strict=True)
+        ], sums
 
 
 def _program_of(equation: Any) -> tuple[core.Jaxpr, Sequence[Any]]:

@@ -125,7 +125,7 @@ def _prune(
         """Choose the weights of a block that stay."""
         if by_row:
             rank = jnp.sum(scores[:, :, None] < scores[:, None, :], axis=2)
-            first = jnp.arange(block)[:, None] > jnp.arange(block)
+            first = jnp.arange(block)[None, :, None] > jnp.arange(block)[None, None]
             rank += jnp.sum((scores[:, :, None] == scores[:, None, :]) & first, axis=2)
             return rank < number // rows
         real = jnp.broadcast_to(start + jnp.arange(block) < inputs, scores.shape)
@@ -137,7 +137,7 @@ def _prune(
         after = lax.dynamic_slice_in_dim(root, start, block, axis=0)
         within = lax.dynamic_slice_in_dim(after, start, block, axis=1)
         scale = jnp.diagonal(within)
-        mask = choose(jnp.square(part / scale), start, number)
+        mask = choose(jnp.square(part / scale[None]), start, number)
 
         def prune_column(j: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
             part, errors = state
@@ -148,14 +148,14 @@ def _prune(
         part, errors = lax.fori_loop(
             0, block, prune_column, (part, jnp.zeros_like(part))
         )
-        w -= errors @ jnp.where(columns >= start + block, after, 0)
+        w -= errors @ jnp.where(columns[None] >= start + block, after, 0)
         kept = jnp.where(mask, part, 0)
         return lax.dynamic_update_slice_in_dim(w, kept, start, axis=1), mask
 
     def prune_matrix(pair: tuple[Array, Array]) -> tuple[Array, Array]:
         w, square = pair
         dead = jnp.diagonal(square) == 0
-        w = jnp.pad(jnp.where(dead, 0, w), ((0, 0), (0, padding)))
+        w = jnp.pad(jnp.where(dead[None], 0, w), ((0, 0), (0, padding)))
         root = _root_of_inverse(square, dead, damping)
         root = jnp.pad(root, (0, padding)) + jnp.diag(1.0 * (columns >= inputs))
         starts = block * jnp.arange(len(numbers))
