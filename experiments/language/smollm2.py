@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.language import preparation
 
@@ -34,17 +35,17 @@ EPSILON = 1e-5
 ROTARY_BASE = 1e5
 CONTEXT = 8192
 
-# Names in the file and here.
+# Names of the parameters of a layer, here and in the file.
 _LAYER_NAMES = {
-    "attn_norm": "norm_1",
-    "attn_q": "query",
-    "attn_k": "key",
-    "attn_v": "value",
-    "attn_output": "output",
-    "ffn_norm": "norm_2",
-    "ffn_gate": "gate",
-    "ffn_up": "up",
-    "ffn_down": "down",
+    "norm_1": "attn_norm",
+    "query": "attn_q",
+    "key": "attn_k",
+    "value": "attn_v",
+    "output": "attn_output",
+    "norm_2": "ffn_norm",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
 }
 
 
@@ -62,25 +63,27 @@ def load(data_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
       FileNotFoundError: The model is not prepared.
       ModuleNotFoundError: The package gguf is missing.
     """
-    reader = preparation.reader(data_dir)
-    import gguf
+    tensors = {
+        tensor.name.removesuffix(".weight"): tensor
+        for tensor in preparation.reader(data_dir).tensors
+    }
+    dequantize = preparation.package("gguf").dequantize
 
-    params: dict[str, Any] = {}
-    for tensor in reader.tensors:
-        # Shapes are (out, in).
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        match tensor.name.split("."):
-            case ["token_embd", _]:
-                params["embedding"] = {"embedding": jnp.asarray(values)}
-            case ["output_norm", _]:
-                params["norm"] = {"scale": jnp.asarray(values)}
-            case ["blk", i, name, _]:
-                layer = params.setdefault(f"layer_{int(i):02}", {})
-                layer[_LAYER_NAMES[name]] = (
-                    {"scale": jnp.asarray(values)}
-                    if values.ndim == 1
-                    else {"kernel": jnp.asarray(values.T)}
-                )
+    def values(name: str) -> np.ndarray:
+        return dequantize(tensors[name].data, tensors[name].tensor_type)
+
+    params: dict[str, Any] = {
+        "embedding": {"embedding": jnp.asarray(values("token_embd"))},
+        "norm": {"scale": jnp.asarray(values("output_norm"))},
+    }
+    for i in range(DEPTH):
+        # Matrices of the file have the shape (out, in).
+        params[f"layer_{i:02}"] = {
+            name: {"scale": jnp.asarray(values(f"blk.{i}.{source}"))}
+            if name.startswith("norm")
+            else {"kernel": jnp.asarray(values(f"blk.{i}.{source}").T)}
+            for name, source in _LAYER_NAMES.items()
+        }
     return params
 
 
@@ -145,8 +148,8 @@ def _rms_norm(norm: dict[str, Any], x: jax.Array) -> jax.Array:
 def _rotate(x: jax.Array) -> jax.Array:
     """Rotate each pair of neighbours in (n, length, heads, width) by its position.
 
-    Pair i of position p turns by p / base^(2 i / width). Files of this kind have the two
-    members of a pair side by side; the published model has them width / 2 apart.
+    Pair i of position p turns by p / base^(2 i / width). The file has the two members
+    of a pair side by side; the published model has them width / 2 apart.
     """
     width = x.shape[-1]
     frequency = ROTARY_BASE ** (-jnp.arange(0, width, 2) / width)

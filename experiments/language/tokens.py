@@ -3,7 +3,7 @@
 The vocabulary and the merges are in the file of the model.
 
 References:
-  Sennrich et al., Neural Machine Translation of Rare Words with Subword Units, ACL 2016.
+  Sennrich et al., Neural Machine Translation of Rare Words with Subword Units, 2016.
 """
 
 import os
@@ -29,8 +29,8 @@ def tokenizer(data_dir: str | os.PathLike[str] | None = None) -> Any:
       ModuleNotFoundError: The package gguf or tokenizers is missing.
     """
     fields = preparation.reader(data_dir).fields
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    tokenizers = preparation.package("tokenizers")
+    parts = tokenizers.pre_tokenizers
 
     def content(name: str) -> Any:
         return fields[f"tokenizer.ggml.{name}"].contents()
@@ -38,15 +38,16 @@ def tokenizer(data_dir: str | os.PathLike[str] | None = None) -> Any:
     tokens: list[str] = content("tokens")
     pairs = [tuple(merge.split(" ")) for merge in content("merges")]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    result: Any = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
-    # The kind "smollm" in the file.
-    result.pre_tokenizer = pre_tokenizers.Sequence(
+    model = tokenizers.models.BPE(vocab=vocabulary, merges=pairs)
+    result = tokenizers.Tokenizer(model)
+    # The file names this rule "smollm".
+    result.pre_tokenizer = parts.Sequence(
         [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            parts.Digits(individual_digits=True),
+            parts.ByteLevel(add_prefix_space=False),
         ]
     )
-    result.decoder = decoders.ByteLevel()
+    result.decoder = tokenizers.decoders.ByteLevel()
     # Type 3 marks control tokens, such as <|im_start|>.
     result.add_special_tokens(
         [
@@ -59,10 +60,10 @@ def tokenizer(data_dir: str | os.PathLike[str] | None = None) -> Any:
 
 
 def encode(tokenizer: Any, text: str) -> np.ndarray:
-    """Return the int32 tokens of `text`. Names of control tokens become those tokens."""
+    """Return the int32 tokens of `text`, in which control tokens have their names."""
     return np.asarray(tokenizer.encode(text).ids, np.int32)
 
 
 def decode(tokenizer: Any, tokens: np.ndarray) -> str:
-    """Return the text of tokens, with the names of control tokens."""
+    """Return the text of tokens: the inverse of `encode`."""
     return tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=False)
