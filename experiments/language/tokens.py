@@ -28,8 +28,8 @@ def tokenizer(data_dir: str | os.PathLike[str] | None = None) -> Any:
       FileNotFoundError: The model is not prepared.
       ModuleNotFoundError: The package gguf or tokenizers is missing.
     """
-    fields = preparation.reader(data_dir).fields
     tokenizers = preparation.package("tokenizers")
+    fields = preparation.reader(data_dir).fields
     parts = tokenizers.pre_tokenizers
 
     def content(name: str) -> Any:
