@@ -1,4 +1,4 @@
-"""Prepare a data set for training: `python -m experiments.prepare NAME`."""
+"""Prepare a data set or a pretrained model: `python -m experiments.prepare NAME`."""
 
 import pathlib
 import sys
@@ -7,6 +7,7 @@ import time
 import tyro
 
 from experiments.data import preparation
+from experiments.language import preparation as language
 
 
 def prepare(
@@ -14,18 +15,23 @@ def prepare(
     data_dir: str | None = None,
     manual_dir: pathlib.Path | None = None,
 ) -> None:
-    """Downloads a data set if necessary and prepares it. Once is enough.
+    """Downloads a data set or a model if necessary and prepares it. Once is enough.
 
     Args:
       name: digits, fashion_mnist, fashion_mnist_photos, mnist, cifar10, cifar100,
-        tiny_imagenet, tiny_shakespeare, python_docs or imagenet2012.
+        tiny_imagenet, tiny_shakespeare, python_docs or imagenet2012; or smollm2, a
+        pretrained language model.
       data_dir: Folder of prepared data sets; by default the folder in TFDS_DATA_DIR,
         otherwise ~/tensorflow_datasets.
       manual_dir: Folder of files downloaded by hand; by default downloads/manual in
         the data folder.
     """
     start = time.monotonic()
-    folder, is_new = preparation.prepare(name, data_dir, manual_dir)
+    folder, is_new = (
+        language.prepare(data_dir, manual_dir)
+        if name == language.NAME
+        else preparation.prepare(name, data_dir, manual_dir)
+    )
     seconds = time.monotonic() - start
     result = f"prepared in {seconds:.0f} s" if is_new else "was prepared already"
     print(f"{name} is in {folder}: {result}")

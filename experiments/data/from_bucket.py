@@ -38,7 +38,7 @@ def copy(name: str, data_dir: str | os.PathLike[str]) -> None:
     folder = pathlib.Path(builder.data_dir)
     inside = folder.relative_to(builder.data_dir_root)
     source = epath.Path(data_dir) / inside
-    with preparation.lock(builder):
+    with preparation.lock(pathlib.Path(builder.data_dir_root), name):
         if folder.exists():  # Another process has copied it.
             return
         check_reachable("data.data_dir", source)

@@ -62,7 +62,7 @@ def builder_of(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     try:
         return builder(data_dir=folder)
     except Exception as error:  # Damaged metadata raise errors of many types.
-        path = (folder or _default_dir()) / name
+        path = (folder or default_dir()) / name
         raise OSError(
             f"{path} cannot be read ({type(error).__name__}: {error}). Remove the "
             f"folder, then run `{command(name, folder)}`."
@@ -101,13 +101,13 @@ def prepare(
     if data_dir is not None and in_bucket(data_dir):
         raise ValueError(
             f"data_dir must be on disk, got {data_dir}: prepare {name} there, then "
-            f"copy it with `gcloud storage cp -r {_default_dir() / name} {data_dir}/`."
+            f"copy it with `gcloud storage cp -r {default_dir() / name} {data_dir}/`."
         )
     builder = builder_of(name, data_dir)
     folder = pathlib.Path(builder.data_dir)
     if is_prepared(builder):
         return folder, False
-    with lock(builder):
+    with lock(pathlib.Path(builder.data_dir_root), name):
         # Another process may have prepared it in the meantime.
         builder = builder_of(name, data_dir)
         if is_prepared(builder):
@@ -171,7 +171,7 @@ def remedy(builder: Any) -> str:
 def command(name: str, data_dir: str | os.PathLike[str] | None) -> str:
     """Return the command that prepares `name`."""
     words = ["python", "-m", "experiments.prepare", name]
-    if data_dir is not None and pathlib.Path(data_dir) != _default_dir():
+    if data_dir is not None and pathlib.Path(data_dir) != default_dir():
         words += ["--data-dir", os.fspath(data_dir)]
     return shlex.join(words)
 
@@ -215,7 +215,8 @@ def missing_message(name: str, data_dir: str | os.PathLike[str] | None) -> str:
     )
 
 
-def _default_dir() -> pathlib.Path:
+def default_dir() -> pathlib.Path:
+    """Return the folder in TFDS_DATA_DIR, otherwise ~/tensorflow_datasets."""
     return pathlib.Path(constants.DATA_DIR).expanduser()
 
 
@@ -228,18 +229,19 @@ def _manual_dir(
 
 
 @contextlib.contextmanager
-def lock(builder: Any) -> Generator[None]:
-    """Let one process at a time prepare a data set. The lock ends with the process."""
-    root = pathlib.Path(builder.data_dir_root)
+def lock(root: pathlib.Path, name: str) -> Generator[None]:
+    """Let one process at a time prepare `name`. The lock ends with the process.
+
+    Args:
+      root: Folder of prepared data sets.
+      name: Name of the data set.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    with (root / f".{builder.name}.lock").open("w") as file:
+    with (root / f".{name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(
-                f"waiting for another process that prepares {builder.name}",
-                file=sys.stderr,
-            )
+            print(f"waiting for another process that prepares {name}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
