@@ -93,9 +93,14 @@ def apply(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
     Row i of the logits depends on the tokens up to i.
     """
     hidden = embed(params, tokens)
-    for i in range(DEPTH):
-        hidden = block(params[f"layer_{i:02}"], hidden)
+    for name in layer_names():
+        hidden = block(params[name], hidden)
     return head(params, hidden)
+
+
+def layer_names() -> list[str]:
+    """Return the names of the layers, in the order of the network."""
+    return [f"layer_{i:02}" for i in range(DEPTH)]
 
 
 def embed(params: dict[str, Any], tokens: jax.Array) -> jax.Array:

@@ -10,8 +10,9 @@ from granet_jax.mask_sources.loss_gradients import check_batches
 from granet_jax.masking import PyTree
 
 Block = Callable[[PyTree, Any], Any]
-# From a block, its parameters and the batches that enter it: parameters and masks.
-PruneBlock = Callable[[Block, PyTree, list[Any]], tuple[PyTree, PyTree]]
+# From the number of a block, the block, its parameters and the batches that enter it:
+# parameters and masks.
+PruneBlock = Callable[[int, Block, PyTree, list[Any]], tuple[PyTree, PyTree]]
 
 
 def block_by_block(
@@ -19,15 +20,13 @@ def block_by_block(
     params: Sequence[PyTree],
     batches: Iterable[Any],
     prune: PruneBlock,
-    *,
-    on_block: Callable[[int], None] | None = None,
 ) -> tuple[list[PyTree], list[PyTree]]:
     """Prune one block after another, with inputs from the pruned blocks before it.
 
     The authors of Wanda and SparseGPT prune this way, so that a block sees the errors
     of those before it. Only the inputs of one block are in memory::
 
-        def prune(block, params, batches):
+        def prune(i, block, params, batches):
             statistics = mask_sources.input_statistics(block, params, batches)
             masks = mask_sources.wanda(params, statistics, 0.5)
             return granet_jax.apply_masks(params, masks), masks
@@ -39,10 +38,8 @@ def block_by_block(
         next block. Blocks that are the same function share their compiled program.
       params: The parameters of each block.
       batches: Inputs of the first block: an iterable of pytrees of arrays.
-      prune: Function (block, its parameters, its batches) -> (parameters, masks), of
-        which the parameters must be zero where the masks prune.
-      on_block: Function that is called with the number of each finished block, such as
-        for a progress bar.
+      prune: Function (number of the block, block, its parameters, its batches) ->
+        (parameters, masks), of which the parameters must be zero where the masks prune.
 
     Returns:
       The parameters and the masks of each block.
@@ -51,7 +48,7 @@ def block_by_block(
       ValueError: There are not as many parameters as blocks, or no batches.
       TypeError: An argument has another type.
     """
-    check_function("prune", prune, "a function (block, params, batches)")
+    check_function("prune", prune, "a function (number, block, params, batches)")
     check_batches(batches, passes=1)
     if len(blocks) != len(params):
         raise ValueError(
@@ -62,11 +59,9 @@ def block_by_block(
     compiled = {block: jax.jit(block) for block in blocks}
     pruned, masks = [], []
     for i, (block, given) in enumerate(zip(blocks, params, strict=True)):
-        after, mask = prune(block, given, inputs)
+        after, mask = prune(i, block, given, inputs)
         pruned.append(after)
         masks.append(mask)
         if i + 1 < len(blocks):
             inputs = [compiled[block](after, batch) for batch in inputs]
-        if on_block is not None:
-            on_block(i)
     return pruned, masks

@@ -4,6 +4,8 @@ These sources take the result of `input_statistics`, which also says which leave
 a mask and which axes of a kernel count its inputs.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -58,28 +60,38 @@ def choose(
         found = statistics[name]
         form, stack = structure, group_axes(found)
         if structure is None and scope == "unit":
-            form, stack = _units(found), ()
+            form, stack = Structure("units", _Units(found.input_axes), whole=False), ()
         structures.check_leaves(form, [(name, leaf.shape)], (stack,))
         shapes = layer_shapes([leaf.shape], (stack,))
         number = structures.counts(form, shapes[:1], wanted[name], "uniform")
-        (masks[name],) = structures.select(
-            form,
-            [score(as_float(leaf), found)],
+        masks[name] = _select(
+            score(as_float(leaf), found),
             count_array(number * len(shapes), shapes, "layer"),
-            scope="layer",
-            stacks=(stack,),
+            structure=form,
+            stack=stack,
         )
     return masks_like(params, masks)
 
 
-def _units(statistics: InputStatistics) -> Structure:
-    """A structure in which every output keeps the same number of inputs."""
+@dataclasses.dataclass(frozen=True)
+class _Units:
+    """The shape of one output with all its inputs, which lie along some axes."""
 
-    def box(shape: Shape) -> Shape:
-        inputs = statistics.input_axes
-        return tuple(n if axis in inputs else 1 for axis, n in enumerate(shape))
+    inputs: Axes
 
-    return Structure("outputs of equal fan-in", box, whole=False)
+    def __call__(self, leaf: Shape) -> Shape:
+        return tuple(n if axis in self.inputs else 1 for axis, n in enumerate(leaf))
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "stack"))
+def _select(
+    scores: Array, number: Array, *, structure: Structure | None, stack: Axes
+) -> Array:
+    """Select the weights of a leaf; leaves of the same shape share the program."""
+    (mask,) = structures.select(
+        structure, [scores], number, scope="layer", stacks=(stack,)
+    )
+    return mask
 
 
 def group_axes(statistics: InputStatistics) -> Axes:

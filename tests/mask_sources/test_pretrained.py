@@ -278,15 +278,16 @@ def test_blocks_see_the_outputs_of_the_pruned_blocks_before_them() -> None:
     def block(params: Any, x: Any) -> Any:
         return jax.nn.relu(x @ params["kernel"])
 
-    def prune(block: Any, params: Any, batches: Any) -> tuple[Any, Any]:
+    def prune(i: int, block: Any, params: Any, batches: Any) -> tuple[Any, Any]:
+        numbers.append(i)
         found = ms.input_statistics(block, params, batches)
         masks = ms.wanda(params, found, 0.5)
         return granet_jax.apply_masks(params, masks), masks
 
-    finished: list[int] = []
+    numbers: list[int] = []
     given = [{"kernel": PARAMS[name]["kernel"]} for name in "ab"]
     params, masks = ms.block_by_block(
-        [block, block], given, iter(BATCHES), prune, on_block=finished.append
+        [block, block], given, iter(BATCHES), prune
     )
     first = largest_in_rows(wanda_scores(FIRST.T, X), 8)
     hidden = np.maximum(X @ (FIRST * first.T), 0)
@@ -296,7 +297,7 @@ def test_blocks_see_the_outputs_of_the_pruned_blocks_before_them() -> None:
     ):
         np.testing.assert_array_equal(mask["kernel"], expected)
         np.testing.assert_allclose(tree["kernel"], dense * expected, rtol=1e-6)
-    assert finished == [0, 1]
+    assert numbers == [0, 1]
 
 
 def test_training_goes_on_from_the_masks() -> None:
