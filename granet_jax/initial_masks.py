@@ -96,6 +96,7 @@ def _initial_masks(
     named = zip(names, leaves, strict=True)
     structures.check_leaves(method.structure, named, stacks)
     shapes = layer_shapes(leaves, stacks)
+    targets.check_least(method, shapes)
     counts = targets.initial_counts(method, shapes)
     if counts == structures.parts(method.structure, shapes):
         return [jnp.ones(shape, bool) for shape in leaves]
@@ -150,6 +151,7 @@ def given_masks(
         leaves = [(name, m.shape) for name, m in named]
         structures.check_leaves(method.structure, leaves, stacks)
         structures.check_masks(method.structure, named, stacks)
+        targets.check_least(method, layer_shapes([m.shape for _, m in named], stacks))
         if not traced:
             shapes = layer_shapes([m.shape for _, m in named], stacks)
             numbers = jax.device_get(active([m for _, m in named], stacks))

@@ -37,7 +37,12 @@ from granet_jax.layers import (
 from granet_jax.redistribution import mean_score, redistribute
 from granet_jax.schedules import Schedule, Steps
 from granet_jax.scores import Score, ScoreInputs
-from granet_jax.selection import Scope, count_layers, counter_dtype, top_k
+from granet_jax.selection import (
+    Scope,
+    count_layers,
+    counter_dtype,
+    top_k,
+)
 from granet_jax.structures import Structure
 
 if TYPE_CHECKING:
@@ -74,6 +79,8 @@ class UpdateInputs(NamedTuple):
       boxes: The structure whose boxes all keep the same number of weights, if the
         method has one. (Boxes that are kept or pruned as a whole appear to a phase as
         single weights.)
+      least: The structure whose units all keep at least some weights, if the method
+        has one. Pass it on to `structures.select` and `grow`.
       key: A random key of this update, by which phases put equal scores in a random
         order; None for the lowest index first.
       makes_up: Whether layers make up for others that have fewer active weights than
@@ -90,6 +97,7 @@ class UpdateInputs(NamedTuple):
     boxes: Structure | None
     key: Array | None = None
     makes_up: bool = False
+    least: Structure | None = None
 
     def at_this_update(self, schedule: Callable[[int], Any], dtype: Any) -> Array:
         """The value of a host-side function of the step at this update."""
@@ -153,6 +161,11 @@ class Prune(Phase):
         check_fraction("floor", self.floor)
         if not self.floor:
             return
+        if structures.has_least(method.structure):
+            raise ValueError(
+                f"floor must be 0 with the structure {method.structure.name}, which "
+                f"says itself what every unit keeps, got {self.floor}."
+            )
         if method.scope != "global":
             raise ValueError(
                 f'floor must be 0 with scope="layer", got {self.floor}: there the '
@@ -175,7 +188,7 @@ class Prune(Phase):
                 number = within_reach(number, active(masks, at.stacks))
             if not self.floor:
                 return structures.select(
-                    at.boxes,
+                    at.boxes or at.least,
                     ranked,
                     number,
                     among=masks,
@@ -230,7 +243,8 @@ class Revive(Phase):
         present = active(masks, at.stacks, at.scope)
         missing = at.target.astype(present.dtype)
         missing -= jnp.minimum(present, missing)
-        return grow(masks, ranked, missing, at.stacks, at.scope, key), state
+        grown = grow(masks, ranked, missing, at.stacks, at.scope, key, at.least)
+        return grown, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +295,13 @@ class Exchange(Phase):
 
         ranked = at.score(self.drop, masks)
         kept, key = number - freed, at.order_of("drop")
-        stay = top_k(ranked, kept, among=masks, stacks=stacks, key=key)
+        stay = structures.select(
+            *(at.least, ranked, kept),
+            among=masks,
+            scope="layer",
+            stacks=stacks,
+            key=key,
+        )
 
         ranked, key = at.score(self.grow, stay, growing=True), at.order_of("grow")
         if at.boxes is not None:
@@ -295,7 +315,7 @@ class Exchange(Phase):
             room = active([~m for m in stay], stacks)
             total = jnp.sum(freed, dtype=freed.dtype)
             freed = redistribute(total, means, room)
-        return grow(stay, ranked, freed, stacks, "layer", key), state
+        return grow(stay, ranked, freed, stacks, "layer", key, at.least), state
 
 
 def grow(
@@ -305,12 +325,23 @@ def grow(
     stacks: tuple[Axes, ...],
     scope: Scope = "layer",
     key: Array | None = None,
+    least: Structure | None = None,
 ) -> Masks:
     """Activate the `number` highest-ranked of the inactive weights, as `top_k` does.
 
     Equal ranks come in a random order that the key decides. A weight without gradient,
-    such as that of a rare token, would otherwise come by its index.
+    such as that of a rare token, would otherwise come by its index. With `least`, units
+    that have fewer active weights than it asks for come first.
     """
+    if least is not None:
+        wanted = [jnp.asarray(least.least, jnp.uint32)] * len(masks)
+        filled = structures.fill(least, masks, ranked, wanted, stacks, key=key)
+        before = masks
+        lacking = [f & ~m for f, m in zip(filled, masks, strict=True)]
+        first = top_k(ranked, number, among=lacking, scope=scope, stacks=stacks)
+        masks = [m | f for m, f in zip(masks, first, strict=True)]
+        grown = active(masks, stacks, scope) - active(before, stacks, scope)
+        number = number - grown.astype(number.dtype)
     inactive = [~m for m in masks]
     grown = top_k(ranked, number, among=inactive, scope=scope, key=key, stacks=stacks)
     return [m | g for m, g in zip(masks, grown, strict=True)]
@@ -399,6 +430,7 @@ def update_masks(
         row=row,
         steps=method.updates,
         boxes=boxes,
+        least=structure if structures.has_least(structure) else None,
         key=jax.random.fold_in(key, len(shapes)),  # Layers fold in their numbers.
         makes_up=method.scope == "layer" and boxes is None and not method.revives,
     )

@@ -1,9 +1,11 @@
-"""Structured sparsity: N:M, constant fan-in, blocks and whole output units.
+"""Structured sparsity: N:M, constant or least fan-in, blocks and whole output units.
 
-A structure divides every layer into boxes of equal shape. There are two kinds. `block`
-and `channel` keep or prune a box as a whole, and rank boxes by the norm of their
-scores. With `n_of_m` and `constant_fan_in`, all boxes of a layer keep the same number
-of weights. Methods and mask sources take a structure as an argument::
+A structure divides every layer into boxes of equal shape. There are three kinds.
+`block` and `channel` keep or prune a box as a whole, and rank boxes by the norm of
+their scores. With `n_of_m` and `constant_fan_in`, all boxes of a layer keep the same
+number of weights. With `at_least`, every box keeps some weights, and the others compete
+as they would without a structure. Methods and mask sources take a structure as an
+argument::
 
     method = granet_jax.gmp(0.9, 10_000, structure=structures.block(4, 4))
 
@@ -37,6 +39,8 @@ from granet_jax.layers import Axes, divide, layer_shape, layer_shapes, no_stacks
 from granet_jax.positions import from_end, mesh_axes
 from granet_jax.selection import (
     Scope,
+    count_layers,
+    counter_dtype,
     find_threshold,
     highest,
     odd_factors,
@@ -51,18 +55,22 @@ NORMS: tuple[str, ...] = ("l1", "l2")
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """The structure of masks; see `block`, `channel`, `n_of_m` and `constant_fan_in`.
+    """The structure of masks.
+
+    See `block`, `channel`, `n_of_m`, `constant_fan_in` and `at_least`.
 
     Attributes:
       name: The name for messages.
       box: A function from the shape of a layer to the shape of its boxes, which has the
         same number of axes.
       whole: Whether a box is kept or pruned as a whole. Otherwise all boxes of a layer
-        keep the same number of weights.
+        keep the same number of weights, or at least `least`.
       norm: The norm of the non-negative scores in a box that is kept as a whole: "l1"
         for their mean, "l2" for the root of their mean square. They are means, so that
         boxes of different sizes compare.
       density: The only final density that the structure allows; None for any.
+      least: The number of weights that every box keeps at least, where boxes may keep
+        more; else 0.
     """
 
     name: str
@@ -70,6 +78,7 @@ class Structure:
     whole: bool
     norm: Norm = "l1"
     density: float | None = None
+    least: int = 0
 
 
 def block(*shape: int, norm: Norm = "l1") -> Structure:
@@ -160,6 +169,33 @@ def constant_fan_in(*, axis: int = -1) -> Structure:
     return Structure(name, _Unit(axis), whole=False)
 
 
+def at_least(number: int, *, axis: int = -1) -> Structure:
+    """Every output unit keeps at least some inputs; the other weights are free.
+
+    A unit without inputs has no gradient, so that methods which regrow by the gradient
+    never revive it. Each unit keeps its best `number` weights first, and if it has
+    fewer, it regrows its best ones first. The total number of active weights is the
+    same as without a structure.
+
+    Args:
+      number: Inputs that a unit keeps at least, 1 or more.
+      axis: Axis of a leaf that counts the outputs, as in `channel`.
+
+    Returns:
+      A structure.
+
+    Raises:
+      TypeError, ValueError: An argument is not an integer, or `number` is below 1.
+
+    References:
+      Gao et al., Weight-sparse transformers have interpretable circuits, 2025.
+    """
+    check_integer("number", number, least=1)
+    check_integer("axis", axis)
+    name = _with_axis(f"at least {number} inputs", axis)
+    return Structure(name, _Unit(axis), whole=False, least=int(number))
+
+
 def n_of_m(n: int, m: int, *, axis: int = -2) -> Structure:
     """N:M sparsity: of every `m` neighbours along an axis, the `n` best are active.
 
@@ -236,7 +272,7 @@ def check_use(
             "structure must be one of granet_jax.structures, such as "
             f"structures.block(4, 1), or None, got {structure!r}."
         )
-    if structure.whole:
+    if not has_equal_boxes(structure):
         return
     if scope == "global":
         raise ValueError(
@@ -285,6 +321,12 @@ def check_leaves(
                 f"has {'layers of ' if axes else ''}shape {shape}: leave it out by "
                 "`where`, or take another structure."
             )
+        if structure.least > math.prod(box):
+            raise ValueError(
+                f"structure {structure.name} needs units of as many inputs, and "
+                f"{name!r} of shape {shape} has {math.prod(box)}: leave it out by "
+                "`where`, or ask for fewer."
+            )
 
 
 def check_masks(
@@ -300,7 +342,7 @@ def check_masks(
       stacks: The axes of every leaf that count layers.
     """
     for (name, mask), axes in zip(masks, stacks, strict=True):
-        if structure is None or isinstance(mask, Tracer):
+        if structure is None or structure.least or isinstance(mask, Tracer):
             return
         counts = box_counts(structure, mask, axes)
         size = math.prod(structure.box(layer_shape(mask.shape, axes)))
@@ -317,20 +359,26 @@ def check_masks(
 
 def has_equal_boxes(structure: Structure | None) -> TypeGuard[Structure]:
     """Whether all boxes of a layer keep the same number of weights."""
-    return structure is not None and not structure.whole
+    return structure is not None and not structure.whole and not structure.least
+
+
+def has_least(structure: Structure | None) -> TypeGuard[Structure]:
+    """Whether every box keeps at least some weights, and the others are free."""
+    return structure is not None and structure.least > 0
 
 
 def parts(structure: Structure | None, shapes: Sequence[Shape]) -> list[int]:
     """The number of parts of every layer, the units in which masks are counted.
 
-    The parts of a layer are its single weights without a structure, its boxes if they
-    are kept or pruned as a whole, and else the weights of one of its boxes.
+    The parts of a layer are its boxes if they are kept or pruned as a whole, the
+    weights of one of its boxes if all boxes keep the same number, and else its single
+    weights.
 
     Args:
       structure: Structure of the masks, or None.
       shapes: The shapes of all layers.
     """
-    if structure is None:
+    if structure is None or structure.least:
         return [math.prod(s) for s in shapes]
     boxes = [math.prod(structure.box(s)) for s in shapes]
     if not structure.whole:
@@ -353,6 +401,11 @@ def counts(
     """
     if structure is None:
         return distributions.counts(shapes, sparsity, distribution, caps, floors)
+    if structure.least:
+        check_least(structure, shapes, sparsity)
+        least = least_counts(structure, shapes)
+        floors = least if floors is None else [*map(max, floors, least)]
+        return distributions.counts(shapes, sparsity, distribution, caps, floors)
     sizes = parts(structure, shapes)
     shares = distributions.densities(shapes, sparsity, distribution)
     least = [0 if structure.whole else 1] * len(sizes) if floors is None else floors
@@ -363,6 +416,24 @@ def counts(
     ]
 
 
+def least_counts(structure: Structure, shapes: Sequence[Shape]) -> list[int]:
+    """The number of weights that every layer keeps at least."""
+    units = [math.prod(s) // math.prod(structure.box(s)) for s in shapes]
+    return [structure.least * n for n in units]
+
+
+def check_least(structure: Structure, shapes: Sequence[Shape], sparsity: float) -> None:
+    """Raise ValueError if the units keep more weights than the sparsity leaves."""
+    total = distributions.total_count(sum(map(math.prod, shapes)), sparsity)
+    least = sum(least_counts(structure, shapes))
+    if least > total:
+        raise ValueError(
+            f"structure {structure.name} keeps {least} weights, more than the {total} "
+            f"that are active at sparsity {sparsity:g}: ask for fewer inputs of a "
+            "unit, or a lower sparsity."
+        )
+
+
 def select(
     structure: Structure | None,
     scores: Sequence[Array],
@@ -371,6 +442,7 @@ def select(
     among: Sequence[Array] | None = None,
     scope: Scope,
     stacks: tuple[Axes, ...] | None = None,
+    key: Array | None = None,
 ) -> list[Array]:
     """Select the weights of largest score, as `selection.top_k`, in a structure.
 
@@ -383,13 +455,19 @@ def select(
       scope: "global" if weights or whole boxes compete across layers, "layer" if they
         compete within each layer.
       stacks: The axes of every leaf that count layers; None if each leaf is one layer.
+      key: A random key, which decides the order of equal scores of single weights; None
+        for the lowest index first.
 
     Returns:
       One boolean array per leaf, of the shapes of `scores`.
     """
     if structure is None:
-        return selection.top_k(scores, number, among=among, scope=scope, stacks=stacks)
+        return selection.top_k(
+            scores, number, among=among, scope=scope, stacks=stacks, key=key
+        )
     stacks = no_stacks(scores) if stacks is None else stacks
+    if structure.least:
+        return _select_with_least(structure, scores, number, among, scope, stacks, key)
     if structure.whole:
         ranked = merge(structure, scores, stacks)
         candidates = among and merge_masks(structure, among, stacks)
@@ -407,6 +485,37 @@ def select(
     return [c & m for c, m in zip(chosen, among, strict=True)]
 
 
+def _select_with_least(
+    structure: Structure,
+    scores: Sequence[Array],
+    number: Any,
+    among: Sequence[Array] | None,
+    scope: Scope,
+    stacks: tuple[Axes, ...],
+    key: Array | None,
+) -> list[Array]:
+    """Select the best weights of every unit first, then the best of the others."""
+    among = [jnp.ones_like(x, bool) for x in scores] if among is None else among
+    least = jnp.asarray(structure.least, jnp.uint32)
+    keys = zip(sort_keys(scores, among), among, stacks, strict=True)
+    first = [_best_of_boxes(structure, k, least, axes) & m for k, m, axes in keys]
+    others = [m & ~f for m, f in zip(among, first, strict=True)]
+    sizes = [math.prod(s) for s in layer_shapes([f.shape for f in first], stacks)]
+    (taken,) = count_layers([[f] for f in first], stacks, counter_dtype(sizes, scope))
+    if scope == "global":
+        taken = jnp.sum(taken, dtype=taken.dtype)
+    number = jnp.asarray(number).astype(taken.dtype)
+    chosen = selection.top_k(
+        scores,
+        number - jnp.minimum(number, taken),
+        among=others,
+        scope=scope,
+        stacks=stacks,
+        key=key,
+    )
+    return [f | c for f, c in zip(first, chosen, strict=True)]
+
+
 def fill(
     structure: Structure,
     masks: Sequence[Array],
@@ -419,11 +528,11 @@ def fill(
     """Activate the best inactive weights of every box, up to a number of active ones.
 
     Args:
-      structure: Structure whose boxes all keep the same number of weights.
+      structure: Structure whose boxes are not kept or pruned as a whole.
       masks: One boolean array per leaf.
       scores: One array of scores per leaf. Weights of larger score come first.
-      numbers: Number of active weights per box after the call: for every leaf an
-        array as from `box_counts` or `layers.divide`.
+      numbers: Number of active weights per box after the call, at least: for every leaf
+        a scalar, or an array as from `box_counts` or `layers.divide`.
       stacks: The axes of every leaf that count layers.
       key: A random key, which decides the order of equal scores; None for the lowest
         index first.

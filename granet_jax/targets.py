@@ -50,6 +50,14 @@ def active_counts(method: "Method", shapes: tuple[Shape, ...]) -> np.ndarray:
     return np.asarray(rows, _dtype(shapes))
 
 
+def check_least(method: "Method", shapes: Sequence[Shape]) -> None:
+    """Raise ValueError if units keep more weights than the method ends with."""
+    if structures.has_least(method.structure):
+        steps = (0, *method.updates.steps())
+        highest = max(method.sparsity(step) for step in steps)
+        structures.check_least(method.structure, shapes, highest)
+
+
 def initial_counts(method: "Method", shapes: Sequence[Shape]) -> list[int]:
     """The number of active parts of every leaf at step 0."""
     return structures.counts(
