@@ -33,7 +33,6 @@ DEPTH = 30
 HEAD_WIDTH = 64
 EPSILON = 1e-5
 ROTARY_BASE = 1e5
-CONTEXT = 8192
 
 # Names of the parameters of a layer, here and in the file.
 _LAYER_NAMES = {
@@ -90,7 +89,8 @@ def load(data_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
 def apply(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
     """Return logits (n, length, 49152) of the next tokens for tokens (n, length).
 
-    Row i of the logits depends on the tokens up to i.
+    Position i of the logits depends on the tokens up to i. The model was trained on
+    lengths up to 8,192.
     """
     hidden = embed(params, tokens)
     for name in layer_names():

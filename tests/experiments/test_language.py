@@ -86,7 +86,7 @@ def test_perplexity_is_exp_of_the_mean_cross_entropy(monkeypatch, capfd):
     monkeypatch.setattr(smollm2, "DEPTH", 1)
     rng = np.random.default_rng(0)
     params, windows = small_network(rng), rng.integers(0, 40, (5, 6), np.int32)
-    logits = np.asarray(smollm2.apply(params, windows), np.float64)
+    logits = np.asarray(jax.jit(smollm2.apply)(params, windows), np.float64)
     scores = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
     targets = [scores[i, j, windows[i, j + 1]] for i in range(5) for j in range(5)]
     expected = np.exp(-np.mean(np.log(targets)))
@@ -115,8 +115,6 @@ def test_windows_are_spread_over_texts_without_overlap(tokenizer):
     places = [texts[1].find(tokens.decode(tokenizer, row)) for row in windows]
     assert places[0] == 0
     assert min(np.diff(places)) > len(texts[1]) / 40
-    again = corpus.windows(tokenizer, "evaluation", 512, 32)
-    np.testing.assert_array_equal(windows, again)
 
     for (split, length, count), message in {
         ("test", 8, 8): "split must be one of calibration, evaluation, got 'test'",
