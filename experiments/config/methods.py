@@ -7,6 +7,7 @@ from typing import Any, Literal
 from etils import epath
 
 import granet_jax
+from granet_jax import structures
 
 MethodName = Literal[
     "granet",
@@ -46,16 +47,17 @@ _SOURCES: dict[str | None, frozenset[str]] = {
 _START = frozenset({"distribution", "source", "rounds", "images", "tickets"})
 _GRADUAL = frozenset({"interval", "initial_sparsity", "pruning_end"})
 _GROWING = frozenset({"interval", "fraction", "warmup"})
+_LEAST = frozenset({"least_inputs"})
 OPTIONS: dict[str, frozenset[str]] = {
-    "granet": _START | _GRADUAL | _GROWING,
-    "granet-st": _START | _GRADUAL | _GROWING,
-    "gmp": _START | _GRADUAL,
-    "rigl": _START | _GROWING | {"stop"},
-    "set": _START | _GROWING | {"stop"},
-    "mest": _START | _GROWING,
+    "granet": _START | _GRADUAL | _GROWING | _LEAST,
+    "granet-st": _START | _GRADUAL | _GROWING | _LEAST,
+    "gmp": _START | _GRADUAL | _LEAST,
+    "rigl": _START | _GROWING | _LEAST | {"stop"},
+    "set": _START | _GROWING | _LEAST | {"stop"},
+    "mest": _START | _GROWING | _LEAST,
     "dsr": _START | _GROWING | {"stop"},
     "snfs": _START | _GROWING,
-    "static": _START,
+    "static": _START | _LEAST,
     "cyclical": frozenset(
         {"interval", "initial_sparsity", "cycles", "recovery", "warmup"}
     ),
@@ -114,6 +116,11 @@ class MaskConfig:
     """How the layers share the sparsity of the initial masks; by default
     erk, and uniform for gmp, dsr and snfs. All methods up to static, and
     sculpt."""
+
+    least_inputs: int | None = None
+    """Number of inputs that every unit of every layer keeps at least; by
+    default units may lose all. granet, granet-st, gmp, rigl, set, mest,
+    static."""
 
     cycles: int | None = None
     """Number of cycles; by default 4, and 3 for sculpt, which has one more
@@ -182,6 +189,8 @@ def build(
             )
     for option in ("warmup", "source", "rounds", "images", "tickets"):
         options.pop(option, None)
+    if "least_inputs" in options:
+        options["structure"] = structures.at_least(options.pop("least_inputs"))
     if "interval" in OPTIONS[name]:
         options["interval"] = interval(masks, steps)
     method = _create(name, sparsity, steps, options, weight_decay)

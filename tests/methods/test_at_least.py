@@ -78,7 +78,9 @@ METHODS: dict[str, Any] = {
     "rigl": lambda s: granet_jax.rigl(0.8, 12, interval=2, structure=s),
     "set": lambda s: granet_jax.set_(0.8, 12, interval=2, structure=s),
     "snfs": lambda s: granet_jax.snfs(0.8, 12, interval=2, structure=s),
-    "straight_through": lambda s: granet_jax.straight_through(0.8, structure=s),
+    "straight_through": lambda s: granet_jax.straight_through(
+        0.8, 12, interval=2, structure=s
+    ),
 }
 
 
