@@ -5,6 +5,7 @@ from granet_jax import schedules as schedules
 from granet_jax import structures as structures
 from granet_jax._transform import transform as transform
 from granet_jax.export.sparse_inference import accelerate as accelerate
+from granet_jax.hyperbolic import hyperbolic as hyperbolic
 from granet_jax.initial_masks import init_masks as init_masks
 from granet_jax.masking import PackedMask as PackedMask
 from granet_jax.masking import Sparsity as Sparsity

@@ -1,5 +1,6 @@
 """Analysis of sparse networks: tables, FLOPs, mask metrics, plots, plasticity."""
 
+from granet_jax.analysis.average_density import average_density as average_density
 from granet_jax.analysis.batch_norms import batch_statistics as batch_statistics
 from granet_jax.analysis.metrics import Churn as Churn
 from granet_jax.analysis.metrics import Connectivity as Connectivity

@@ -286,9 +286,7 @@ def test_blocks_see_the_outputs_of_the_pruned_blocks_before_them() -> None:
 
     numbers: list[int] = []
     given = [{"kernel": PARAMS[name]["kernel"]} for name in "ab"]
-    params, masks = ms.block_by_block(
-        [block, block], given, iter(BATCHES), prune
-    )
+    params, masks = ms.block_by_block([block, block], given, iter(BATCHES), prune)
     first = largest_in_rows(wanda_scores(FIRST.T, X), 8)
     hidden = np.maximum(X @ (FIRST * first.T), 0)
     second = largest_in_rows(wanda_scores(SECOND.T, hidden), 6)
