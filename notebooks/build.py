@@ -23,6 +23,7 @@ NAMES = (
     "pruning_plasticity",
     "your_own_method",
     "any_model",
+    "prune_a_language_model",
 )
 """The notebooks, in the order in which to read them."""
 REPOSITORY = "granet-jax/granet_jax"
