@@ -30,11 +30,13 @@ FORMS = [
     *((spec("n_of_m", 2, 4), "float32"), (spec("n_of_m", 1, 2, axis=-1), "bfloat16")),
     (spec("n_of_m", 4, 8), "int32"),
     *((spec("constant_fan_in"), x) for x in ("float32", "bfloat16", "int32")),
-    *((spec("channel"), "bfloat16"), (spec("block", 2, 2), "int32")),
+    *((spec("channel", norm="l2"), "bfloat16"), (spec("block", 2, 2), "int32")),
     (spec("block", 4, 1), "float32"),
     # Weights (out, in, ...), as equinox has them.
     *((spec(x, axis=0), "float32") for x in ("constant_fan_in", "channel")),
 ]
+# Means over boxes of different sizes are rounded, and ties across leaves with them.
+ACROSS = [(spec("block", 4, 2), "float32"), (spec("block", 2, 2, norm="l2"), "float32")]
 
 
 def draw(seed: int, shapes: Any = None) -> dict[str, np.ndarray]:
@@ -46,61 +48,44 @@ def draw(seed: int, shapes: Any = None) -> dict[str, np.ndarray]:
     }
 
 
-def pair(form: MethodSpec, **options: Any) -> tuple[Structure, Any]:
+def pair(form: MethodSpec, scope: str = "layer") -> tuple[Structure, Any]:
     """The structure, and the reference's method that selects by it."""
     ours, theirs = (
         getattr(module, form.function)(*form.args, **form.kwargs)
         for module in (structures, numpy_reference)
     )
-    return ours, numpy_reference.ReferenceMethod(
-        start=0.5, structure=theirs, **{"scope": "layer", **options}
-    )
+    parts: Any = {"structure": theirs, "scope": scope, "distribution": "uniform"}
+    return ours, numpy_reference.ReferenceMethod(start=0.5, **parts)
 
 
-@pytest.mark.parametrize(("form", "dtype"), FORMS)
-def test_select_as_numpy_does(form: MethodSpec, dtype: str) -> None:
-    # Within leaves; there may be fewer candidates than `numbers`.
-    ours, reference = pair(form)
+@pytest.mark.parametrize(
+    ("form", "dtype", "scope"),
+    [*((*case, "layer") for case in FORMS), *((*case, "global") for case in ACROSS)],
+)
+def test_select_as_numpy_does(form: MethodSpec, dtype: str, scope: Any) -> None:
+    # There may be fewer candidates than `numbers`.
+    ours, reference = pair(form, scope)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def select(scores: Any, numbers: Any, among: Any) -> Any:
-        return structures.select(ours, scores, numbers, among=among, scope="layer")
+        return structures.select(ours, scores, numbers, among=among, scope=scope)
 
     for seed in range(4):
         rng = np.random.default_rng(seed)
-        numbers = rng.integers(0, 21, 2, np.uint32)
+        numbers = rng.integers(0, 21, 2 if scope == "layer" else 1, np.uint32)
         scores = [(8 * x).astype(dtype) for x in draw(seed).values()]
         among = [rng.random(s.shape) < (1.0 if ours.whole else 0.8) for s in scores]
         if dtype != "int32":
             scores = [np.where(s == 1, s.dtype.type("nan"), s) for s in scores]
         wide = [s.astype(np.float32) for s in scores]
         expected = reference.choose(wide, among, numbers)
-        for mask, e in zip(select(scores, numbers, among), expected, strict=True):
+        number = numbers if scope == "layer" else numbers[0]
+        for mask, e in zip(select(scores, number, among), expected, strict=True):
             np.testing.assert_array_equal(mask, e)
 
 
-@pytest.mark.parametrize(
-    ("form", "scope"),
-    [
-        (spec("block", 4, 2, norm="l1"), "global"),
-        (spec("block", 2, 2, norm="l2"), "global"),
-        # Means over boxes of different sizes are rounded, and ties across leaves too.
-        (spec("channel", norm="l2"), "layer"),
-    ],
-)
-def test_whole_boxes_by_their_norm(form: MethodSpec, scope: Any) -> None:
-    ours, reference = pair(form, scope=scope, distribution="uniform")
-    masks = mask_sources.magnitude(draw(3), 0.6, scope=scope, structure=ours)
-    sizes = [np.abs(p) for p in draw(3).values()]
-    everywhere = [np.ones(s.shape, bool) for s in sizes]
-    numbers = reference.numbers(list(SHAPES.values()), 0.6)
-    expected = reference.choose(sizes, everywhere, numbers)
-    for actual, mask in zip(masks.values(), expected, strict=True):
-        np.testing.assert_array_equal(actual, mask)
-
-
 @pytest.mark.parametrize("form", [FORMS[1][0], FORMS[3][0], FORMS[7][0]])
-def test_random_masks(form: MethodSpec) -> None:
+def test_masks_at_random_and_by_magnitude(form: MethodSpec) -> None:
     structure, reference = pair(form)
     options: Any = {"distribution": "uniform", "structure": structure}
     method = granet_jax.static(0.5, **options)
@@ -115,6 +100,13 @@ def test_random_masks(form: MethodSpec) -> None:
             allowed = {0, size} if structure.whole else {size // 2}
             assert set(rows.sum(axis=-1)) == allowed
     assert any(np.any(masks[name] != other[name]) for name in masks)
+    largest = mask_sources.magnitude(draw(0), 0.5, scope="layer", structure=structure)
+    sizes = [np.abs(p) for p in draw(0).values()]
+    everywhere = [np.ones(p.shape, bool) for p in sizes]
+    numbers = reference.numbers(list(SHAPES.values()), 0.5)
+    expected = reference.choose(sizes, everywhere, numbers)
+    for mask, e in zip(largest.values(), expected, strict=True):
+        np.testing.assert_array_equal(mask, e)
     # `transform` checks masks that users pass.
     granet_jax.transform(method, masks=drawn).init(draw(0))
     drawn["dense"] = np.array(drawn["dense"])

@@ -17,7 +17,7 @@ def logits_and_labels(classes: int, shape: tuple[int, ...] = (5,)) -> Any:
     return logits, jnp.asarray(rng.integers(0, classes, shape))
 
 
-@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+@pytest.mark.parametrize("classes", [2, 10])
 def test_targets_follow_their_definitions(classes: int) -> None:
     _, labels = logits_and_labels(classes, (2, 3))
     is_true = np.asarray(labels)[..., None] == np.arange(classes)
@@ -35,12 +35,12 @@ def test_targets_follow_their_definitions(classes: int) -> None:
         np.testing.assert_allclose(standard, same, atol=1e-6)
 
 
-@pytest.mark.parametrize("convention", ["tost", "standard"])
-def test_no_smoothing_is_the_loss_of_integer_labels(convention: Any) -> None:
+def test_no_smoothing_is_the_loss_of_integer_labels() -> None:
     logits, labels = logits_and_labels(7, (4, 3))
-    loss = tost.smoothed_cross_entropy(logits, labels, 0.0, convention=convention)
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    for convention in ("tost", "standard"):
+        loss = tost.smoothed_cross_entropy(logits, labels, 0.0, convention=convention)
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
 def test_a_scheduled_alpha_in_a_compiled_step() -> None:
