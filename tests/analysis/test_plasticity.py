@@ -17,6 +17,7 @@ from granet_jax.analysis import plasticity
 from granet_jax.analysis.plasticity import Recovery
 from tests.helpers import trees
 from tests.helpers.numpy_reference import best, best_across, best_per_leaf
+from tests.helpers.training import make_step
 
 PARAMS: Any = trees.parameters()
 GRADS: Any = trees.gradients(1)
@@ -165,8 +166,7 @@ def test_a_training_loop_continues_with_the_pruned_network(name):
     inner = optax.sgd(0.1, momentum=0.9) if name == "sgd" else optax.adamw(0.01)
     params, state = PARAMS, inner.init(PARAMS)
     for step in range(3):
-        updates, state = inner.update(trees.gradients(step), state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = make_step(inner)(params, state, trees.gradients(step))
     pruned = plasticity.prune(params, full(), 12, regrow=0.5, grads=GRADS)
     start, moments = plasticity.apply_pruned(params, state, pruned)
     continuing = {m.shape: m for m in kernels(pruned.continuing)}
@@ -181,8 +181,7 @@ def test_a_training_loop_continues_with_the_pruned_network(name):
     opt_state: Any = granet_jax.get_state(tx.init(start))._replace(inner_state=moments)
     params = start
     for step in range(3, 6):
-        updates, opt_state = tx.update(trees.gradients(step), opt_state, params)
-        params = optax.apply_updates(params, updates)
+        params, opt_state = make_step(tx)(params, opt_state, trees.gradients(step))
     trees.assert_same(granet_jax.get_masks(opt_state), pruned.masks)
     # No gradient here is zero, so exactly the pruned weights are zero.
     for weight, mask in zip(kernels(params), kernels(pruned.masks), strict=True):
