@@ -22,7 +22,7 @@ names = st.sampled_from(distributions.DISTRIBUTIONS)
 
 
 @hypothesis.given(shapes, sparsities, names)
-@hypothesis.settings(max_examples=500)
+@hypothesis.settings(max_examples=200)
 def test_counts_sum_to_the_total_exactly(
     shapes: Any, sparsity: float, distribution: str
 ) -> None:
@@ -38,7 +38,7 @@ def test_counts_sum_to_the_total_exactly(
 
 
 @hypothesis.given(shapes, st.floats(0.01, 0.99), names)
-@hypothesis.settings(max_examples=300)
+@hypothesis.settings(max_examples=200)
 def test_densities_satisfy_their_definition(
     shapes: Any, sparsity: float, distribution: str
 ) -> None:
