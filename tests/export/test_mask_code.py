@@ -27,7 +27,6 @@ def read(code: np.ndarray, size: int, active: int) -> list[bool]:
     mask: list[bool] = []
     for i in range(active):
         low = bits[i * width : (i + 1) * width]
-        low = bits[i * width : (i + 1) * width]
         gap = sum(bit << j for j, bit in enumerate(reversed(low)))
         while not bits[place]:
             gap += 2**width

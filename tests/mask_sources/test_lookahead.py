@@ -16,6 +16,7 @@ from granet_jax import mask_sources as ms
 from granet_jax import schedules, scores
 from granet_jax.phases import Exchange, Prune
 from tests.helpers import trees
+from tests.helpers.training import make_step
 from tests.mask_sources.helpers import draw, largest
 
 
@@ -97,30 +98,27 @@ def pruned(params: dict[str, Any], masks: dict[str, Any], keep: int) -> Any:
     return dict(zip(SHAPES, largest(ranks, keep), strict=True))
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_as_a_source_and_as_the_pruning_score_of_a_method(sharded: bool) -> None:
-    params = whole_numbers()
-    present = {k: np.ones(s, bool) for k, s in SHAPES.items()}
-    masks = ms.from_score(SCORE, params, 0.6, on_collapse="ignore")
-    trees.assert_same(masks, pruned(params, present, 90))
+def test_as_a_source_and_as_the_pruning_score_on_four_devices() -> None:
+    everywhere = {k: np.ones(s, bool) for k, s in SHAPES.items()}
+    masks = ms.from_score(SCORE, whole_numbers(), 0.6, on_collapse="ignore")
+    trees.assert_same(masks, pruned(whole_numbers(), everywhere, 90))
     method = dataclasses.replace(
         granet_jax.gmp(0.6, 2, interval=1), phases=(Prune(by=SCORE),)
     )
     tx = granet_jax.transform(method, optax.sgd(0.0))
-    if sharded:
-        mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=2 * (AxisType.Auto,))
-        params = jax.device_put(params, NamedSharding(mesh, P("x", "y")))
-    state = tx.init(params)
-    step = jax.jit(tx.update)
-    keep = 0
+    step = jax.jit(make_step(tx))
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=2 * (AxisType.Auto,))
+    params = jax.device_put(whole_numbers(), NamedSharding(mesh, P("x", "y")))
+    state, grads = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+    present, keep = everywhere, 0
     for _ in range(2):
-        updates, state = step(jax.tree.map(jnp.zeros_like, params), state, params)
+        before = params
+        params, state = step(params, state, grads)
         masks = granet_jax.get_masks(state)
         keep = granet_jax.sparsity(masks).active
         # Weights pruned in the first step no longer count for their neighbours.
-        present = pruned(params, present, keep)
+        present = pruned(before, present, keep)
         trees.assert_same(masks, present)
-        params = optax.apply_updates(params, updates)
     assert keep == 90
 
 

@@ -153,7 +153,7 @@ def on_devices(axis_name: str | None, params: Any, x: Any) -> Any:
     return (
         ms.snip_scores(whole_loss, params, [x], **at),
         ms.grasp_scores(whole_loss, params, [x], **at),
-        ms.snip(whole_loss, params, [x], 0.5, rounds=2, **at),
+        ms.snip(whole_loss, params, [x], 0.5, rounds=1, **at),
         ms.force(whole_loss, params, [x], 0.5, rounds=2, **at),
     )
 
@@ -162,10 +162,7 @@ def test_devices_agree_to_the_bit() -> None:
     rng = np.random.default_rng(0)
     shapes = {"a": (4, 8), "b": (8, 4), "x": (8, 4)}
     with jax.enable_x64(False):
-        params = {
-            k: jnp.asarray(rng.integers(-1, 2, size=s), jnp.float32)
-            for k, s in shapes.items()
-        }
+        params = {k: np.float32(rng.integers(-1, 2, size=s)) for k, s in shapes.items()}
         x = params.pop("x")
         expected = jax.device_get(on_devices(None, params, x))
         mapped = jax.pmap(
@@ -194,7 +191,7 @@ def test_devices_agree_to_the_bit() -> None:
         x = jax.device_put(x, NamedSharding(mesh, P("data")))
         found = on_devices(None, params, x)
         trees.assert_same(jax.device_get(found), expected)
-        for k, mask in found[2].items():
+        for k, mask in found[-1].items():
             assert mask.sharding.is_equivalent_to(params[k].sharding, 2)
 
 
@@ -214,8 +211,6 @@ def test_bad_data_is_refused() -> None:
     params, (x, labels) = example(0)
     with pytest.raises(TypeError, match="labels of dtype float64"):
         ms.snip(LOSS, params, [(x, 1.0 * labels)], 0.5)
-    with pytest.raises(TypeError, match="re-iterable because they are read 2 times"):
-        ms.snip(LOSS, params, iter([(x, labels)]), 0.5, rounds=2)
     x[0, 0] = np.nan
     for source in (ms.snip, ms.grasp):
         with pytest.raises(ValueError, match=r"scores must be finite.*'a', 'b'"):

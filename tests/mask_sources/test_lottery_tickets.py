@@ -66,13 +66,7 @@ def simulate(
 
 
 @pytest.mark.parametrize(
-    ("scope", "rewind", "retrain"),
-    [
-        ("global", True, train),
-        ("global", False, shift),
-        ("layer", True, shift),
-        ("layer", False, train),
-    ],
+    ("scope", "rewind", "retrain"), [("global", True, train), ("layer", False, shift)]
 )
 def test_against_numpy(scope: Any, rewind: bool, retrain: Any) -> None:
     tickets = ms.lottery_tickets(
@@ -109,25 +103,15 @@ def test_every_round_may_have_its_own_fraction() -> None:
     assert active((0.2, 0.2, 0.2)) == active(0.2)
 
 
-@pytest.mark.parametrize("rewind", [True, False])
-def test_resuming_is_bit_identical(rewind: bool, tmp_path: Path) -> None:
-    def tickets(**more: Any) -> list[ms.Ticket]:
-        return list(
-            ms.lottery_tickets(
-                train,
-                draw(SHAPES),
-                rounds=3,
-                scope="layer",
-                rewind=rewind,
-                key=KEY,
-                **more,
-            )
-        )
+def test_resuming_is_bit_identical(tmp_path: Path) -> None:
+    def tickets(rewind: bool, ticket: ms.Ticket | None = None) -> list[ms.Ticket]:
+        options: Any = {"rounds": 3, "scope": "layer", "rewind": rewind, "key": KEY}
+        return list(ms.lottery_tickets(train, draw(SHAPES), ticket=ticket, **options))
 
-    whole = tickets()
-    # A checkpoint may return NumPy arrays, also for the round.
-    trees.assert_same(tickets(ticket=jax.tree.map(np.asarray, whole[1])), whole[2:])
-    assert tickets(ticket=whole[3]) == []
+    whole = tickets(False)
+    trees.assert_same(tickets(False, whole[1]), whole[2:])
+    assert tickets(False, whole[3]) == []
+    whole = tickets(True)
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "ticket", whole[1])
         checkpointer.wait_until_finished()
@@ -139,7 +123,9 @@ def test_resuming_is_bit_identical(rewind: bool, tmp_path: Path) -> None:
         like = ms.Ticket(0, masks, shapes, shapes)
         restored = checkpointer.restore(tmp_path / "ticket", like)
     trees.assert_same(restored, whole[1])
-    trees.assert_same(tickets(ticket=restored), whole[2:])
+    # A checkpoint may return NumPy arrays, also for the round.
+    for ticket in (restored, jax.tree.map(np.asarray, whole[1])):
+        trees.assert_same(tickets(True, ticket), whole[2:])
 
 
 def test_a_collapse_ends_the_iteration() -> None:
@@ -171,8 +157,3 @@ def test_trained_weights_are_checked(result: Any, match: str) -> None:
     next(tickets)
     with pytest.raises(ValueError, match=match):
         next(tickets)
-
-
-def test_arguments_are_checked_before_the_first_ticket() -> None:
-    with pytest.raises(ValueError, match="rounds must be at least 0"):
-        ms.lottery_tickets(train, draw(SHAPES), rounds=-1, key=KEY)

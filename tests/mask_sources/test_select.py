@@ -58,11 +58,11 @@ def test_select_compares_float64_exactly() -> None:
         np.testing.assert_array_equal(masks["w"], [[False] * 4, [True] * 4])
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_select_refuses_scores_that_are_not_finite(bad: float) -> None:
-    tree = {"a": jnp.ones(3), "b": {"kernel": jnp.asarray([1.0, bad])}}
-    with pytest.raises(ValueError, match=r"scores must be finite.*at 'b/kernel':"):
-        ms.select(tree, 0.5)
+def test_select_refuses_scores_that_are_not_finite() -> None:
+    for bad in (np.nan, np.inf, -np.inf):
+        tree = {"a": np.ones(3), "b": {"kernel": np.asarray([1.0, bad])}}
+        with pytest.raises(ValueError, match=r"scores must be finite.*at 'b/kernel':"):
+            ms.select(tree, 0.5)
 
 
 def test_magnitude_keeps_the_largest_weights_traced_or_not() -> None:
@@ -75,11 +75,10 @@ def test_magnitude_keeps_the_largest_weights_traced_or_not() -> None:
     assert_masks(traced, largest_by_leaf(sizes, counts))
 
 
-@pytest.mark.parametrize("distribution", distributions.DISTRIBUTIONS)
-def test_random_masks_have_the_counts_of_the_distribution(distribution: str) -> None:
-    options = {"key": jax.random.key(1), "distribution": distribution}
-    for sparsity in (0.0, 0.97):
-        masks = ms.random(PARAMS, sparsity, **options)
+def test_random_masks_have_the_counts_of_the_distribution() -> None:
+    for distribution, sparsity in (("erk", 0.97), ("uniform", 0.0), ("er", 0.5)):
+        key = jax.random.key(1)
+        masks = ms.random(PARAMS, sparsity, key=key, distribution=distribution)
         counts = [int(m.sum()) for m in jax.tree.leaves(masks)]
         assert counts == distributions.counts(SHAPES, sparsity, distribution)
 

@@ -1,4 +1,4 @@
-"""Cyclical pruning, AC/DC and SCULPT: schedules, identities, and moments started anew.
+"""Cyclical pruning, AC/DC and SCULPT: schedules, and moments that start anew.
 
 `test_methods` compares whole trainings with the reference.
 """
@@ -17,7 +17,9 @@ import pytest
 
 import granet_jax
 from granet_jax import schedules
+from granet_jax.phases import Revive
 from tests.helpers.compiler_options import QUICK
+from tests.helpers.training import make_step
 from tests.helpers.trees import assert_same
 
 SHAPES = {"bias": (8,), "conv": (3, 3, 2, 4), "dense": (6, 8)}
@@ -33,46 +35,32 @@ def draw(step: int) -> dict[str, np.ndarray]:
     }
 
 
-def train(tx: optax.GradientTransformation, steps: int) -> list[Any]:
-    """Returns (params, state) before and after every step."""
-    params = draw(0)
-    history: list[Any] = [(params, tx.init(params))]
-    update = jax.jit(tx.update, compiler_options=QUICK)
+def train(tx: optax.GradientTransformation, steps: int) -> tuple[Any, list[Any]]:
+    """Returns the compiled step, and (params, state) before and after every step."""
+    history: list[Any] = [(draw(0), tx.init(draw(0)))]
+    step = jax.jit(make_step(tx), compiler_options=QUICK)
     for t in range(1, steps + 1):
-        params, state = history[-1]
-        updates, state = update(draw(t), state, params)
-        history.append((optax.apply_updates(params, updates), state))
-    return history
+        history.append(step(*history[-1], draw(t)))
+    return step, history
 
 
-def assert_same_trainings(
-    first: granet_jax.Method,
-    second: granet_jax.Method,
-    inner: optax.GradientTransformation,
-) -> None:
-    assert list(first.updates.steps()) == list(second.updates.steps())
-    histories = [train(granet_jax.transform(m, inner), STEPS) for m in (first, second)]
-    for (params, state), (others, other) in zip(*histories, strict=True):
-        assert_same(params, others)
-        assert_same(granet_jax.get_masks(state), granet_jax.get_masks(other))
-        assert_same(state.inner_state, other.inner_state)
-
-
-def test_one_cycle_is_gradual_pruning_to_the_bit() -> None:
-    assert_same_trainings(
-        granet_jax.cyclical(0.9, STEPS, cycles=1, ramp=1.0, interval=2),
-        granet_jax.gmp(0.9, STEPS, interval=2),
-        optax.adamw(0.01),
-    )
-
-
-def test_a_square_wave_is_acdc_to_the_bit() -> None:
-    acdc = granet_jax.acdc(0.8, (2, 4, 6, 8, 10))
-    assert_same_trainings(
-        granet_jax.cyclical(0.8, STEPS, cycles=3, ramp=0.5, interval=2),
-        dataclasses.replace(acdc, resets=schedules.NEVER),
-        optax.adam(0.01),
-    )
+def test_one_cycle_is_gradual_pruning_and_a_square_wave_is_acdc() -> None:
+    for cyclical, other in (
+        (
+            granet_jax.cyclical(0.9, STEPS, cycles=1, ramp=1.0, interval=2),
+            granet_jax.gmp(0.9, STEPS, interval=2),
+        ),
+        (
+            granet_jax.cyclical(0.8, STEPS, cycles=3, ramp=0.5, interval=2),
+            granet_jax.acdc(0.8, (2, 4, 6, 8, 10)),
+        ),
+    ):
+        assert list(cyclical.updates.steps()) == list(other.updates.steps())
+        for t in range(STEPS + 1):
+            assert cyclical.sparsity(t) == other.sparsity(t)
+        assert (*other.phases, Revive())[:2] == cyclical.phases
+        assert (cyclical.scope, cyclical.weights) == (other.scope, other.weights)
+        assert cyclical.distribution == other.distribution
 
 
 def test_acdc_follows_its_timeline() -> None:
@@ -92,14 +80,13 @@ def test_moments_start_anew_from_what_init_returns() -> None:
     # The base iterate of schedule-free optimizers starts from the parameters.
     inner = optax.contrib.schedule_free(optax.sgd(0.25), learning_rate=0.25, b1=0.5)
     tx = granet_jax.transform(granet_jax.acdc(0.5, (1, 2, 9)), inner)
-    *_, (params, state), last = train(tx, 3)
+    step, (*_, (params, state), last) = train(tx, 3)
     # The second step still ends with the old iterate; the third begins with the new.
     assert not np.array_equal(state.inner_state.z["bias"], params["bias"])
     fresh = state._replace(
         count=state.count + 1, inner_state=state.inner_state._replace(z=params)
     )
-    update = jax.jit(tx.update, compiler_options=QUICK)
-    _, expected = update(draw(3), fresh, params)
+    _, expected = step(params, fresh, draw(3))
     assert_same(last[1].inner_state, expected.inner_state)
 
 
@@ -108,21 +95,10 @@ def test_moments_that_start_above_zero_do_so_at_all_weights() -> None:
         granet_jax.gmp(0.5, 2, interval=2), resets=schedules.listed((2,))
     )
     tx = granet_jax.transform(method, optax.adagrad(0.25))
-    params, state = train(tx, 2)[-1]
-    none = jax.tree.map(np.zeros_like, params)
-    _, state = jax.jit(tx.update, compiler_options=QUICK)(none, state, params)
+    step, history = train(tx, 2)
+    _, state = step(*history[-1], jax.tree.map(np.zeros_like, draw(0)))
     for moments in state.inner_state[0].sum_of_squares.values():
         np.testing.assert_array_equal(moments, np.full_like(moments, 0.1))
-
-
-def test_revival_from_chosen_masks_reaches_the_number_of_the_schedule() -> None:
-    # The masks have eight weights, fewer than the first pruning keeps.
-    masks = {"bias": None, "conv": np.zeros(SHAPES["conv"], bool), "dense": None}
-    masks["conv"][0, 0] = True
-    method = granet_jax.cyclical(0.75, 4, cycles=2, interval=1, ramp=0.5)
-    history = train(granet_jax.transform(method, optax.sgd(0.25), masks=masks), 4)
-    actual = [int(granet_jax.get_masks(s)["conv"].sum()) for _, s in history[1:]]
-    assert actual == [18, 72, 18, 18]
 
 
 @hypothesis.given(st.integers(1, 5), st.integers(4, 60), st.data())

@@ -6,6 +6,7 @@
 import itertools
 import math
 from fractions import Fraction
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -16,8 +17,6 @@ import optax
 import pytest
 
 from granet_jax import schedules
-
-uint32 = st.integers(0, 2**32 - 1)
 
 
 @hypothesis.given(st.integers(1, 40), st.integers(0, 60), st.integers(0, 200))
@@ -41,16 +40,15 @@ def test_update_steps(interval: int, begin: int, last: int) -> None:
     ],
 )
 def test_traced_steps_agree_with_the_list(updates: schedules.Steps) -> None:
-    contains = jax.jit(updates.contains)
-    index = jax.jit(updates.update_index)
-    done = jax.jit(updates.done)
+    @jax.jit
+    @jax.vmap
+    def traced(step: jax.Array) -> Any:
+        return updates.contains(step), updates.done(step), updates.update_index(step)
+
     steps = list(updates.steps())
-    for t in range(30):
-        step = jnp.int32(t)
-        until = sum(s <= t for s in steps)
-        assert bool(contains(step)) == (t in steps)
-        assert int(done(step)) == until
-        assert int(index(step)) == max(until - 1, 0)
+    for t, row in enumerate(zip(*traced(jnp.arange(30)), strict=True)):
+        done = sum(s <= t for s in steps)
+        assert [int(x) for x in row] == [t in steps, done, max(done - 1, 0)]
 
 
 def test_listed_steps() -> None:
@@ -62,41 +60,34 @@ def test_listed_steps() -> None:
             schedules.listed(wrong)
 
 
-def test_cubic_is_the_formula_in_whole_intervals() -> None:
-    schedule = schedules.cubic(0.5, 0.9, begin=10, end=53, interval=10)  # n = 4
-    for t in range(80):
-        j = min(max((t - 10) // 10, 0), 4)
-        exact = (
-            Fraction(0.9) + (Fraction(0.5) - Fraction(0.9)) * (1 - Fraction(j, 4)) ** 3
-        )
-        assert math.isclose(schedule(t), exact, rel_tol=1e-15)
-    assert schedule(0) == schedule(10) == 0.5
-    # From the last update of the phase on, to the bit.
-    assert schedule(49) != 0.9
-    assert schedule(50) == schedule(53) == schedule(10**6) == 0.9
-
-
-def test_an_interval_of_cubic_fits_between_its_ends() -> None:
-    fits = schedules.cubic(0.0, 0.9, begin=10, end=15, interval=5)
-    assert [fits(t) for t in (14, 15)] == [0.0, 0.9]
-    with pytest.raises(ValueError, match="got interval=6 with begin=10 and end=15"):
-        schedules.cubic(0.0, 0.9, begin=10, end=15, interval=6)
-
-
 @hypothesis.given(
     st.floats(0, 1, exclude_max=True),
     st.floats(0, 1, exclude_max=True),
     st.integers(0, 50),
     st.integers(1, 9),
+    st.integers(9, 60),
 )
-def test_cubic_is_monotone(a: float, b: float, begin: int, interval: int) -> None:
-    low, high = sorted((a, b))
-    schedule = schedules.cubic(
-        low, high, begin=begin, end=begin + 60, interval=interval
-    )
-    values = [schedule(t) for t in range(begin, begin + 70)]
-    assert all(x <= y + 1e-15 for x, y in itertools.pairwise(values))
-    assert values[-1] == high
+@hypothesis.example(0.5, 0.9, 10, 10, 43)
+@hypothesis.example(0.0, 0.9, 10, 5, 5)
+def test_cubic_is_the_formula_in_whole_intervals(
+    a: float, b: float, begin: int, interval: int, length: int
+) -> None:
+    end, n = begin + length, length // interval
+    schedule = schedules.cubic(a, b, begin=begin, end=end, interval=interval)
+    last = begin + n * interval
+    for t in range(end + 10):
+        j = min(max((t - begin) // interval, 0), n)
+        exact = Fraction(b) + (Fraction(a) - Fraction(b)) * (1 - Fraction(j, n)) ** 3
+        assert math.isclose(schedule(t), exact, rel_tol=1e-15, abs_tol=1e-15)
+        # From the last update of the phase on, to the bit.
+        assert t < last or schedule(t) == b
+    assert schedule(0) == schedule(begin) == pytest.approx(a, rel=1e-15, abs=1e-15)
+    assert schedule(10**6) == b
+
+
+def test_an_interval_of_cubic_fits_between_its_ends() -> None:
+    with pytest.raises(ValueError, match="got interval=6 with begin=10 and end=15"):
+        schedules.cubic(0.0, 0.9, begin=10, end=15, interval=6)
 
 
 def test_cosine() -> None:
@@ -106,11 +97,8 @@ def test_cosine() -> None:
     assert schedule(100) == schedule(10_000) == 0.005
     # A quarter: cos(pi/4) = sqrt(1/2).
     assert math.isclose(schedule(25), 0.005 + 0.495 * (1 + math.sqrt(0.5)) / 2)
-
-
-def test_cosine_of_less_than_a_step() -> None:
-    schedule = schedules.cosine(1.0, 0.25, steps=0.5)
-    assert [schedule(t) for t in (0, 1)] == [1.0, 0.25]
+    short = schedules.cosine(1.0, 0.25, steps=0.5)
+    assert [short(t) for t in (0, 1)] == [1.0, 0.25]
 
 
 def test_repeated_starts_anew_but_not_at_its_end() -> None:
@@ -137,27 +125,24 @@ def test_restarted_starts_anew_for_ever() -> None:
     )
 
 
-@hypothesis.given(uint32, uint32)
-@hypothesis.example(2**32 - 1, 2**32 - 1)
-@hypothesis.example(0, 2**32 - 1)
-@hypothesis.example(2**31, 3)
-@hypothesis.example(2**8, 2**24)
-@hypothesis.settings(max_examples=500)
-def test_ceil_of_is_exact(fraction: int, count: int) -> None:
-    actual = schedules.ceil_of(np.uint32(fraction), jnp.asarray(count, jnp.uint32))
-    assert actual.dtype == jnp.uint32
-    assert int(actual) == -(-fraction * count // 2**32)
+@pytest.mark.parametrize(("dtype", "bits"), [("uint32", 32), ("uint64", 40)])
+def test_ceil_of_is_exact(dtype: str, bits: int) -> None:
+    rng = np.random.default_rng(0)
+    edges = [0, 1, 3, 2**8, 2**24, 2**31, 2**32 - 1, 2**bits - 1]
 
+    def drawn(bits: int) -> list[int]:
+        small = np.int64(2 ** rng.uniform(0, bits, 90))
+        values = [*edges, *small.tolist(), *rng.integers(2**bits, size=90).tolist()]
+        return [x for x in values if x < 2**bits]
 
-@hypothesis.given(uint32, st.integers(0, 2**40))
-@hypothesis.example(1, 1)
-def test_ceil_of_in_64_bits(fraction: int, count: int) -> None:
-    with jax.enable_x64(True):
+    rows = list(itertools.product(drawn(32), drawn(bits)))
+    with jax.enable_x64(dtype == "uint64"):
         actual = schedules.ceil_of(
-            jnp.asarray(fraction, jnp.uint32), jnp.asarray(count, jnp.uint64)
+            jnp.asarray([f for f, _ in rows], jnp.uint32),
+            jnp.asarray([c for _, c in rows], dtype),
         )
-        assert actual.dtype == jnp.uint64
-        assert int(actual) == -(-fraction * count // 2**32)
+        assert actual.dtype == dtype
+        assert actual.tolist() == [-(-f * c // 2**32) for f, c in rows]
 
 
 @hypothesis.given(st.integers(1, 99), st.integers(0, 10**6))
@@ -172,8 +157,7 @@ def test_fixed_point_of_a_decimal_gives_the_ceiling_of_the_decimal(
 
 
 def test_fixed_point_ends() -> None:
-    assert schedules.fixed_point(0.0) == 0
-    assert schedules.fixed_point(0.5) == 2**31
-    assert schedules.fixed_point(1.0) == 2**32 - 1
+    ends = [schedules.fixed_point(x) for x in (0.0, 0.5, 1.0)]
+    assert ends == [0, 2**31, 2**32 - 1]
     # A fraction of 1 means all of up to 2**32.
-    assert -(-schedules.fixed_point(1.0) * 10**9 // 2**32) == 10**9
+    assert -(-ends[2] * 10**9 // 2**32) == 10**9

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import flax.core
 import flax.linen as nn
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,17 +35,24 @@ def skip_by_loops(x: np.ndarray, features: int, strides: tuple[int, int]) -> np.
     return result
 
 
-@hypothesis.given(
-    *(st.integers(1, 6),) * 2, *(st.integers(1, 3),) * 3, st.integers(1, 5)
+@pytest.mark.parametrize(
+    ("shape", "features", "strides"),
+    [
+        # The last window is cut off along one axis or both, or is all there is.
+        ((2, 6, 5, 3), 3, (2, 3)),
+        ((2, 5, 4, 2), 4, (3, 3)),
+        ((1, 1, 2, 1), 2, (2, 3)),
+        # Fewer features than channels, and no strides.
+        ((2, 4, 3, 3), 1, (2, 1)),
+        ((2, 3, 3, 2), 5, (1, 1)),
+    ],
 )
-@hypothesis.settings(max_examples=12)
 def test_ghost_skip_by_loops(
-    height: int, width: int, s0: int, s1: int, channels: int, features: int
+    shape: tuple[int, ...], features: int, strides: tuple[int, int]
 ) -> None:
-    shape = (2, height, width, channels)
-    x = np.random.default_rng(height).normal(size=shape).astype(np.float32)
-    y = tost.ghost_skip(jnp.asarray(x), features, (s0, s1))
-    np.testing.assert_allclose(y, skip_by_loops(x, features, (s0, s1)), atol=1e-6)
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    y = tost.ghost_skip(jnp.asarray(x), features, strides)
+    np.testing.assert_allclose(y, skip_by_loops(x, features, strides), atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [7, 8])
@@ -116,13 +121,13 @@ class Net(nn.Module):
     ghosts: bool
 
     @nn.compact
-    def __call__(self, x, train=True, alpha: Any = 1.0, act=nn.relu):
+    def __call__(self, x: Any, train: bool = True, alpha: float = 1.0) -> Any:
         y = nn.Conv(4, (3, 3), 2, name="conv", use_bias=False)(x)
         y = nn.BatchNorm(use_running_average=not train, name="norm")(y)
         if self.ghosts:
             # The default name of the module does not begin with "ghost_".
             y = y + alpha * linen.GhostSkip(4, 2, "conv")(x, train)
-        y = Inner(self.ghosts, name="inner")(act(y), train, alpha)
+        y = Inner(self.ghosts, name="inner")(nn.relu(y), train, alpha)
         return nn.Dense(3, name="output")(y.mean((1, 2)))
 
 
@@ -132,7 +137,7 @@ class Inner(nn.Module):
     ghosts: bool
 
     @nn.compact
-    def __call__(self, x, train, alpha):
+    def __call__(self, x: Any, train: bool, alpha: float) -> Any:
         y = nn.Conv(4, (3, 3), name="conv")(x)
         if self.ghosts:
             y = y + alpha * linen.GhostSkip(4, kind="conv", name="ghost_2")(x, train)
@@ -175,7 +180,6 @@ def is_kernel(params: PyTree) -> PyTree:
 
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "adamw": lambda: optax.adamw(0.1),
-    "momentum": lambda: optax.sgd(0.1, momentum=0.9),
     "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2),
     "masked": lambda: optax.masked(optax.adam(0.1), is_kernel),
     "multi_transform": lambda: optax.multi_transform(
@@ -183,16 +187,11 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     ),
     "multi_steps": lambda: optax.MultiSteps(optax.adam(0.1), 2),
     "injected": lambda: optax.inject_hyperparams(optax.adam)(0.1),
-    "granet": lambda: optax.chain(
+    "snfs": lambda: optax.chain(
         optax.clip_by_global_norm(1.0),
         granet_jax.transform(
-            granet_jax.granet(0.75, 6, interval=2, end_step=4),
-            optax.adamw(0.1),
-            where=WHERE,
+            granet_jax.snfs(0.5, 6, interval=2), optax.sgd(0.1, 0.9), where=WHERE
         ),
-    ),
-    "snfs": lambda: granet_jax.transform(
-        granet_jax.snfs(0.5, 6, interval=2), optax.sgd(0.1, 0.9), where=WHERE
     ),
 }
 
@@ -217,54 +216,6 @@ def test_optimizer_states_without_ghosts(name: str) -> None:
     assert jax.tree.structure(updates) == jax.tree.structure(plain_params)
 
 
-def test_training_with_ghosts_and_then_without() -> None:
-    config = tost.ToST(
-        neurons=tost.Neurons(), skips=tost.Skips(kind="conv"), ghost_fraction=0.5
-    )
-    act, alpha = tost.activation(config, 6), tost.skip_alpha(config, 6)
-    assert act is not None
-    assert alpha is not None
-    tx = granet_jax.transform(
-        granet_jax.static(0.5), optax.sgd(0.05, momentum=0.9), where=WHERE
-    )
-    compiled = []
-
-    @functools.partial(jax.jit, static_argnames="ghosts")
-    def train(variables: PyTree, state: Any, step: jax.Array, ghosts: bool) -> Any:
-        compiled.append(ghosts)
-        options: dict[str, Any] = {}
-        if ghosts:
-            options = {"alpha": alpha(step), "act": functools.partial(act, step=step)}
-
-        def loss(params: PyTree) -> Any:
-            y, statistics = Net(ghosts).apply(
-                {**variables, "params": params}, X, mutable=["batch_stats"], **options
-            )
-            return jnp.mean(jnp.square(y - 1.0)), statistics
-
-        params = variables["params"]
-        (value, statistics), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        return {**statistics, "params": params}, state, value
-
-    variables, state = variables_of(True), tx.init(variables_of(True)["params"])
-    losses = []
-    for step in range(6):
-        if step == 3:
-            variables, state = tost.drop_ghosts((variables, state))
-        variables, state, value = train(
-            variables, state, jnp.int32(step), ghosts=step < 3
-        )
-        losses.append(float(value))
-    assert compiled == [True, False]
-    assert losses[-1] < losses[0]
-    masks = granet_jax.get_masks(state)
-    masked = granet_jax.apply_masks(variables["params"], masks)
-    trees.assert_same(masked, variables["params"])
-    assert granet_jax.sparsity(masks).overall == 0.5
-
-
 class Record(NamedTuple):
     ghost_1: Any
     kernel: Any
@@ -287,5 +238,3 @@ def test_drops_ghosts_from_all_containers() -> None:
     ordered = tost.drop_ghosts(collections.OrderedDict(b=1, ghost_a=2, a=3))
     assert list(ordered.items()) == [("b", 1), ("a", 3)]
     assert tost.drop_ghosts(Record(None, 1)) == Record(None, 1)
-    with pytest.raises(ValueError, match=r"tree has the ghost 'x/ghost_1' in a record"):
-        tost.drop_ghosts({"x": Record(1, 2)})

@@ -17,7 +17,7 @@ def logits_and_labels(classes: int, shape: tuple[int, ...] = (5,)) -> Any:
     return logits, jnp.asarray(rng.integers(0, classes, shape))
 
 
-@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+@pytest.mark.parametrize("classes", [2, 10])
 def test_targets_follow_their_definitions(classes: int) -> None:
     _, labels = logits_and_labels(classes, (2, 3))
     is_true = np.asarray(labels)[..., None] == np.arange(classes)
@@ -35,30 +35,27 @@ def test_targets_follow_their_definitions(classes: int) -> None:
         np.testing.assert_allclose(standard, same, atol=1e-6)
 
 
-@pytest.mark.parametrize("convention", ["tost", "standard"])
-def test_no_smoothing_is_the_loss_of_integer_labels(convention: Any) -> None:
+def test_no_smoothing_is_the_loss_of_integer_labels() -> None:
     logits, labels = logits_and_labels(7, (4, 3))
-    loss = tost.smoothed_cross_entropy(logits, labels, 0.0, convention=convention)
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    for convention in ("tost", "standard"):
+        loss = tost.smoothed_cross_entropy(logits, labels, 0.0, convention=convention)
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
-def test_a_scheduled_alpha_in_a_compiled_step() -> None:
+def test_a_traced_alpha() -> None:
     logits, labels = logits_and_labels(7)
-    alpha, traces = tost.early(0.1, 2), []
 
     @jax.jit
     @jax.value_and_grad
-    def loss(logits: Any, step: Any) -> Any:
-        traces.append(step)
+    def loss(logits: Any, alpha: Any) -> Any:
         losses = jax.vmap(tost.smoothed_cross_entropy, (0, 0, None))
-        return jnp.mean(losses(logits, labels, alpha(step)))
+        return jnp.mean(losses(logits, labels, alpha))
 
-    for step in range(4):
-        value, gradient = loss(logits, step)
-        targets = tost.smooth_targets(labels, 7, 0.1 if step < 2 else 0.0)
+    for alpha in (0.1, 0.0):
+        value, gradient = loss(logits, jnp.float32(alpha))
+        targets = tost.smooth_targets(labels, 7, alpha)
         expected = -np.sum(targets * jax.nn.log_softmax(logits)) / 5
         np.testing.assert_allclose(value, expected, rtol=1e-5)
         slope = (jax.nn.softmax(logits) - targets) / 5
         np.testing.assert_allclose(gradient, slope, atol=1e-6)
-    assert len(traces) == 1
