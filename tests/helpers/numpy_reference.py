@@ -735,16 +735,9 @@ def _added(p: np.ndarray, update: np.ndarray) -> np.ndarray:
 class ReferenceTraining:
     """Training by a method, one step at a time.
 
-    Attributes:
-      step_count: Number of steps so far.
-      params: List of arrays.
-      masks: List of boolean arrays, None at parameters that carry no mask.
-      marked: The second masks, as `masks`.
-      averages: Moving averages of the dense gradient, as `masks`.
-      threshold: Present threshold of DSR.
-      updates: The updates that the last step added to the parameters.
-      keeps: The weights that kept value and moments, as `masks`; None where the method
-        moves all weights.
+    Lists have an item for every parameter, None for one that carries no mask. `marked`
+    are the second masks, `averages` those of the gradient; `keeps` are the weights that
+    kept value and moments, None also where the method moves all weights.
     """
 
     def __init__(
@@ -795,14 +788,11 @@ class ReferenceTraining:
     ) -> None:
         """Takes one optimizer step, and updates the masks if the step is due.
 
-        Args:
-          grads: Dense gradients.
-          random_scores: Function from a step to one array of random scores per mask.
-          adjust: Function of (grown, room) that may change, in place, how many weights
-            each leaf grows where the exchange moves weights between leaves.
-          factors: Function from a step to the odd numbers that put equal scores in a
-            random order when weights are dropped, grown and revived. Without it, the
-            first index comes first.
+        `random_scores` gives an array for each mask, by the step. `adjust(grown, room)`
+        may change in place how many weights each leaf grows where they move between
+        leaves. `factors` gives, by the step, the odd numbers that put equal scores in a
+        random order when weights are dropped, grown and revived; without it the first
+        index comes first.
         """
         method, old = self.method, self.masks
         advances = self.step_count < LAST_STEP
