@@ -1,6 +1,6 @@
 """Every method with every inner optimizer, in float32 or bfloat16.
 
-A case runs four steps in which the masks change. After each of them it checks that
+After each of four steps, in which the masks change:
 
 - pruned weights are exactly zero, and the moments of all weights that were not active
   throughout the step are those that the optimizer's `init` makes;
@@ -10,11 +10,8 @@ A case runs four steps in which the masks change. After each of them it checks t
 - the state keeps the structure and types that `init` gave it and `jax.eval_shape`
   predicts, and the step compiles once.
 
-The comparison needs no tolerance, although XLA may round two compilations of one
-program differently: the optimizers' numbers are powers of two and gradients have eight
-bits, so most products are exact, and `STRICT` settles the rest. (Optimizers with
-factors that depend on the step or on norms rely on `STRICT`: adafactor, muon, prodigy,
-schedule_free, lamb, lars.)
+No tolerance is needed: the optimizers' numbers are powers of two and gradients have
+eight bits, so most products are exact, and `STRICT` settles the rest.
 """
 
 import functools

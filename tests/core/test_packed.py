@@ -35,19 +35,6 @@ def packed_leaves(tree: Any) -> list[PackedMask]:
 # --- The format -------------------------------------------------------------------
 
 
-def packed_by_hand(mask: np.ndarray, axis: int) -> np.ndarray:
-    """Eight weights a byte, the first in the highest bit, zeros at an axis' end."""
-    mask = np.moveaxis(np.atleast_1d(mask), axis, -1)
-    *rows, last = mask.shape
-    found = []
-    for row in mask.reshape(math.prod(rows), last):
-        digits = "".join("01"[int(x)] for x in row)
-        digits += "0" * (-len(digits) % 8)
-        found += [int(digits[i : i + 8], 2) for i in range(0, len(digits), 8)]
-    bits = np.array(found, np.uint8).reshape(*rows, math.ceil(last / 8))
-    return np.moveaxis(bits, -1, axis)
-
-
 SHAPES = st.lists(st.integers(0, 9), max_size=4).map(tuple)
 
 
@@ -73,7 +60,8 @@ def test_round_trip(mask: np.ndarray) -> None:
     found = packed["a"][0]
     assert isinstance(found, PackedMask)
     assert found.shape == mask.shape
-    assert_same(np.asarray(found.bits), packed_by_hand(mask, found.axis))
+    expected = np.packbits(np.atleast_1d(mask), axis=found.axis)
+    assert_same(np.asarray(found.bits), expected)
     assert_same(unpacked, tree)
     # A packed tree may be packed again, and its leaves are the bits alone.
     assert_same(again, packed)
