@@ -5,12 +5,14 @@ that has no values there fails.
 """
 
 import inspect
+import math
 import re
 from typing import Any
 
 import jax
 import pytest
 
+from granet_jax import checks
 from tests.helpers import arguments
 from tests.helpers.arguments import Bad, Entry, Free, Traced
 
@@ -45,6 +47,14 @@ def test_bad_values_are_refused(name: str) -> None:
                 says = "traced" if isinstance(value, Traced) else str(value)
                 value = Bad(value, says)
             check_refused(entry, argument, value)
+
+
+def test_ends_of_ranges_are_accepted() -> None:
+    checks.check_decay("decay", 0.0)
+    checks.check_number("clip", math.inf, above=0.0, finite=False)
+    checks.check_axis_name(("data", "model"))
+    # A key without a type is still in use.
+    checks.check_key(jax.random.PRNGKey(0))
 
 
 def check_refused(entry: Entry, argument: str, bad: Bad) -> None:

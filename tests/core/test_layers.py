@@ -1,6 +1,8 @@
 """A leaf that stacks layers behaves as its layers do, each a leaf of its own."""
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,148 +15,146 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import granet_jax
+from benchmarks.tools import parameter_trees
 from granet_jax import analysis, layers, mask_sources, masking, structures
+from granet_jax.methods.dsr import Reallocate
+from tests.helpers import own_methods
 from tests.helpers.layouts import collectives
-from tests.helpers.trees import assert_same, normal
+from tests.helpers.training import make_step
+from tests.helpers.trees import assert_same
 
-# Layers along the first axis, along a later one, and along two axes.
-SHAPES = {"a": (8, 8), "b": (2, 8, 4), "c": (8, 2, 4), "d": (2, 4, 2, 8)}
-STACKED = {"b": 0, "c": -2, "d": (0, 2)}
+# A layer by itself, layers along a later axis, and layers along two axes.
+SHAPES = {"a": (16, 16), "b": (16, 2, 16), "c": (2, 8, 2, 16)}
+STACKED = {"b": -2, "c": (0, 2)}
 STEPS = 6
 METHODS = {
-    "granet block": granet_jax.granet(
-        0.8,
-        STEPS,
+    "every phase": own_methods.prune_and_exchange(
+        2, 4, floor=0.05, more=(Reallocate(0.1, 0.05),)
+    ),
+    "block": granet_jax.granet(
+        *(0.8, STEPS),
         initial_sparsity=0.5,
         interval=2,
         scope="layer",
         grow="random",
         structure=structures.block(2, 2),
     ),
-    "granet floor": granet_jax.granet(0.9, STEPS, interval=2, floor=0.05),
-    "snfs": granet_jax.snfs(0.8, STEPS, interval=2),
-    "dsr": granet_jax.dsr(0.8, STEPS, interval=2, fraction=0.1),
-    "rigl fan-in": granet_jax.rigl(
-        0.5, STEPS, interval=2, structure=structures.constant_fan_in()
+    "fan-in": granet_jax.rigl(
+        0.5, STEPS, interval=2, structure=structures.constant_fan_in(axis=0)
     ),
-    "cyclical fan-in": granet_jax.cyclical(
-        0.5,
-        STEPS,
-        cycles=1,
-        interval=2,
-        scope="layer",
-        structure=structures.constant_fan_in(axis=0),
+    "dense fan-in": granet_jax.top_kast(
+        0.75, backward_sparsity=0.5, structure=structures.constant_fan_in()
     ),
-    "top_kast": granet_jax.top_kast(0.8, backward_sparsity=0.5, scope="layer"),
 }
 
 
-def parameters() -> dict[str, Any]:
-    shapes = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in SHAPES.items()}
-    params = normal(shapes, seed=0)
-    # Layers of different scales, which one threshold would not treat alike.
-    scales = {"b": np.float32([1, 0.1])[:, None, None], "c": np.float32([[0.1], [1]])}
-    return {
-        name: jnp.asarray(np.asarray(p) * scales.get(name, np.float32(1)))
-        for name, p in params.items()
-    }
+def values(seed: int) -> dict[str, np.ndarray]:
+    """Multiples of 1/8, of which many are equal."""
+    rng = np.random.default_rng(seed)
+    return {n: (rng.integers(-8, 9, s) / 8).astype("f4") for n, s in SHAPES.items()}
 
 
-def gradient(params: Any, step: int) -> Any:
-    """A gradient with many equal values."""
-    return jax.tree.map(lambda p: jnp.round(jnp.sin(37 * p + step), 1), params)
+def parameters() -> dict[str, np.ndarray]:
+    """Layers of different scales, which one threshold would not treat alike."""
+    params = values(0)
+    params["b"][:, 0] /= 8
+    params["c"][1] /= 8
+    return params
 
 
-def train(method: Any, params: Any, stacked: Any, packed: bool = False) -> Any:
-    """The masks and the parameters after training."""
-    inner = optax.sgd(0.125, momentum=0.5)
-    tx = granet_jax.transform(method, inner, seed=3, stacked=stacked, packed=packed)
-    state = tx.init(params)
-    update = jax.jit(tx.update)
-    for step in range(STEPS):
-        updates, state = update(gradient(params, step), state, params)
-        params = optax.apply_updates(params, updates)
-        jax.block_until_ready(params)  # Collectives on virtual devices need it.
-    return granet_jax.get_masks(state), params
+apart = jax.jit(lambda tree: analysis.by_layer(tree, STACKED))
+
+
+def train(
+    name: str, view: Any = lambda tree: tree, *, place: Any = None, **options: Any
+) -> tuple[Any, str]:
+    """The masks and the parameters after training, and the program of a step."""
+    tx = granet_jax.transform(
+        METHODS[name], optax.sgd(0.125, momentum=0.5), seed=3, **options
+    )
+    place = place or (lambda tree: tree)
+    params = place(view(parameters()))
+    state = place(jax.jit(tx.init)(view(parameters())))
+    step = jax.jit(make_step(tx)).lower(params, state, params).compile()
+    for count in range(1, STEPS + 1):
+        after = step(params, state, place(view(values(count))))
+        params, state = place(jax.device_get(after))
+    return (granet_jax.get_masks(state), params), step.as_text() or ""
+
+
+trained_apart = functools.cache(lambda name: train(name, apart)[0])
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_training_is_that_of_the_layers_apart(name: str) -> None:
-    params = parameters()
-    together = train(METHODS[name], params, STACKED, packed=name == "snfs")
-    apart = train(METHODS[name], analysis.by_layer(params, STACKED), None)
-    assert_same([analysis.by_layer(x, STACKED) for x in together], list(apart))
+    (masks, params), _ = train(name, stacked=STACKED, packed=name == "every phase")
+    assert_same((apart(masks), apart(params)), trained_apart(name))
 
 
 def loss(params: Any, batch: Any) -> Any:
     return sum(jnp.sum(jnp.cos(batch * x)) for x in jax.tree.leaves(params))
 
 
-SOURCES = {
-    "random": lambda p, s: mask_sources.random(
-        p, 0.7, key=jax.random.key(1), stacked=s
+KEY = {"key": jax.random.key(1)}
+SOURCES: dict[str, Callable[..., Any]] = {
+    "random": lambda p, **stacked: mask_sources.random(p, 0.7, **KEY, **stacked),
+    "magnitude": lambda p, **stacked: mask_sources.magnitude(
+        p, 0.7, scope="layer", structure=structures.channel(), **stacked
     ),
-    "magnitude": lambda p, s: mask_sources.magnitude(
-        p, 0.7, scope="layer", structure=structures.channel(), stacked=s
+    "snip": lambda p, **stacked: mask_sources.snip(
+        loss, p, [np.float32(1.5)], 0.7, rounds=2, scope="layer", **stacked
     ),
-    "snip": lambda p, s: mask_sources.snip(
-        loss, p, [np.float32(1.5)], 0.7, rounds=2, scope="layer", stacked=s
+    "shuffle": lambda p, **stacked: mask_sources.shuffle(
+        jax.tree.map(lambda x: np.abs(x) > 0.7, p), **KEY, **stacked
     ),
-    "shuffle": lambda p, s: mask_sources.shuffle(
-        mask_sources.magnitude(p, 0.7, on_collapse="ignore"),
-        jax.random.key(1),
-        stacked=s,
-    ),
-    "ticket": lambda p, s: (
+    "ticket": lambda p, **stacked: (
         list(
             mask_sources.lottery_tickets(
                 lambda params, masks, key: params,
                 p,
                 rounds=2,
                 scope="layer",
-                key=jax.random.key(1),
-                stacked=s,
+                **KEY,
+                **stacked,
             )
         )[-1].masks
     ),
 }
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_mask_sources_are_those_of_the_layers_apart(name: str) -> None:
-    params = parameters()
-    together = SOURCES[name](params, STACKED)
-    apart = SOURCES[name](analysis.by_layer(params, STACKED), None)
-    assert_same(analysis.by_layer(together, STACKED), apart)
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+def test_mask_sources_are_those_of_the_layers_apart(source: Callable[..., Any]) -> None:
+    params = jax.tree.map(lambda x: x + np.float32(1 / 16), parameters())
+    together = source(params, stacked=STACKED)
+    assert_same(apart(together), source(apart(params)))
 
 
-# The stack axis of "b" is divided among devices, and other axes of the others.
-SPECS = {
-    "a": P("x", None),
-    "b": P("x", None, "y"),
-    "c": P("y", None, None),
-    "d": P(None, "y", None, "x"),
-}
+# A stack axis of "c" is divided among devices, and other axes of the others.
+SPECS = {"a": P("x", None), "b": P("y", None, None), "c": P("x", None, None, "y")}
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("name", ["granet floor", "snfs"])
-def test_sharded_training_is_that_on_one_device(name: str, kind: Any) -> None:
-    params = parameters()
+def test_sharded_training_is_that_on_one_device(kind: Any) -> None:
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind, kind))
+    like = {
+        name: jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=NamedSharding(mesh, SPECS[name])
+        )
+        for name, shape in SHAPES.items()
+    }
+
+    def place(tree: Any) -> Any:
+        found = parameter_trees.place_like(tree, like)
+        return jax.device_put(tree, jax.tree.map(lambda x: x.sharding, found))
+
     with jax.set_mesh(mesh):
-        placed = {
-            key: jax.device_put(p, NamedSharding(mesh, SPECS[key]))
-            for key, p in params.items()
-        }
-        sharded = jax.device_get(train(METHODS[name], placed, STACKED))
-        tx = granet_jax.transform(METHODS[name], optax.sgd(0.1), stacked=STACKED)
-        state = tx.init(placed)
-        program = jax.jit(tx.update).lower(placed, state, placed).compile()
-    assert_same(sharded, jax.device_get(train(METHODS[name], params, STACKED)))
-    # Devices send at most four numbers for each of the nine layers, and no weights.
-    for collective in collectives(program.as_text()):
-        assert sum(collective.sizes) <= 4 * 9, collective
+        found, program = train("every phase", place=place, stacked=STACKED)
+    found = jax.device_get(found)
+    assert_same(tuple(map(apart, found)), trained_apart("every phase"))
+    # Devices send at most six numbers for each of the seven layers. A device's part of
+    # a leaf is larger.
+    for collective in collectives(program):
+        assert sum(collective.sizes) <= 6 * 7, collective
 
 
 class Block(nn.Module):
@@ -182,8 +182,7 @@ def scanned() -> Any:
 
 SINGLE = {
     "attention": lambda: flax_shapes(
-        nn.MultiHeadDotProductAttention(num_heads=4, use_bias=True),
-        jnp.ones((2, 5, 16)),
+        nn.MultiHeadDotProductAttention(num_heads=4), jnp.ones((2, 5, 16))
     ),
     "a convolution of equinox, of one pixel": {
         "weight": (6, 4, 1, 1),
@@ -205,6 +204,10 @@ SEVERAL = {
 }
 
 
+def zeros(shapes: Any) -> Any:
+    return jax.tree.map(np.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
 @pytest.mark.parametrize(
     ("shapes", "warned"),
     [
@@ -213,10 +216,7 @@ SEVERAL = {
     ],
 )
 def test_several_layers_in_one_array_warn(shapes: Any, warned: bool) -> None:
-    if callable(shapes):
-        params = shapes()
-    else:
-        params = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    params = shapes() if callable(shapes) else zeros(shapes)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         masking.maskable(params)
@@ -227,21 +227,9 @@ def test_several_layers_in_one_array_warn(shapes: Any, warned: bool) -> None:
     )
 
 
-def test_erk_sees_the_layers_of_a_scan() -> None:
-    stacked = {"layers/": 0}
-    method = granet_jax.rigl(0.9, 100, interval=10)
-    masks = granet_jax.init_masks(method, scanned(), stacked=stacked)
-    # Only kernels carry masks.
-    kernels = [(8, 3), *[(8, 8)] * 4]
-    expected = granet_jax.distributions.counts(kernels, 0.9, "erk")
-    found = analysis.by_layer(masks, stacked)
-    assert [int(m.sum()) for m in jax.tree.leaves(found)] == expected
-
-
 def test_which_leaves_are_masked_does_not_count_stack_axes() -> None:
-    params = {"layers": {"w": jnp.ones((3, 4, 4)), "v": jnp.ones((3, 4))}}
-    masks = granet_jax.init_masks(granet_jax.static(0.5), params, stacked={"layers": 0})
-    assert isinstance(masks["layers"]["v"], optax.MaskedNode)
+    params = {"w": np.ones((3, 4, 4)), "v": np.ones((3, 4))}
+    assert masking.maskable(params, stacked={"": 0}) == {"w": True, "v": False}
 
 
 def test_collapse_names_the_layer() -> None:
@@ -291,13 +279,16 @@ def test_axes_come_in_rising_order_and_once() -> None:
 
 
 def test_errors() -> None:
-    params, method = parameters(), granet_jax.static(0.5)
-    with pytest.raises(ValueError, match="'q', which is found in no name"):
-        granet_jax.transform(method, stacked={"q": 0}).init(params)
-    with pytest.raises(ValueError, match=r"gives 7 for 'b' of shape \(2, 8, 4\)"):
-        granet_jax.transform(method, stacked=lambda name, x: 7).init({"b": params["b"]})
-    grouped = granet_jax.static(
-        0.5, distribution="uniform", structure=structures.n_of_m(2, 4)
-    )
-    with pytest.raises(ValueError, match=r"layers of shape \(3, 4\)"):
-        granet_jax.transform(grouped, stacked={"w": 1}).init({"w": jnp.ones((3, 4, 4))})
+    grouped: dict[str, Any] = {
+        "distribution": "uniform",
+        "structure": structures.n_of_m(2, 4),
+    }
+    shape: Any
+    for stacked, shape, options, message in [
+        ({"q": 0}, (2, 8, 4), {}, "'q', which is found in no name"),
+        (lambda name, x: 7, (2, 8), {}, r"gives 7 for 'w' of shape \(2, 8\)"),
+        ({"w": 1}, (3, 4, 4), grouped, r"layers of shape \(3, 4\)"),
+    ]:
+        tx = granet_jax.transform(granet_jax.static(0.5, **options), stacked=stacked)
+        with pytest.raises(ValueError, match=message):
+            tx.init({"w": np.ones(shape)})

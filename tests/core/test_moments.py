@@ -1,5 +1,6 @@
 """Which leaves of an optimizer's state are moments, and where these are zero."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,34 +17,19 @@ from tests.helpers import trees
 PyTree = Any
 
 # How many leaves of the state have the shape of dense/kernel, and how many that of
-# conv/kernel, by the optimizers' definitions.
-MOMENTS: dict[str, tuple[int, int]] = {
-    "sgd": (0, 0),
-    "momentum": (1, 1),
-    "nesterov": (1, 1),
-    "adam": (2, 2),
-    "adamw": (2, 2),
-    "nadamw": (2, 2),
-    "lion": (1, 1),
-    "rprop": (2, 2),  # step sizes and the last update
-    "rmsprop": (3, 3),  # mean, mean of squares, momentum
-    "adagrad": (1, 1),
-    "adafactor": (1, 1),  # momentum; the second moment is factored
-    "adafactor_dense": (1, 1),
-    "lamb": (2, 2),
-    "lars": (1, 1),
-    "adan": (4, 4),  # three moments and the last gradient
-    "radam": (2, 2),
-    "muon": (1, 2),  # matrices use muon, all else adam
-    "sm3": (1, 1),  # momentum; accumulators per row and column
-    "schedule_free": (3, 3),  # adam's two and the iterate z
-    "prodigy": (4, 4),  # adam's two, the first parameters, the sum of gradients
-    "apply_if_finite": (1, 1),
-    "inject_hyperparams": (2, 2),
-    "multi_transform_tree": (2, 2),
-    "multi_transform_function": (2, 2),
-    "masked": (0, 2),
-    "multi_steps": (3, 3),  # adam's two and the sum of gradients
+# conv/kernel, by the optimizers' definitions. (Factors have other shapes.)
+MOMENTS: dict[tuple[int, int], str] = {
+    (0, 0): "sgd",
+    (0, 2): "masked",
+    (1, 1): "momentum nesterov lion adagrad adafactor adafactor_dense lars sm3 "
+    "apply_if_finite",
+    (1, 2): "muon",  # Matrices use muon, all else adam.
+    (2, 2): "adam adamw nadamw rprop lamb radam inject_hyperparams "
+    "multi_transform_tree multi_transform_function",
+    # Three means; adam's two and another iterate; adam's two and a sum of gradients.
+    (3, 3): "rmsprop schedule_free multi_steps",
+    # Three moments and the last gradient; adam's two, first parameters and a sum.
+    (4, 4): "adan prodigy",
 }
 
 
@@ -64,8 +50,9 @@ def zero_moments(state: PyTree, keep: PyTree) -> PyTree:
     return renew_moments(state, jax.tree.map(np.zeros_like, state), keep)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize(
+    ("inner", "dtype"), list(zip(INNERS, itertools.cycle(DTYPES), strict=False))
+)
 def test_moments_of_every_inner_optimizer(inner: str, dtype: str) -> None:
     params = trees.parameters(dtype)
     keep = random_masks(params)
@@ -94,13 +81,12 @@ def test_moments_of_every_inner_optimizer(inner: str, dtype: str) -> None:
             found[before.shape] += 1
             before = np.where(mask, before, np.zeros_like(before))
         trees.assert_same(after, before)
-    assert (found[6, 8], found[3, 3, 2, 4]) == MOMENTS[inner]
+    assert inner in MOMENTS[found[6, 8], found[3, 3, 2, 4]].split()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_moments_of_pruned_weights_where_an_epsilon_rounds_to_zero(dtype: str) -> None:
+def test_moments_of_pruned_weights_where_an_epsilon_rounds_to_zero() -> None:
     # In float16 the epsilon of rmsprop does, and 0 / 0 is NaN.
-    params = trees.parameters(dtype)
+    params = trees.parameters("float16")
     tx = granet_jax.transform(granet_jax.static(0.5), optax.rmsprop(0.1, momentum=0.5))
     state = tx.init(params)
     _, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), state, params)
@@ -315,64 +301,3 @@ def test_other_vectors_are_accepted(inner: Any, params: PyTree) -> None:
     where = jax.tree.map(lambda p: p.size == 6, params)
     tx = granet_jax.transform(granet_jax.static(0.5), inner, where=where)
     assert granet_jax.sparsity(tx.init(params).masks).active == 3
-
-
-# --- Weights that become active ---------------------------------------------------
-
-
-@pytest.mark.parametrize("interval", [1, 2])
-def test_entering_weights_start_with_zero_moments(interval: int) -> None:
-    method = granet_jax.rigl(0.5, 16, interval=interval, fraction=0.5, stop=0.5)
-    tx = granet_jax.transform(method, optax.adam(0.125, b1=0.5, b2=0.5))
-    params = trees.parameters()
-    state: Any = tx.init(params)
-    params = granet_jax.apply_masks(params, state.masks)
-    update = jax.jit(tx.update)
-    entered = {name: np.zeros(1, bool) for name in ("conv", "dense")}
-    total = 0
-    for count in range(1, 6):
-        grads = trees.gradients(count)
-        masks = state.masks
-        updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        adam = state.inner_state[0]
-        for name, last in entered.items():
-            old, new, p, g, mu, nu = (
-                np.asarray(tree[name]["kernel"])
-                for tree in (masks, state.masks, params, grads, adam.mu, adam.nu)
-            )
-            # When a weight enters, it and its moments are zero.
-            entered[name] = new & ~old
-            total += entered[name].sum()
-            for x in (p, mu, nu):
-                assert np.all(x[entered[name]] == 0)
-            # One step later its moments contain that step's gradient alone.
-            last = last & new
-            assert np.array_equal(mu[last], g[last] / 2)
-            assert np.array_equal(nu[last], g[last] ** 2 / 2)
-            assert np.all(p[last] != 0)
-    assert total > 0
-
-
-@pytest.mark.parametrize("make_inner", [optax.adam, optax.lamb])
-def test_masks_set_by_hand_zero_the_moments(make_inner: Any) -> None:
-    # Adam works weight by weight; lamb also reads norms of whole leaves.
-    tx = granet_jax.transform(granet_jax.static(0.0), make_inner(0.125, b1=0.5, b2=0.5))
-    params = trees.parameters()
-    update = jax.jit(tx.update)
-    _, state = update(trees.gradients(1), tx.init(params), params)
-    assert all(np.all(x != 0) for x in jax.tree.leaves(state.inner_state[0].mu))
-    first, second = random_masks(params, seed=1), random_masks(params, seed=2)
-    for masks in (first, second):
-        state = granet_jax.set_masks(state, masks)
-        _, state = update(trees.gradients(2), state, params)
-        for name in ("conv", "dense"):
-            mask = np.asarray(masks[name]["kernel"])
-            for moment in (state.inner_state[0].mu, state.inner_state[0].nu):
-                assert np.array_equal(np.asarray(moment[name]["kernel"]) != 0, mask)
-    # Weights that left with the first masks have come back without their past.
-    back = np.asarray(second["dense"]["kernel"]) & ~np.asarray(first["dense"]["kernel"])
-    assert back.any()
-    gradient = np.asarray(trees.gradients(2)["dense"]["kernel"])
-    mu = np.asarray(state.inner_state[0].mu["dense"]["kernel"])
-    assert np.array_equal(mu[back], gradient[back] / 2)

@@ -19,9 +19,10 @@ from jax.sharding import PartitionSpec as P
 
 import granet_jax
 from granet_jax import PackedMask, export, masking, structures
-from tests.helpers import layouts, trees
+from granet_jax.phases import Revive
+from tests.helpers import layouts, own_methods, trees
 from tests.helpers.layouts import LAYOUTS, collectives
-from tests.helpers.training import changes, compiled_step, make_step, stack
+from tests.helpers.training import at, changes, compiled_step, make_step, stack
 from tests.helpers.trees import assert_same
 
 
@@ -34,20 +35,13 @@ def packed_leaves(tree: Any) -> list[PackedMask]:
 # --- The format -------------------------------------------------------------------
 
 
-def packed_by_hand(mask: np.ndarray, axis: int) -> np.ndarray:
-    """Eight weights a byte, the first in the highest bit, zeros at an axis' end."""
-    mask = np.moveaxis(np.atleast_1d(mask), axis, -1)
-    *rows, last = mask.shape
-    found = []
-    for row in mask.reshape(math.prod(rows), last):
-        digits = "".join("01"[int(x)] for x in row)
-        digits += "0" * (-len(digits) % 8)
-        found += [int(digits[i : i + 8], 2) for i in range(0, len(digits), 8)]
-    bits = np.array(found, np.uint8).reshape(*rows, math.ceil(last / 8))
-    return np.moveaxis(bits, -1, axis)
-
-
 SHAPES = st.lists(st.integers(0, 9), max_size=4).map(tuple)
+
+
+@jax.jit
+def there_and_back(tree: Any) -> tuple[Any, Any, Any]:
+    packed = granet_jax.pack_masks(tree)
+    return packed, granet_jax.unpack_masks(packed), granet_jax.pack_masks(packed)
 
 
 @hypothesis.given(
@@ -61,15 +55,16 @@ SHAPES = st.lists(st.integers(0, 9), max_size=4).map(tuple)
 @hypothesis.example(mask=np.eye(9, 7, dtype=bool))
 @hypothesis.example(mask=np.eye(7, 9, dtype=bool))
 def test_round_trip(mask: np.ndarray) -> None:
-    tree = {"a": [jnp.asarray(mask), optax.MaskedNode()], "b": optax.MaskedNode()}
-    packed = granet_jax.pack_masks(tree)
+    tree = {"a": [mask, optax.MaskedNode()], "b": optax.MaskedNode()}
+    packed, unpacked, again = there_and_back(tree)
     found = packed["a"][0]
     assert isinstance(found, PackedMask)
     assert found.shape == mask.shape
-    assert_same(np.asarray(found.bits), packed_by_hand(mask, found.axis))
-    assert_same(granet_jax.unpack_masks(packed), tree)
+    expected = np.packbits(np.atleast_1d(mask), axis=found.axis)
+    assert_same(np.asarray(found.bits), expected)
+    assert_same(unpacked, tree)
     # A packed tree may be packed again, and its leaves are the bits alone.
-    assert_same(granet_jax.pack_masks(packed), packed)
+    assert_same(again, packed)
     assert [x.dtype for x in jax.tree.leaves(packed)] == [jnp.uint8]
 
 
@@ -93,15 +88,6 @@ def test_the_axis_that_takes_fewer_bytes_shares_them() -> None:
             assert packed.axis == (-2 if columns <= rows else -1), shape
     for shape in ((), (9,)):
         assert PackedMask(jnp.zeros(()), shape).axis == -1
-
-
-def test_packing_under_jit() -> None:
-    masks = granet_jax.init_masks(granet_jax.static(0.7), trees.parameters(), seed=1)
-    packed = jax.jit(granet_jax.pack_masks)(masks)
-    assert_same(packed, granet_jax.pack_masks(masks))
-    assert_same(jax.jit(granet_jax.unpack_masks)(packed), masks)
-    # Rows of 8 fill their bytes; rows of 4 in the convolution half fill them.
-    assert sum(x.nbytes for x in jax.tree.leaves(packed)) == 48 // 8 + 72 // 4
 
 
 @pytest.mark.parametrize(
@@ -135,18 +121,20 @@ def test_explicit_axes_stay_where_each_device_has_whole_bytes(
 
 # --- Runs -------------------------------------------------------------------------
 
-GRANET = granet_jax.granet(0.75, 8, interval=2, end_step=6)
+GMP = granet_jax.gmp(0.75, 8, interval=2)
 SGD = optax.sgd(0.25, momentum=0.5)
 STEPS = 8
 # Every part of a method that reads or changes masks, and optimizers that work weight by
 # weight or not.
 RUNS: dict[str, tuple[granet_jax.Method, optax.GradientTransformation | None]] = {
-    "granet": (GRANET, SGD),
-    "granet, lamb": (GRANET, optax.lamb(1)),
-    "granet, last link": (GRANET, None),
-    "gmp, lamb": (granet_jax.gmp(0.75, 8, interval=2), optax.lamb(1)),
-    "snfs": (granet_jax.snfs(0.75, 8, interval=2, decay=0.5), SGD),
-    "acdc": (granet_jax.acdc(0.75, (2, 4, 6)), SGD),
+    "sparse": (
+        own_methods.with_resets(
+            own_methods.prune_and_exchange(2, 6, more=(Revive(),)), (3,)
+        ),
+        SGD,
+    ),
+    "lamb": (GMP, optax.lamb(1)),
+    "last link": (GMP, None),
     "SR-STE 2:4": (
         granet_jax.straight_through(
             0.5, 2, interval=1, penalty=0.25, structure=structures.n_of_m(2, 4, axis=-1)
@@ -158,7 +146,14 @@ RUNS: dict[str, tuple[granet_jax.Method, optax.GradientTransformation | None]] =
         SGD,
     ),
 }
-QUICK = ("granet, lamb", "snfs", "SR-STE 2:4", "top_kast")
+
+
+def values(name: str, step: int) -> Any:
+    """Rows of 4 fill half of a byte; columns of 6 leave bits, too, if they share it."""
+    tree = trees.eighths(step)
+    if name != "SR-STE 2:4":
+        tree["dense"]["kernel"] = tree["dense"]["kernel"][:, :5]
+    return tree
 
 
 def unpacked(state: granet_jax.SparseState) -> dict[str, Any]:
@@ -170,32 +165,30 @@ def unpacked(state: granet_jax.SparseState) -> dict[str, Any]:
 
 
 @functools.cache
-def run(name: str, packed: bool) -> list[tuple[Any, Any]]:
-    """Parameters and state at first and after every step."""
+def transform(name: str, packed: bool) -> tuple[Any, Any]:
+    """The transformation and a step."""
     method, inner = RUNS[name]
     tx = granet_jax.transform(method, inner, seed=3, packed=packed)
-    params, state = trees.eighths(0), tx.init(trees.eighths(0))
 
-    @jax.jit
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         extra = {"grads": grads} if inner is None else {}
         updates, state = tx.update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), state
 
-    points = [(params, state)]
+    return tx, jax.jit(step)
+
+
+def run(name: str, packed: bool) -> list[tuple[Any, Any]]:
+    """Parameters and state at first and after every step."""
+    tx, step = transform(name, packed)
+    points = [(values(name, 0), tx.init(values(name, 0)))]
     for count in range(1, STEPS + 1):
-        points.append(step(*points[-1], trees.eighths(count)))
+        points.append(step(*points[-1], values(name, count)))
     assert step._cache_size() <= 1
     return points
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in RUNS
-    ],
-)
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_does_not_depend_on_packing(name: str) -> None:
     bare = run(name, False)
     for (params, state), (expected, expected_state) in zip(
@@ -206,43 +199,21 @@ def test_a_run_does_not_depend_on_packing(name: str) -> None:
             (state.masks, expected_state.masks),
             (state.marked, expected_state.marked),
         ):
-            sizes = [
-                min(np.packbits(m, axis=axis).size for axis in (-2, -1))
-                for m in jax.tree.leaves(masks)
-            ]
-            assert [x.bits.size for x in packed_leaves(stored)] == sizes
+            pairs = zip(packed_leaves(stored), jax.tree.leaves(masks), strict=True)
+            for x, mask in pairs:
+                # The bits that fill up a byte stay zero.
+                assert_same(np.asarray(x.bits), np.packbits(mask, axis=x.axis))
+                assert x.bits.size == min(
+                    np.packbits(mask, axis=axis).size for axis in (-2, -1)
+                )
     assert changes([s.masks for _, s in bare])
-
-
-def test_rows_whose_length_is_no_multiple_of_eight() -> None:
-    def cut(step: int) -> Any:
-        tree = trees.eighths(step)
-        return {
-            "a": tree["conv"]["kernel"][..., :3],
-            "b": tree["dense"]["kernel"][:, :5],
-        }
-
-    method = granet_jax.rigl(0.5, 4, interval=1)
-    results = []
-    for packed in (True, False):
-        tx = granet_jax.transform(method, SGD, packed=packed)
-        step = compiled_step(tx)
-        params, state = cut(0), tx.init(cut(0))
-        for count in range(1, 4):
-            params, state = step(params, state, cut(count))
-        results.append((params, unpacked(state)))
-        for x in packed_leaves(state.masks) if packed else []:
-            # The bits that fill up a row stay zero.
-            digits = np.unpackbits(np.asarray(x.bits), axis=x.axis)
-            assert not np.moveaxis(digits, x.axis, -1)[..., x.shape[x.axis] :].any()
-    assert_same(*results)
 
 
 def test_bits_are_stored_in_the_order_in_which_they_are_read() -> None:
     # If packing transposed, XLA would keep a state's bits transposed, and every step
     # would read across them.
     params = {"w": jax.ShapeDtypeStruct((3, 3, 16, 32), jnp.float32)}
-    tx = granet_jax.transform(GRANET, SGD, packed=True)
+    tx = granet_jax.transform(GMP, SGD, packed=True)
     state = jax.eval_shape(tx.init, params)
     compiled = jax.jit(make_step(tx)).lower(params, state, params).compile()
     found = re.findall(r"u8\[3,3,2,32\]\{([\d,]*)", compiled.as_text() or "")
@@ -250,7 +221,7 @@ def test_bits_are_stored_in_the_order_in_which_they_are_read() -> None:
 
 
 def test_masks_are_set_and_read() -> None:
-    tx = functools.partial(granet_jax.transform, GRANET, SGD, packed=True)
+    tx = functools.partial(granet_jax.transform, GMP, SGD, packed=True)
     params = trees.eighths(0)
     state = tx(masks=granet_jax.init_masks(granet_jax.static(0.5), params)).init(params)
     other = jax.tree.map(jnp.logical_not, granet_jax.get_masks(state))
@@ -270,26 +241,20 @@ def test_masks_are_set_and_read() -> None:
 
 
 def test_vmap_over_packed_states() -> None:
-    def train(packed: bool, params: Any, grads: list[Any]) -> Any:
-        tx = granet_jax.transform(GRANET, SGD, packed=packed)
-        state: Any = tx.init(params)
-        for gradient in grads:
-            params, state = make_step(tx)(params, state, gradient)
-        return params, state
-
-    params = stack([trees.eighths(0), trees.eighths(1)])
-    grads = [stack(list(map(trees.eighths, pair))) for pair in ((2, 4), (3, 5))]
-    found, expected = (
-        jax.jit(jax.vmap(functools.partial(train, packed)))(params, grads)
-        for packed in (True, False)
-    )
+    (tx, step), (bare, bare_step) = (transform("sparse", x) for x in (True, False))
+    lanes = [values("sparse", 0), values("sparse", 1)]
+    point = stack(lanes), jax.jit(jax.vmap(tx.init))(stack(lanes))
+    expected = [(params, bare.init(params)) for params in lanes]
+    step = jax.jit(jax.vmap(step))
+    for count in (2, 4):
+        grads = [values("sparse", count + lane) for lane in range(2)]
+        point = step(*point, stack(grads))
+        expected = [bare_step(*x, g) for x, g in zip(expected, grads, strict=True)]
     # A packed mask's shape is the shape in one lane.
-    assert {x.shape for x in packed_leaves(found[1].masks)} == {(3, 3, 2, 4), (6, 8)}
-    for lane in range(2):
-        (p, state), (q, expected_state) = (
-            jax.tree.map(lambda x, i=lane: x[i], run) for run in (found, expected)
-        )
-        assert_same((p, unpacked(state)), (q, unpacked(expected_state)))
+    assert {x.shape for x in packed_leaves(point[1].masks)} == {(3, 3, 2, 4), (6, 5)}
+    for lane, (params, state) in enumerate(expected):
+        found, found_state = at(point, lane)
+        assert_same((found, unpacked(found_state)), (params, unpacked(state)))
 
 
 # The most elements that a step on eight devices sends at once. On one axis these are

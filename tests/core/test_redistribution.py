@@ -94,18 +94,18 @@ def test_shares_by_hand(
 
 def test_mean_scores_are_means_up_to_a_common_factor() -> None:
     rng = np.random.default_rng(0)
-    masks = [rng.random(n) < 0.3 for n in (5000, 70, 1)] + [np.zeros(3, bool)]
-    masks[2][:] = True
+    masks = [*(rng.random(n) < 0.3 for n in (5000, 70)), np.ones(1, bool)]
     values = [
         np.abs(rng.normal(size=m.shape)).astype(np.float32) * 10.0**-i
-        for i, m in enumerate(masks)
+        for i, m in enumerate([*masks, np.zeros(3, bool)])
     ]
-    means = np.asarray(mean_score(masks, values, ((),) * len(masks)), np.float64)
-    assert means[0] > 0
-    pairs = zip(values[:3], masks, strict=False)
-    expected = np.asarray([v[m].mean() for v, m in pairs])
+    stacks = ((),) * 4
+    means = np.asarray(mean_score([*masks, np.zeros(3, bool)], values, stacks))
+    expected = [
+        v[m].mean(dtype=np.float64) for v, m in zip(values, masks, strict=False)
+    ]
     np.testing.assert_allclose(
-        means[:3] / means[0], expected / expected[0], rtol=1e-5, atol=0
+        means[:3] / np.float64(means[0]), expected / expected[0], rtol=1e-5, atol=0
     )
     # A leaf without active weights has the mean zero.
     assert means[3] == 0.0

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import granet_jax
 from granet_jax import structures
+from tests.helpers import own_methods
 from tests.helpers.layouts import (
     DEVICES,
     LAYOUTS,
@@ -33,12 +34,9 @@ from tests.helpers.trees import assert_same
 INNER = optax.sgd(0.125, momentum=0.5)
 PLAIN_STEPS, OTHER_STEPS = 9, 3
 PLAIN = {
-    "granet": granet_jax.granet(0.8, 12, interval=2, end_step=6),
-    "granet_layer": granet_jax.granet(0.8, 12, interval=2, end_step=6, scope="layer"),
+    "prune and exchange": own_methods.prune_and_exchange(2, 8),
     "gmp": granet_jax.gmp(0.8, 8, interval=2),
     "rigl": granet_jax.rigl(0.75, 12, interval=2),
-    "set": granet_jax.set_(0.75, 12, interval=2),
-    "snfs": granet_jax.snfs(0.75, 12, interval=2, decay=0.5),
     "static": granet_jax.static(0.75),
 }
 # Structures, and a method that keeps pruned weights. (`tests/methods` has others.)
@@ -47,8 +45,7 @@ OTHERS = {
         0.5, 1, interval=1, structure=structures.n_of_m(2, 4)
     ),
     "granet channel": granet_jax.granet(
-        0.5,
-        4,
+        *(0.5, 4),
         interval=1,
         end_step=2,
         scope="layer",
@@ -151,21 +148,8 @@ def assert_tie_decides(scores: np.ndarray, chosen: np.ndarray) -> None:
 # --- Data parallelism -------------------------------------------------------------
 
 
-def some_slow(cases: list[Any], quick: list[Any]) -> list[Any]:
-    """Parameters of a test, of which only `quick` run on a pull request."""
-    assert all(case in cases for case in quick)
-    return [
-        pytest.param(
-            *(case if isinstance(case, tuple) else (case,)),
-            marks=() if case in quick else pytest.mark.slow,
-        )
-        for case in cases
-    ]
-
-
-@pytest.mark.parametrize("name", some_slow(list(PLAIN), ["granet", "snfs"]))
-def test_pmap(name: str) -> None:
-    tx = make_transform(name)
+def test_pmap() -> None:
+    tx = make_transform("rigl")
 
     @functools.partial(jax.pmap, axis_name="data")
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
@@ -177,35 +161,33 @@ def test_pmap(name: str) -> None:
     )
     # Compiled ahead of time, the step accepts arrays on the host and on devices.
     compiled = step.lower(params, state, gradient_batch(0)).compile()
-    for index in range(PLAIN_STEPS):
+    for index, expected in enumerate(reference("rigl")):
         params, state = jax.block_until_ready(
             compiled(params, state, gradient_batch(index))
         )
         replicas = jax.device_get((params, state))
         for replica in range(DEVICES):
-            assert_same(at(replicas, replica), reference(name)[index])
+            assert_same(at(replicas, replica), expected)
 
 
-def check_data_parallel(name: str, tx: Any, mesh: Any, step: Any) -> None:
+def check_data_parallel(name: str, mesh: Any, step: Any) -> None:
     """Replicated parameters, and a batch of one gradient per device."""
     everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     params = jax.device_put(exact_parameters(), everywhere)
-    state = jax.device_put(tx.init(params), everywhere)
+    state = jax.device_put(make_transform(name).init(params), everywhere)
     batch = jax.device_put(gradient_batch(0), split)
     compiled = step.lower(params, state, batch).compile()
     # The devices exchange the mean gradient and nothing else.
     found = collectives(compiled.as_text())
     assert {c.kind for c in found} == {"all-reduce"}
     assert sum(sum(c.sizes) for c in found) == WEIGHTS
-    for index in range(PLAIN_STEPS):
+    for index, expected in enumerate(reference(name)):
         batch = jax.device_put(gradient_batch(index), split)
         params, state = jax.block_until_ready(compiled(params, state, batch))
-        assert_every_shard_same((params, state), reference(name)[index])
+        assert_every_shard_same((params, state), expected)
 
 
-@pytest.mark.parametrize("name", some_slow(["granet", "snfs"], ["granet"]))
-def test_shard_map(name: str) -> None:
-    tx = make_transform(name)
+def test_shard_map() -> None:
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
 
     # Tracing checks that the results are the same on all devices.
@@ -213,9 +195,9 @@ def test_shard_map(name: str) -> None:
     @jax.shard_map(mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P())
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
         grads = jax.lax.pmean(at(batch, 0), "data")
-        return make_step(tx)(params, state, grads)
+        return make_step(make_transform("gmp"))(params, state, grads)
 
-    check_data_parallel(name, tx, mesh, step)
+    check_data_parallel("gmp", mesh, step)
 
 
 def loss(params: Any, batch: Any) -> jax.Array:
@@ -226,59 +208,40 @@ def loss(params: Any, batch: Any) -> jax.Array:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    some_slow(
-        [*((name, AxisType.Auto) for name in PLAIN), ("granet", AxisType.Explicit)],
-        [("granet", AxisType.Auto), ("granet", AxisType.Explicit)],
-    ),
+    [("prune and exchange", AxisType.Auto), ("gmp", AxisType.Explicit)],
 )
 def test_jit_of_a_sharded_batch(name: str, kind: AxisType) -> None:
-    tx = make_transform(name)
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(kind,))
 
     @jax.jit
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
-        return make_step(tx)(params, state, jax.grad(loss)(params, batch))
+        grads = jax.grad(loss)(params, batch)
+        return make_step(make_transform(name))(params, state, grads)
 
     with jax.set_mesh(mesh):
-        check_data_parallel(name, tx, mesh, step)
+        check_data_parallel(name, mesh, step)
 
 
 # --- Sharded parameters -----------------------------------------------------------
 
-QUICK = [
-    *(("granet", layout) for layout in LAYOUTS),
-    *(("granet_layer", "explicit_2d"), ("snfs", "auto_2d")),
+CASES = [
+    *(("prune and exchange", "auto_2d"), ("prune and exchange", "explicit_2d")),
+    *(("rigl", "auto_1d"), ("gmp", "explicit_1d"), ("static", "explicit_2d")),
     *(("straight_through 2:4", "auto_2d"), ("granet channel", "explicit_2d")),
 ]
-CASES = [
-    *QUICK,
-    *(
-        (name, layout)
-        for name in PLAIN
-        for layout in ("auto_2d", "explicit_2d")
-        if (name, layout) not in QUICK
-    ),
-]
 
 
-@functools.cache
-def compiled_for(name: str, layout: str) -> Any:
-    """The compiled step, and the parameters and state it starts from."""
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_sharded_parameters(name: str, layout: str) -> None:
     where, tx = LAYOUTS[layout], make_transform(name)
     with where.context():
         params, grads = where.place(exact_parameters()), where.place(mean_gradient(0))
         state = tx.init(params)
-        step = jax.jit(make_step(tx)).lower(params, state, grads).compile()
-    return step, params, state
-
-
-@pytest.mark.parametrize(("name", "layout"), some_slow(CASES, QUICK))
-def test_sharded_parameters(name: str, layout: str) -> None:
-    step, params, state = compiled_for(name, layout)
+        step: Any = jax.jit(make_step(tx)).lower(params, state, grads).compile()
     assert_state_sharded_like(state, params)
     for index, expected in enumerate(reference(name)):
         before = params
-        grads = LAYOUTS[layout].place(mean_gradient(index))
+        grads = where.place(mean_gradient(index))
         params, state = jax.block_until_ready(step(params, state, grads))
         assert_every_shard_same((params, state), expected)
         assert_sharded_like(params, before)
@@ -296,29 +259,14 @@ def test_sharded_parameters(name: str, layout: str) -> None:
             assert part > SMALL
 
 
-def test_a_run_may_move_between_meshes() -> None:
-    # Two steps on each layout in turn.
-    _, params, state = compiled_for("granet", "auto_1d")
-    for index in range(PLAIN_STEPS):
-        layout = tuple(LAYOUTS)[index // 2 % len(LAYOUTS)]
-        step, _, _ = compiled_for("granet", layout)
-        (places, _) = step.input_shardings
-        params, state, grads = jax.device_put(
-            jax.device_get((params, state, mean_gradient(index))), places
-        )
-        params, state = jax.block_until_ready(step(params, state, grads))
-        assert_every_shard_same((params, state), reference("granet")[index])
-
-
-@pytest.mark.parametrize("layout", ["auto_1d", "auto_2d"])
-def test_a_sort_would_move_parameters(layout: str) -> None:
+def test_a_sort_would_move_parameters() -> None:
     # The check of collectives above can fail.
     @jax.jit
     def select(score: jax.Array) -> jax.Array:
         order = jnp.argsort(score, axis=0)
         return jnp.argsort(order, axis=0) < 20
 
-    score = LAYOUTS[layout].place(exact_parameters())["dense"]["kernel"]
+    score = LAYOUTS["auto_2d"].place(exact_parameters())["dense"]["kernel"]
     found = collectives(select.lower(score).compile().as_text())
     assert any(c.kind != "all-reduce" and sum(c.sizes) > SMALL for c in found)
 
@@ -346,7 +294,7 @@ def test_parser_of_collectives() -> None:
 
 @pytest.mark.parametrize("layout", ["auto_1d", "explicit_2d"])
 def test_initial_masks_do_not_depend_on_devices(layout: str) -> None:
-    where, method = LAYOUTS[layout], PLAIN["snfs"]
+    where, method = LAYOUTS[layout], PLAIN["prune and exchange"]
     expected = granet_jax.init_masks(method, exact_parameters())
     with where.context():
         params = where.place(exact_parameters())
@@ -364,9 +312,9 @@ def test_masks_of_the_host(layout: str) -> None:
     expected = granet_jax.apply_masks(exact_parameters(), masks)
     with where.context():
         params = where.place(exact_parameters())
-        tx = granet_jax.transform(PLAIN["granet"], INNER, masks=masks)
+        tx = granet_jax.transform(PLAIN["gmp"], INNER, masks=masks)
         given = tx.init(params)
-        other = granet_jax.transform(PLAIN["granet"], INNER).init(params)
+        other = granet_jax.transform(PLAIN["gmp"], INNER).init(params)
         replaced = granet_jax.set_masks(other, masks)
         masked = granet_jax.apply_masks(params, masks)
         packed = granet_jax.pack_masks(given.masks)

@@ -26,19 +26,30 @@ TREE = {
 LAST = 100_000
 # Not Top-KAST: the compiler copies its masks and weights in every step.
 METHODS = {
-    "gmp": granet_jax.gmp(0.9, LAST),
-    "rigl": granet_jax.rigl(0.9, LAST),
-    "set": granet_jax.set_(0.9, LAST),
-    "snfs": granet_jax.snfs(0.9, LAST),
-    "mest": granet_jax.mest(0.9, LAST),
-    "dsr": granet_jax.dsr(0.9, LAST),
-    "cyclical": granet_jax.cyclical(0.9, LAST),
+    **{
+        name: getattr(granet_jax, name)(0.9, LAST)
+        for name in ("gmp", "rigl", "set_", "snfs", "mest", "dsr", "cyclical")
+    },
     "acdc": granet_jax.acdc(0.9, (100, 200, 300)),
     "straight_through": granet_jax.straight_through(0.9, LAST),
     "static": granet_jax.static(0.9),
 }
 SIZES = parameter_trees.masked_sizes(TREE)
 WEIGHTS = parameter_trees.size(TREE)
+
+
+def compiled(
+    tree: Any, method: granet_jax.Method, mesh: Mesh, **options: Any
+) -> tuple[jax.stages.Compiled, str]:
+    """The compiled step and its text, which sends counts only."""
+    with jax.set_mesh(mesh):
+        step = scale.compile_step(tree, method, mesh, **options)
+    text = compiled_programs.compiled_text(step)
+    # A pass counts 16 parts of every leaf, at four bytes.
+    most = 64 * len(parameter_trees.masked_sizes(tree))
+    sent = compiled_programs.collectives(text)
+    assert all(x.kind == "all-reduce" and x.looped and x.bytes <= most for x in sent)
+    return step, text
 
 
 @pytest.fixture(autouse=True)
@@ -55,25 +66,21 @@ def devices() -> Any:
 
 def check_step(text: str, devices: int) -> None:
     """Assert that no leaf is sorted, gathered, or copied outside of a mask update."""
-    operations = compiled_programs.operations(text)
     share = min(SIZES) // devices
-    of_leaves = [x for x in operations if x.bytes >= share]
-    assert not {"sort", "gather", "scatter"} & {x.kind for x in of_leaves}
+    operations = [x for x in compiled_programs.operations(text) if x.bytes >= share]
+    assert not {"sort", "gather", "scatter"} & {x.kind for x in operations}
     copies = compiled_programs.copies(text)
     assert not [x for x in copies if not x.looped and x.bytes >= share]
 
 
+def mesh_of(kind: AxisType) -> Mesh:
+    return Mesh(devices(), ("fsdp", "tensor"), axis_types=(kind,) * 2)
+
+
 def test_a_sharded_step_sends_counts_only() -> None:
-    mesh = Mesh(devices(), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    with jax.set_mesh(mesh):
-        step = scale.compile_step(TREE, scale.METHODS["granet"], mesh)
-    text = compiled_programs.compiled_text(step)
+    step, text = compiled(TREE, scale.METHODS["granet"], mesh_of(AxisType.Auto))
     check_step(text, 4)
-    collectives = compiled_programs.collectives(text)
-    assert {x.kind for x in collectives} == {"all-reduce"}
-    assert all(x.looped for x in collectives)
-    # A pass counts 16 parts of every leaf, at four bytes.
-    assert max(x.bytes for x in collectives) <= 64 * len(SIZES)
+    assert compiled_programs.collectives(text)
     memory = compiled_programs.memory(step)
     # Parameters, momentum and two masks take the place of the old ones.
     assert memory.alias_size_in_bytes >= (8 * WEIGHTS + 2 * sum(SIZES)) // 4
@@ -83,28 +90,18 @@ def test_a_sharded_step_sends_counts_only() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_all_methods_on_explicit_axes(name: str, packed: bool) -> None:
-    mesh = Mesh(devices(), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
-    with jax.set_mesh(mesh):
-        step = scale.compile_step(TREE, METHODS[name], mesh, packed=packed)
-    text = compiled_programs.compiled_text(step)
-    check_step(text, 4)
-    assert all(
-        x.kind == "all-reduce" and x.looped and x.bytes <= 64 * len(SIZES)
-        for x in compiled_programs.collectives(text)
-    )
+    mesh = mesh_of(AxisType.Explicit)
+    check_step(compiled(TREE, METHODS[name], mesh, packed=packed)[1], 4)
 
 
 @pytest.mark.slow
 def test_a_step_of_seven_billion_parameters() -> None:
     """More weights than 32 bits count are counted together, layer by layer."""
-    shapes = parameter_trees.shapes("7b-stacked")
     mesh = scale.make_mesh(topologies.devices_of("v5e:16x16"), "explicit")
-    with jax.enable_x64(True), jax.set_mesh(mesh):
-        step = scale.compile_step(shapes, scale.METHODS["granet"], mesh)
-    collectives = compiled_programs.collectives(compiled_programs.compiled_text(step))
-    assert {x.kind for x in collectives} == {"all-reduce"}
-    leaves = len(parameter_trees.masked_sizes(shapes))
-    assert all(x.looped and x.bytes <= 64 * leaves for x in collectives)
+    with jax.enable_x64(True):
+        shapes = parameter_trees.shapes("7b-stacked")
+        _, text = compiled(shapes, scale.METHODS["granet"], mesh)
+    assert compiled_programs.collectives(text)
 
 
 def test_a_pmapped_step_sends_nothing() -> None:

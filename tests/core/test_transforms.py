@@ -10,102 +10,62 @@ import optax
 import pytest
 
 import granet_jax
+from tests.helpers import own_methods
 from tests.helpers.training import at, changes, compiled_step, make_step, stack
 from tests.helpers.trees import assert_same
 
-METHODS = {
-    "granet": granet_jax.granet(0.8, 12, interval=2, end_step=6),
-    "granet_layer_random": granet_jax.granet(
-        0.8, 12, interval=2, end_step=6, scope="layer", grow="random"
-    ),
-    "gmp": granet_jax.gmp(0.8, 8, interval=2),
-    "rigl": granet_jax.rigl(0.7, 12, interval=2),
-    "set": granet_jax.set_(0.7, 12, interval=2),
-    "snfs": granet_jax.snfs(0.7, 12, interval=2, decay=0.5),
-    "static": granet_jax.static(0.7),
+METHOD = own_methods.prune_and_exchange(interval=2, last=6)
+STEPS = 8
+SHAPES = {
+    "first": {"kernel": (6, 8, "float32"), "bias": (8, "float32")},
+    "second": ((8, 5, "bfloat16"), ("float32",)),
 }
-# Each transformation of each method compiles a program, so pull requests run two
-# methods, which between them use all parts of a state and all scores but GraNet's.
-QUICK = ("granet_layer_random", "snfs")
-each_method = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in METHODS
-    ],
-)
-STEPS = 14
-# All numbers are powers of two, so that fusing a product into a sum rounds nothing.
-INNER = optax.sgd(0.125, momentum=0.5)
+
+
+def transform(seed: Any = 0) -> optax.GradientTransformationExtraArgs:
+    # All numbers are powers of two, so that fusing a product into a sum rounds nothing.
+    return granet_jax.transform(METHOD, optax.sgd(0.125, momentum=0.5), seed=seed)
+
+
+TX = transform()
+# All tests whose runs need no other program share this one.
+STEP: Any = compiled_step(TX)
 
 
 def make_params(seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
-    return {
-        "first": {
-            "kernel": jnp.asarray(rng.normal(size=(6, 8)), jnp.float32),
-            "bias": jnp.zeros((8,), jnp.float32),
-        },
-        "second": (
-            jnp.asarray(rng.normal(size=(8, 5)), jnp.bfloat16),
-            jnp.asarray(rng.normal(size=()), jnp.float32),
-        ),
-    }
-
-
-@functools.cache
-def make_grads(seed: int = 1) -> list[Any]:
-    rng = np.random.default_rng(seed)
-    stacked = jax.tree.map(
-        lambda p: jnp.asarray(rng.normal(size=(STEPS, *p.shape)), p.dtype),
-        make_params(),
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x[:-1]), x[-1]),
+        SHAPES,
+        is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[-1], str),
     )
-    return [at(stacked, index) for index in range(STEPS)]
 
 
 @functools.cache
-def transformation(name: str) -> Any:
-    return granet_jax.transform(METHODS[name], INNER)
+def make_grads(seed: int = 100) -> list[Any]:
+    return [make_params(seed + step) for step in range(STEPS)]
 
 
-@functools.cache
-def step_of(name: str) -> Any:
-    return compiled_step(transformation(name))
-
-
-def loop(step: Any, params: Any, state: Any, grads: list[Any]) -> tuple[Any, list[Any]]:
-    """The final parameters and state, and the masks after every step."""
-    masks = []
+def run(step: Any, params: Any, state: Any, grads: list[Any]) -> list[tuple[Any, Any]]:
+    """Parameters and state after every step."""
+    points = []
     for gradient in grads:
         params, state = step(params, state, gradient)
-        masks.append(granet_jax.get_masks(state))
-    return (params, state), masks
+        points.append((params, state))
+    return points
 
 
 @functools.cache
-def reference(name: str) -> tuple[Any, list[Any]]:
-    params = make_params()
-    state = transformation(name).init(params)
-    return loop(step_of(name), params, state, make_grads())
-
-
-@each_method
-def test_a_run_compiles_once_and_transfers_nothing(name: str) -> None:
-    traces = []
-    params, grads = make_params(), make_grads()
-    state = transformation(name).init(params)
-
-    @jax.jit
-    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        traces.append(None)
-        return make_step(transformation(name))(params, state, grads)
-
+def reference() -> list[tuple[Any, Any]]:
+    params, state, grads = make_params(), TX.init(make_params()), make_grads()
     with jax.transfer_guard("disallow"):
-        final, masks = loop(step, params, state, grads)
-    assert len(traces) == 1
-    assert_same(final, reference(name)[0])
+        return run(STEP, params, state, grads)
+
+
+def test_a_run_compiles_once_and_transfers_nothing() -> None:
     # All other runs are compared with this one, so its masks must change.
-    assert changes(masks) >= (0 if name == "static" else 3)
+    assert changes([state.masks for _, state in reference()]) == 3
+    assert STEP._cache_size() == 1
 
 
 def test_the_transfer_guard_sees_a_transfer() -> None:
@@ -117,143 +77,93 @@ def test_the_transfer_guard_sees_a_transfer() -> None:
         step(np.ones(3, np.float32))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "granet_layer_random",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("set", "static")),
-    ],
-)
-def test_a_traced_seed(name: str) -> None:
+def test_a_traced_seed() -> None:
     """One program serves all seeds, and each seed has the masks it has untraced."""
-
-    def make(seed: Any) -> Any:
-        return granet_jax.transform(METHODS[name], INNER, seed=seed)
 
     @jax.jit
     def start(seed: Any, params: Any) -> Any:
-        return make(seed).init(params)
+        return transform(seed).init(params)
 
     @jax.jit
     def step(seed: Any, params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        return make_step(make(seed))(params, state, grads)
+        return make_step(transform(seed))(params, state, grads)
 
-    masks = []
-    for seed in (0, 7):
-        params, grads = make_params(), make_grads()
-        expected = loop(
-            compiled_step(make(seed)), params, make(seed).init(params), grads
-        )
+    params, grads = make_params(), make_grads()
+    other = transform(7)
+    expected = [
+        reference(),
+        run(compiled_step(other), params, other.init(params), grads),
+    ]
+    for seed, points in zip((0, 7), expected, strict=True):
         traced = jnp.uint32(seed)
-        with_seed = functools.partial(step, traced)
-        found = loop(with_seed, params, start(traced, params), grads)
-        assert_same(found, expected)
-        masks.append(np.asarray(found[1][-1]["first"]["kernel"]))
+        state = start(traced, params)
+        assert_same(run(functools.partial(step, traced), params, state, grads), points)
     assert (start._cache_size(), step._cache_size()) == (1, 1)
+    masks = [np.asarray(p[-1][1].masks["first"]["kernel"]) for p in expected]
     assert not np.array_equal(*masks)
 
 
-@each_method
-def test_scan(name: str) -> None:
-    tx = transformation(name)
-    params = make_params()
-    expected, masks = reference(name)
+def test_scan_leaks_no_tracer() -> None:
+    with jax.checking_leaks():
+        tx = transform()
+        # A second trace would meet what the first one left behind.
+        for _ in range(2):
+            state = jax.jit(lambda params: tx.init(params))(make_params())
 
-    @jax.jit
-    def run(params: Any, state: Any, grads: Any) -> Any:
-        def body(carry: Any, gradient: Any) -> Any:
-            carry = make_step(tx)(*carry, gradient)
-            return carry, granet_jax.get_masks(carry[1])
+            @jax.jit
+            def scan(params: Any, state: Any, grads: Any) -> Any:
+                def body(carry: Any, gradient: Any) -> Any:
+                    carry = make_step(tx)(*carry, gradient)
+                    return carry, carry
 
-        return jax.lax.scan(body, (params, state), grads)
+                return jax.lax.scan(body, (params, state), grads)[1]
 
-    found, stacked = run(params, tx.init(params), stack(make_grads()))
-    assert_same(found, expected)
-    for index in range(STEPS):
-        assert_same(at(stacked, index), masks[index])
+            found = scan(make_params(), state, stack(make_grads()))
+    for index, point in enumerate(reference()):
+        assert_same(at(found, index), point)
 
 
-@each_method
-def test_vmap_over_seeds(name: str) -> None:
-    seeds = (0, 1, 2)
-    tx, method = transformation(name), METHODS[name]
-    starts = list(map(make_params, seeds))
-    states = [
+def test_vmap_over_seeds_at_different_steps() -> None:
+    lanes = range(3)
+    params = list(map(make_params, lanes))
+    states: list[Any] = [
         granet_jax.set_masks(
-            tx.init(params), granet_jax.init_masks(method, params, seed=seed)
+            TX.init(p)._replace(count=jnp.int32(lane)),
+            granet_jax.init_masks(METHOD, p, seed=lane),
         )
-        for seed, params in zip(seeds, starts, strict=True)
+        for lane, p in enumerate(params)
     ]
-    grads = [make_grads(100 + seed) for seed in seeds]
-    by_step = [stack(lanes) for lanes in zip(*grads, strict=True)]
-    step = jax.jit(jax.vmap(make_step(tx)))
-    (params, state), _ = loop(step, stack(starts), stack(states), by_step)
-    for lane in range(len(seeds)):
-        expected, _ = loop(step_of(name), starts[lane], states[lane], grads[lane])
-        assert_same((at(params, lane), at(state, lane)), expected)
-    kernels = params["first"]["kernel"]
+    grads = [make_grads(100 * lane) for lane in lanes]
+    step = jax.jit(jax.vmap(make_step(TX)))
+    by_step = [stack(gradients) for gradients in zip(*grads, strict=True)]
+    found = run(step, stack(params), stack(states), by_step)
+    active = []
+    for lane in lanes:
+        expected = run(STEP, params[lane], states[lane], grads[lane])
+        assert_same([at(point, lane) for point in found], expected)
+        active.append(granet_jax.sparsity(expected[0][1].masks).active)
+    # The first step is an update, which prunes, in the second lane alone.
+    assert active == [44, 22, 44]
+    kernels = found[-1][0]["first"]["kernel"]
     assert not np.array_equal(kernels[0], kernels[1])
 
 
-def test_vmap_over_lanes_at_different_steps() -> None:
-    # One lane updates its masks while the others do not.
-    tx = transformation("granet")
-    params = granet_jax.apply_masks(
-        make_params(), granet_jax.get_masks(tx.init(make_params()))
-    )
-    grads = make_grads()[0]
-    states = [tx.init(params)._replace(count=jnp.int32(n)) for n in (2, 3, 4)]
-    step = jax.jit(jax.vmap(make_step(tx), in_axes=(None, 0, None)))
-    found = step(params, stack(states), grads)
-    for lane, state in enumerate(states):
-        assert_same(at(found, lane), step_of("granet")(params, state, grads))
-    active = [granet_jax.sparsity(at(found, i)[1].masks).active for i in range(3)]
-    # Steps 3 and 5 are no updates, and the network is still dense.
-    assert active[0] == active[2] == 88
-    assert active[1] < 88
-
-
-@each_method
-def test_donated_buffers(name: str) -> None:
-    tx = transformation(name)
-    params, state = make_params(), tx.init(make_params())
+def test_donated_buffers() -> None:
+    params, state = make_params(), TX.init(make_params())
     # Two leaves in one buffer could not both be donated.
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((params, state))]
     assert len(set(pointers)) == len(pointers)
-    step = jax.jit(make_step(tx), donate_argnums=(0, 1))
-    for gradient in make_grads():
+    step = jax.jit(make_step(TX), donate_argnums=(0, 1))
+    for gradient, expected in zip(make_grads(), reference(), strict=True):
         donated = (params, state)
         params, state = step(params, state, gradient)
         assert all(x.is_deleted() for x in jax.tree.leaves(donated))
-    assert_same((params, state), reference(name)[0])
+        assert_same((params, state), expected)
 
 
-@each_method
-def test_no_tracer_leaks(name: str) -> None:
-    with jax.checking_leaks():
-        tx = granet_jax.transform(METHODS[name], INNER)
-        params, grads = make_params(), stack(make_grads()[:2])
-        # A second trace would meet what the first one left behind.
-        for _ in range(2):
-            state = jax.jit(lambda p: tx.init(p))(params)
-
-            @jax.jit
-            def run(params: Any, state: Any, grads: Any) -> Any:
-                def body(carry: Any, gradient: Any) -> Any:
-                    return make_step(tx)(*carry, gradient), None
-
-                return jax.lax.scan(body, (params, state), grads)[0]
-
-            _, state = run(params, state, grads)
-    assert state.count == 2
-
-
-@each_method
-def test_eager(name: str) -> None:
+def test_eager() -> None:
     # Four steps, two of which update the masks.
-    tx = transformation(name)
-    state = tx.init(make_params())
-    assert_same(jax.jit(tx.init)(make_params()), state)
-    grads = make_grads()[:4]
-    found = loop(make_step(tx), make_params(), state, grads)
-    assert_same(found, loop(step_of(name), make_params(), state, grads))
+    state = TX.init(make_params())
+    assert_same(jax.jit(TX.init)(make_params()), state)
+    found = run(make_step(TX), make_params(), state, make_grads()[:4])
+    assert_same(found, reference()[:4])

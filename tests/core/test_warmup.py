@@ -8,7 +8,7 @@ import pytest
 
 import granet_jax
 from tests.helpers.training import arrays
-from tests.helpers.trees import eighths
+from tests.helpers.trees import assert_same, eighths
 
 INTERVAL, WARMUP, STEPS = 4, 3, 12
 
@@ -31,8 +31,7 @@ def test_entered_weights_warm_up_linearly() -> None:
         age = 0 if count % INTERVAL == 0 else age + 1
         if age == 0:
             entered = jax.tree.map(lambda n, o: n & ~o, new, old)
-            for e, expected in zip(arrays(state.entered), arrays(entered), strict=True):
-                np.testing.assert_array_equal(e, expected)
+            assert_same(state.entered, entered)
         share = np.float32(min(1.0, age / WARMUP))
         for e, u, p, n in zip(
             arrays(state.entered),
@@ -45,7 +44,7 @@ def test_entered_weights_warm_up_linearly() -> None:
             np.testing.assert_array_equal(u, np.where(grown, p * share, p))
             seen += int(grown.sum() > 0 and share < 1)
         # Only the updates differ.
-        jax.tree.map(np.testing.assert_array_equal, state, plain_state)
+        assert_same(state, plain_state)
         params = optax.apply_updates(params, updates)
     assert seen
 

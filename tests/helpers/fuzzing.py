@@ -5,6 +5,7 @@ the steps of a few methods. A `Run` is one of many runs in a lab.
 """
 
 import functools
+import operator
 import pathlib
 import random
 import tempfile
@@ -23,6 +24,8 @@ import granet_jax
 from granet_jax import structures
 from tests.helpers import luck, numpy_reference, trees
 from tests.helpers.compiler_options import QUICK, STRICT
+from tests.helpers.numpy_reference import each, zeroed
+from tests.helpers.training import mask_list
 from tests.methods import records
 
 PyTree = Any
@@ -141,15 +144,14 @@ class Compiled:
         self.method, self.reference = method.build()
         self.devices: set[int] = set()
         inner = INNERS[lab.inner]()
-        options: dict[str, Any] = {
-            "where": lab.where,
-            "seed": SEED,
-            "packed": lab.packed,
-        }
-        if lab.steers:
-            self.tx = granet_jax.transform(self.method, inner, **options)
-        else:
-            self.tx = optax.chain(inner, granet_jax.transform(self.method, **options))
+        build = functools.partial(
+            granet_jax.transform,
+            self.method,
+            where=lab.where,
+            seed=SEED,
+            packed=lab.packed,
+        )
+        self.tx = build(inner) if lab.steers else optax.chain(inner, build())
 
         def step(params: PyTree, state: PyTree, grads: PyTree) -> PyTree:
             extra = {} if lab.steers else {"grads": grads}
@@ -160,12 +162,9 @@ class Compiled:
 
 
 class Lab:
-    """A tree of parameters, an inner optimizer, and methods.
+    """A tree of parameters, an inner optimizer, and methods that a run may have.
 
     Attributes:
-      tree: Tree of `jax.ShapeDtypeStruct`.
-      methods: Methods that a run may have, and change to.
-      inner: Name in `INNERS`.
       flags: Whether each leaf carries a mask; None for the default rule.
       packed: Whether masks are packed.
       steers: Whether the method wraps the optimizer, or is the last link after it.
@@ -208,10 +207,8 @@ class Lab:
     def values(self, seed: int, kind: str) -> PyTree:
         """Draws an array of at most eight bits for every leaf.
 
-        Args:
-          seed: Seed.
-          kind: "normal"; "ties", few different values; "zeros"; or "bad", some values
-            not finite.
+        Kinds are "normal"; "ties", few different values; "zeros"; or "bad", some values
+        not finite.
         """
         rng = np.random.default_rng(seed)
 
@@ -235,8 +232,8 @@ class Lab:
             rng.random(x.shape) < density[i % len(density)]
             for i, x in enumerate(self.leaves)
         ]
-        pairs = zip(drawn, self.carries, strict=True)
-        return self.treedef.unflatten([m if c else None for m, c in pairs])
+        chosen = each(lambda m, c: m if c else None, drawn, self.carries)
+        return self.treedef.unflatten(chosen)
 
 
 class InnerOptimizer:
@@ -257,9 +254,7 @@ class InnerOptimizer:
         def kept(x: Any) -> Any:
             if not self._is_moments(x):
                 return x
-            pairs = zip(jax.tree.leaves(x), keeps, strict=True)
-            zeroed = [numpy_reference.zeroed(np.asarray(a), k) for a, k in pairs]
-            return self.lab.treedef.unflatten(zeroed)
+            return self.lab.treedef.unflatten(each(zeroed, host(x), keeps))
 
         self.state = jax.tree.map(kept, self.state, is_leaf=self._is_moments)
 
@@ -267,8 +262,7 @@ class InnerOptimizer:
         fresh = jax.device_get(self.lab.inner_init(self.lab.treedef.unflatten(params)))
         self.state = jax.tree.map(
             lambda x, new: new if self._is_moments(x) else x,
-            self.state,
-            fresh,
+            *(self.state, fresh),
             is_leaf=self._is_moments,
         )
 
@@ -292,14 +286,9 @@ class Run:
 
     def host_masks(self, masks: PyTree) -> list[np.ndarray | None]:
         """Returns a mask for each parameter, None where it carries none."""
-        leaves = jax.tree.leaves(
-            masks, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
-        )
-        carries = [not isinstance(x, optax.MaskedNode) for x in leaves]
-        assert carries == self.lab.carries
-        return [
-            np.asarray(x) if c else None for x, c in zip(leaves, carries, strict=True)
-        ]
+        found = mask_list(masks)
+        assert [m is not None for m in found] == self.lab.carries
+        return found
 
     def begin(self, method: int, optimizer: InnerOptimizer) -> None:
         """Starts a method from the present parameters."""
@@ -372,8 +361,7 @@ class Run:
                 restored = checkpointer.restore(path, like)
         restored = jax.tree.map(
             lambda x, y: y if x is None else x,
-            restored,
-            point,
+            *(restored, point),
             is_leaf=lambda x: x is None,
         )
         trees.assert_same(restored, point)
@@ -412,11 +400,11 @@ class Run:
         method, t = self.compiled.reference, self.training.step_count
         before, after = (method.active(self.lab.masked(m)) for m in (old, new))
         sizes = method.sizes([m.shape for m in self.lab.masked(old)])
-        left = [n - r for n, r in zip(sizes, room, strict=True)]
+        left = each(operator.sub, sizes, room)
         assert method.threshold is not None or left == [
             a - numpy_reference.number_dropped(method.fractions[t], a) for a in before
         ]
-        exact = [a - n for a, n in zip(after, left, strict=True)]
+        exact = each(operator.sub, after, left)
         assert sum(exact) == sum(grown)
         for e, g, r in zip(exact, grown, room, strict=True):
             assert abs(e - g) <= len(grown)
@@ -427,12 +415,8 @@ class Run:
         """Checks parameters, updates, moments and averages."""
         lab, training = self.lab, self.training
         for x, u, expected, update, p, keep in zip(
-            host(self.params),
-            updates,
-            training.params,
-            training.updates,
-            before,
-            training.keeps,
+            *(host(self.params), updates, training.params, training.updates),
+            *(before, training.keeps),
             strict=True,
         ):
             assert x.dtype == p.dtype
@@ -500,8 +484,7 @@ class Run:
 def run_schedule(lab: Lab, method: int = 0) -> tuple[int, Run]:
     """Runs the whole schedule of a method twice, masked at first and not, with ties.
 
-    Returns:
-      The number of steps that changed masks, and the second run.
+    Returns the number of steps that changed masks, and the second run.
     """
     reference = lab.compiled(method).reference
     last = max([*reference.update_steps, 5])
@@ -520,13 +503,7 @@ def run_schedule(lab: Lab, method: int = 0) -> tuple[int, Run]:
 
 
 def drawn_method(rng: random.Random, *, steers: bool, penalised: bool) -> MethodSpec:
-    """Draws a method and its arguments.
-
-    Args:
-      rng: Random numbers.
-      steers: Whether the method may need to wrap the optimizer.
-      penalised: Whether the method may add a penalty to the gradient.
-    """
+    """Draws a method that may need to wrap the optimizer, or to add a penalty."""
 
     def number(*special: float) -> float:
         return rng.choice([*special, round(rng.uniform(0, 0.99), 3)])

@@ -11,6 +11,7 @@ multiply-add gives the same bits.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,11 @@ import numpy as np
 
 Leaves = list[Any]
 LAST_STEP = 2**31 - 1  # The step counter stops here.
+
+
+def each(function: Callable[..., Any], *lists: Any) -> list[Any]:
+    """The function of the first items of the lists, of the second ones, and so on."""
+    return [function(*row) for row in zip(*lists, strict=True)]
 
 
 # --- Numbers of weights -------------------------------------------------------------
@@ -34,11 +40,11 @@ def densities(shapes: Sequence[tuple], sparsity: float, distribution: Any) -> li
         return distribution(shapes, sparsity)
     if distribution == "uniform":
         return [density for _ in shapes]
-    sizes = [math.prod(shape) for shape in shapes]
-    raw = []
-    for shape, size in zip(shapes, sizes, strict=True):
-        dims = shape if distribution == "erk" else shape[-2:]
-        raw.append(sum(dims) / math.prod(dims) if size else 0.0)
+    sizes = list(map(math.prod, shapes))
+    dims = [shape if distribution == "erk" else shape[-2:] for shape in shapes]
+    raw = [
+        sum(d) / math.prod(d) if n else 0.0 for d, n in zip(dims, sizes, strict=True)
+    ]
     dense = {i for i, size in enumerate(sizes) if size == 0}
     while len(dense) < len(shapes):
         sparse = [i for i in range(len(shapes)) if i not in dense]
@@ -60,15 +66,11 @@ def counts(
     floors: Sequence[int] | None = None,
 ) -> list[int]:
     """Active weights per leaf by largest remainder, within `caps` and `floors`."""
-    sizes = [math.prod(shape) for shape in shapes]
+    sizes = list(map(math.prod, shapes))
     caps = sizes if caps is None else caps
-    floors = [0 for _ in sizes] if floors is None else floors
-    share = densities(shapes, sparsity, distribution)
-    ideal = [d * n for d, n in zip(share, sizes, strict=True)]
-    kept = [
-        max(min(math.floor(x), cap), floor)
-        for x, cap, floor in zip(ideal, caps, floors, strict=True)
-    ]
+    floors = [0] * len(sizes) if floors is None else floors
+    ideal = each(operator.mul, densities(shapes, sparsity, distribution), sizes)
+    kept = each(max, each(min, map(math.floor, ideal), caps), floors)
     order = sorted(range(len(sizes)), key=lambda i: (kept[i] - ideal[i], i))
     total = total_count(sum(sizes), sparsity)
     while sum(kept) < total:
@@ -96,47 +98,39 @@ def redistributed(total: int, weights: Sequence[float], room: Sequence[int]) -> 
     shares = [0 for _ in room]
     while sum(shares) < total:
         left = total - sum(shares)
-        space = [r - g for r, g in zip(room, shares, strict=True)]
-        mass = [w if s else 0.0 for w, s in zip(weights, space, strict=True)]
+        space = each(operator.sub, room, shares)
+        mass = each(lambda w, s: w if s else 0.0, weights, space)
         if sum(mass) == 0.0:
-            mass = [float(s) for s in space]
-        whole = np.float32(math.fsum(mass))
-        more = [
-            min(math.floor(np.float32(m) / whole * np.float32(left)), s)
-            for m, s in zip(mass, space, strict=True)
-        ]
+            mass = list(map(float, space))
+        parts = np.float32(mass) / np.float32(math.fsum(mass)) * np.float32(left)
+        more = each(lambda x, s: min(math.floor(x), s), parts, space)
         if sum(more) == 0:
             more = [int(s > 0) for s in space]
             for i in range(len(room)):
                 more[i] = min(more[i], left - sum(more[:i]))
-        shares = [g + p for g, p in zip(shares, more, strict=True)]
+        shares = each(operator.add, shares, more)
     return shares
 
 
 def within_reach(target: Sequence[int], present: Sequence[int]) -> list[int]:
     """The target; leaves above theirs make up for those below."""
-    kept = [min(pair) for pair in zip(target, present, strict=True)]
-    room = [p - k for p, k in zip(present, kept, strict=True)]
+    kept = each(min, target, present)
+    room = each(operator.sub, present, kept)
     missing = min(sum(target) - sum(kept), sum(room))
-    extra = redistributed(missing, [float(r) for r in room], room)
-    return [k + e for k, e in zip(kept, extra, strict=True)]
+    return each(
+        operator.add, kept, redistributed(missing, list(map(float, room)), room)
+    )
 
 
 # --- Structures ---------------------------------------------------------------------
 
 
 class Structure(NamedTuple):
-    """Boxes of weights: kept as a whole, by a norm, or with equal numbers of weights.
+    """Boxes of weights, kept as a whole, by a norm, or with equally many weights."""
 
-    Attributes:
-      sides: Function from the shape of a leaf to the shape of its boxes.
-      whole: Whether boxes are kept or pruned as a whole.
-      norm: "l1" or "l2".
-    """
-
-    sides: Callable[[tuple], tuple]
+    sides: Callable[[tuple], tuple]  # From the shape of a leaf to that of its boxes.
     whole: bool
-    norm: str = "l1"
+    norm: str = "l1"  # Or "l2".
 
 
 def block(*sides: int, norm: str = "l1") -> Structure:
@@ -223,25 +217,22 @@ def tie_ranks(size: int, factors: Sequence[int] | None) -> np.ndarray:
 def best_per_leaf(
     scores: Leaves, candidates: Leaves, ks: Sequence[int], factors: Any = None
 ) -> Leaves:
+    def in_leaf(s: np.ndarray, c: np.ndarray, k: int, odd: Any) -> np.ndarray:
+        return best(s.ravel(), c.ravel(), k, tie_ranks(s.size, odd)).reshape(s.shape)
+
     factors = [None] * len(scores) if factors is None else factors
-    return [
-        best(s.ravel(), c.ravel(), k, tie_ranks(s.size, f)).reshape(s.shape)
-        for s, c, k, f in zip(scores, candidates, ks, factors, strict=True)
-    ]
+    return each(in_leaf, scores, candidates, ks, factors)
 
 
 def best_across(
     scores: Leaves, candidates: Leaves, k: int, factors: Any = None
 ) -> Leaves:
-    chosen = best(
-        np.concatenate([s.ravel().astype(np.float64) for s in scores]),
-        np.concatenate([c.ravel() for c in candidates]),
-        k,
-        tie_ranks(sum(s.size for s in scores), None if factors is None else factors[0]),
-    )
+    flat = np.concatenate([s.ravel().astype(np.float64) for s in scores])
+    among = np.concatenate([c.ravel() for c in candidates])
+    ranks = tie_ranks(flat.size, None if factors is None else factors[0])
     ends = np.cumsum([s.size for s in scores])[:-1]
-    parts = np.split(chosen, ends)
-    return [part.reshape(s.shape) for part, s in zip(parts, scores, strict=True)]
+    parts = np.split(best(flat, among, k, ranks), ends)
+    return each(lambda part, s: part.reshape(s.shape), parts, scores)
 
 
 # --- Scores -------------------------------------------------------------------------
@@ -291,51 +282,33 @@ Coefficients = Callable[[int, np.ndarray, np.ndarray | None], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceMethod:
-    """A method as tables by step.
+    """A method as tables by step."""
 
-    Attributes:
-      start: Sparsity of the initial masks.
-      targets: Sparsity from a step on, by step; methods without any never prune.
-      fractions: Prune fraction of the exchange, by step; only steps that exchange.
-      distribution: How the sparsity is split over leaves.
-      scope: "global" or "layer".
-      structure: `Structure`, or None for single weights.
-      prune: Score by which pruning, and every choice among all weights, ranks.
-      revive: Score by which weights return where the sparsity falls, or None.
-      drop: Score by which the exchange drops.
-      grow: Score by which the exchange grows.
-      across: Whether the exchange moves weights between leaves, by mean score.
-      threshold: First threshold of DSR, whose exchange drops all weights below it.
-      decay: Decay of the moving average of the dense gradient, or None.
-      resets: Steps after which the moments start anew.
-      weights: "sparse", "projected" or "dense", as in `granet_jax.Method`.
-      refresh: Steps between two choices among all weights.
-      marked: Sparsity of the second masks, or None.
-      marks: Steps that choose the second masks again, with sparse weights.
-      penalty: Extra L2 coefficients, or None.
-      floor: The density that global pruning leaves in every leaf.
-    """
-
-    start: float
+    start: float  # Sparsity of the initial masks.
+    # Sparsity from a step on, by step; methods without any never prune.
     targets: dict[int, float] = dataclasses.field(default_factory=dict)
+    # Prune fraction of the exchange, by step; only steps that exchange.
     fractions: dict[int, float] = dataclasses.field(default_factory=dict)
-    distribution: Any = "erk"
+    distribution: Any = "erk"  # How the sparsity is split over leaves.
     scope: str = "global"
-    structure: Structure | None = None
-    prune: Score = magnitude
-    revive: Score | None = None
-    drop: Score = magnitude
+    structure: Structure | None = None  # None for single weights.
+    prune: Score = (
+        magnitude  # By which pruning and every choice among all weights rank.
+    )
+    revive: Score | None = None  # By which weights return where the sparsity falls.
+    drop: Score = magnitude  # By which the exchange drops.
     grow: Score = gradient
-    across: bool = False
-    threshold: float | None = None
-    decay: float | None = None
-    resets: frozenset[int] = frozenset()
-    weights: str = "sparse"
-    refresh: int = 1
-    marked: float | None = None
+    across: bool = False  # The exchange moves weights between leaves, by mean score.
+    threshold: float | None = None  # The first of DSR, which drops all weights below.
+    decay: float | None = None  # Of the moving average of the dense gradient.
+    resets: frozenset[int] = frozenset()  # Steps after which the moments start anew.
+    weights: str = "sparse"  # Or "projected" or "dense", as in `granet_jax.Method`.
+    refresh: int = 1  # Steps between two choices among all weights.
+    marked: float | None = None  # Sparsity of the second masks.
+    # Steps that choose the second masks again, with sparse weights.
     marks: frozenset[int] = frozenset()
-    penalty: Coefficients | None = None
-    floor: float = 0.0
+    penalty: Coefficients | None = None  # Extra L2 coefficients.
+    floor: float = 0.0  # The density that global pruning leaves in every leaf.
 
     @property
     def update_steps(self) -> list[int]:
@@ -374,18 +347,13 @@ class ReferenceMethod:
         """Active parts of every leaf: weights, whole boxes, or weights of each box."""
         if self.structure is None:
             return counts(shapes, sparsity, self.distribution, caps, floors)
-        share = densities(shapes, sparsity, self.distribution)
         sizes = self.sizes(shapes)
         caps = sizes if caps is None else caps
-        floors = (
-            [0 if self.structure.whole else 1] * len(sizes)
-            if floors is None
-            else floors
-        )
-        return [
-            min(max(math.floor(d * n + 0.5), floor), cap)
-            for d, n, floor, cap in zip(share, sizes, floors, caps, strict=True)
-        ]
+        if floors is None:
+            floors = [0 if self.structure.whole else 1] * len(sizes)
+        share = densities(shapes, sparsity, self.distribution)
+        rounded = [math.floor(d * n + 0.5) for d, n in zip(share, sizes, strict=True)]
+        return each(min, each(max, rounded, floors), caps)
 
     def sizes(self, shapes: Sequence[tuple]) -> list[int]:
         """Parts of every leaf: weights, whole boxes, or the weights of each box."""
@@ -435,28 +403,19 @@ class ReferenceMethod:
         if structure is None:
             return self._select(scores, among, numbers, factors)
         boxes = [structure.sides(s.shape) for s in scores]
-        rows = [boxed(s, b) for s, b in zip(scores, boxes, strict=True)]
-        open_ = [boxed(m, b) for m, b in zip(among, boxes, strict=True)]
+        rows = each(boxed, scores, boxes)
+        open_ = each(boxed, among, boxes)
         if structure.whole:
-            ranks = self._select(
-                [_norm(r, structure.norm) for r in rows],
-                [o.all(axis=-1) for o in open_],
-                numbers,
-                factors,
-            )
-            chosen = [
-                np.broadcast_to(c[:, None], r.shape)
-                for c, r in zip(ranks, rows, strict=True)
-            ]
+            norms = [_norm(r, structure.norm) for r in rows]
+            whole = [o.all(axis=-1) for o in open_]
+            ranks = self._select(norms, whole, numbers, factors)
+            chosen = each(lambda c, r: c[:, None] & np.ones_like(r, bool), ranks, rows)
         else:
-            chosen = [
-                np.stack([best(*pair, k) for pair in zip(r, o, strict=True)])
-                for r, o, k in zip(rows, open_, numbers, strict=True)
-            ]
-        return [
-            unboxed(c, s.shape, b)
-            for c, s, b in zip(chosen, scores, boxes, strict=True)
-        ]
+            chosen = each(
+                lambda r, o, k: np.stack(each(best, r, o, [k] * len(r))),
+                *(rows, open_, numbers),
+            )
+        return each(unboxed, chosen, [s.shape for s in scores], boxes)
 
     def pruned(self, scores: Leaves, masks: Leaves, number: list[int]) -> Leaves:
         """Keeps the best weights, but in every leaf those that `floor` keeps there."""
@@ -466,9 +425,9 @@ class ReferenceMethod:
         least = [math.floor(self.floor * size + 1e-6) for size in sizes]
         within = dataclasses.replace(self, scope="layer")
         first = within.choose(scores, masks, least)
-        others = [m & ~f for m, f in zip(masks, first, strict=True)]
+        others = each(lambda m, f: m & ~f, masks, first)
         rest = self.choose(scores, others, [number[0] - sum(self.active(first))])
-        return [f | r for f, r in zip(first, rest, strict=True)]
+        return each(operator.or_, first, rest)
 
     def _select(
         self, scores: Leaves, among: Leaves, numbers: Sequence[int], factors: Any
@@ -489,25 +448,21 @@ class ReferenceMethod:
     ) -> Leaves:
         """Activates the best of each box, up to `numbers` (an integer or one a box)."""
         assert self.structure is not None
-        filled = []
-        factors = [None] * len(masks) if factors is None else factors
-        for mask, score, number, odd in zip(
-            masks, scores, numbers, factors, strict=True
-        ):
-            sides = self.structure.sides(mask.shape)
-            rows, ranks = boxed(mask, sides), boxed(score, sides)
+        sides = self.structure.sides
+
+        def fill(mask: Any, score: Any, number: Any, odd: Any) -> np.ndarray:
+            rows = boxed(mask, sides(mask.shape))
             missing = np.maximum(number - rows.sum(axis=-1), 0)
             order = [tie_ranks(rows.shape[1], None)] * len(rows)
             if odd is not None:  # Another order in every box.
                 order = [
                     shuffled(r * (1 - 2 * box), odd) for box, r in enumerate(order)
                 ]
-            back = [
-                best(s, ~m, k, r)
-                for s, m, k, r in zip(ranks, rows, missing, order, strict=True)
-            ]
-            filled.append(unboxed(rows | np.stack(back), mask.shape, sides))
-        return filled
+            back = each(best, boxed(score, sides(mask.shape)), ~rows, missing, order)
+            return unboxed(rows | np.stack(back), mask.shape, sides(mask.shape))
+
+        factors = [None] * len(masks) if factors is None else factors
+        return each(fill, masks, scores, numbers, factors)
 
 
 def _norm(rows: np.ndarray, norm: str) -> np.ndarray:
@@ -758,13 +713,12 @@ class Sgd:
 
     def step(self, grads: Leaves, params: Leaves) -> Leaves:
         """Returns the updates to add to the parameters."""
-        pairs = zip(grads, self.moments, strict=True)
-        self.moments = [g + self.momentum * m for g, m in pairs]
+        self.moments = each(lambda g, m: g + self.momentum * m, grads, self.moments)
         return [-self.rate * m for m in self.moments]
 
     def keep(self, keeps: Leaves) -> None:
         """Zeroes moments outside of `keeps`, which has None at leaves without masks."""
-        self.moments = [zeroed(x, k) for x, k in zip(self.moments, keeps, strict=True)]
+        self.moments = each(zeroed, self.moments, keeps)
 
     def restart(self, params: Leaves) -> None:
         self.moments = [np.zeros_like(p) for p in params]
@@ -774,19 +728,16 @@ def zeroed(x: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
     return x if keep is None else np.where(keep, x, x.dtype.type(0))
 
 
+def _added(p: np.ndarray, update: np.ndarray) -> np.ndarray:
+    return (p + update).astype(p.dtype)
+
+
 class ReferenceTraining:
     """Training by a method, one step at a time.
 
-    Attributes:
-      step_count: Number of steps so far.
-      params: List of arrays.
-      masks: List of boolean arrays, None at parameters that carry no mask.
-      marked: The second masks, as `masks`.
-      averages: Moving averages of the dense gradient, as `masks`.
-      threshold: Present threshold of DSR.
-      updates: The updates that the last step added to the parameters.
-      keeps: The weights that kept value and moments, as `masks`; None where the method
-        moves all weights.
+    Lists have an item for every parameter, None for one that carries no mask. `marked`
+    are the second masks, `averages` those of the gradient; `keeps` are the weights that
+    kept value and moments, None also where the method moves all weights.
     """
 
     def __init__(
@@ -800,13 +751,9 @@ class ReferenceTraining:
     ) -> None:
         """Begins training.
 
-        Args:
-          method: Method.
-          params: Parameters, as training begins.
-          masks: Masks, as training begins.
-          optimizer: `Sgd`, or another one with its methods.
-          steers: Whether the method wraps the optimizer, which then sees masked
-            gradients, or comes after it as the last link of a chain.
+        With `steers`, the method wraps the optimizer (`Sgd`, or another one with its
+        methods), which then sees masked gradients. Else it comes after it as the last
+        link of a chain.
         """
         self.method, self.optimizer, self.steers = method, optimizer, steers
         self.params = [p.copy() for p in params]
@@ -824,8 +771,7 @@ class ReferenceTraining:
 
     def masked(self, arrays: Leaves) -> Leaves:
         """The arrays of parameters that carry a mask."""
-        pairs = zip(arrays, self.masks, strict=True)
-        return [x for x, m in pairs if m is not None]
+        return [x for x, m in zip(arrays, self.masks, strict=True) if m is not None]
 
     def spread(self, arrays: Leaves) -> Leaves:
         """The inverse of `masked`, with None at parameters that carry no mask."""
@@ -842,14 +788,11 @@ class ReferenceTraining:
     ) -> None:
         """Takes one optimizer step, and updates the masks if the step is due.
 
-        Args:
-          grads: Dense gradients.
-          random_scores: Function from a step to one array of random scores per mask.
-          adjust: Function of (grown, room) that may change, in place, how many weights
-            each leaf grows where the exchange moves weights between leaves.
-          factors: Function from a step to the odd numbers that put equal scores in a
-            random order when weights are dropped, grown and revived. Without it, the
-            first index comes first.
+        `random_scores` gives an array for each mask, by the step. `adjust(grown, room)`
+        may change in place how many weights each leaf grows where they move between
+        leaves. `factors` gives, by the step, the odd numbers that put equal scores in a
+        random order when weights are dropped, grown and revived; without it the first
+        index comes first.
         """
         method, old = self.method, self.masks
         advances = self.step_count < LAST_STEP
@@ -861,24 +804,22 @@ class ReferenceTraining:
         reach = {"sparse": old, "dense": self.marked}.get(method.weights)
         seen = self._penalised(grads)
         if self.steers and reach is not None:
-            seen = [zeroed(g, r) for g, r in zip(seen, reach, strict=True)]
+            seen = each(zeroed, seen, reach)
         changes = self.optimizer.step(seen, self.params)
         if method.weights == "dense":
-            changes = [zeroed(u, r) for u, r in zip(changes, reach, strict=True)]
-        stepped = [
-            (p + u).astype(p.dtype) for p, u in zip(self.params, changes, strict=True)
-        ]
+            changes = each(zeroed, changes, reach)
+        stepped = each(_added, self.params, changes)
         if method.decay is not None:
             self.averages = self._averaged(grads)
         if method.weights != "sparse":
             self._choose_again(stepped, changes)
             return
-        stepped = [zeroed(p, m) for p, m in zip(stepped, old, strict=True)]
+        stepped = each(zeroed, stepped, old)
         new = kept = self.masked(old)
         if advances:
             odd = {} if factors is None else factors(t)
             new, kept = self._update(stepped, grads, random_scores, adjust, odd)
-        self.keeps = self.spread([k & n for k, n in zip(kept, new, strict=True)])
+        self.keeps = self.spread(each(operator.and_, kept, new))
         self.masks = self.spread(new)
         self._move(changes)
         if t in method.marks and advances:
@@ -908,26 +849,21 @@ class ReferenceTraining:
 
         So a weight that is not finite becomes NaN where it should become zero.
         """
-        wide = [
-            u.astype(np.promote_types(u.dtype, p.dtype))
-            for p, u in zip(self.params, changes, strict=True)
-        ]
-        self.updates = [
-            u if k is None else np.where(k, u, -p.astype(u.dtype))
-            for p, u, k in zip(self.params, wide, self.keeps, strict=True)
-        ]
-        self.params = [
-            (p + u).astype(p.dtype)
-            for p, u in zip(self.params, self.updates, strict=True)
-        ]
+
+        def update(p: np.ndarray, u: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
+            u = u.astype(np.promote_types(u.dtype, p.dtype))
+            return u if keep is None else np.where(keep, u, -p.astype(u.dtype))
+
+        self.updates = each(update, self.params, changes, self.keeps)
+        self.params = each(_added, self.params, self.updates)
 
     def _averaged(self, grads: Leaves) -> Leaves:
         decay = np.float32(self.method.decay)
         rest = np.float32(1.0 - self.method.decay)
-        return [
-            None if a is None else decay * a + rest * g.astype(np.float32)
-            for a, g in zip(self.averages, grads, strict=True)
-        ]
+        return each(
+            lambda a, g: None if a is None else decay * a + rest * g.astype(np.float32),
+            *(self.averages, grads),
+        )
 
     def _mark(self, params: Leaves) -> None:
         method, weights = self.method, self.masked(params)
@@ -937,23 +873,21 @@ class ReferenceTraining:
         numbers = method.numbers([p.shape for p in weights], method.marked)
         if method.weights == "sparse" and method.makes_up:
             numbers = within_reach(numbers, method.active(among))
-        self.marked = self.spread(
-            method.choose([np.abs(p) for p in weights], among, numbers)
-        )
+        chosen = method.choose([np.abs(p) for p in weights], among, numbers)
+        self.marked = self.spread(chosen)
 
     def _penalised(self, grads: Leaves) -> Leaves:
         if self.method.penalty is None:
             return grads
-        sums = []
-        for p, g, mask, marked in zip(
-            self.params, grads, self.masks, self.marked, strict=True
-        ):
-            if mask is not None:
-                size = self.method.penalty(self.step_count - 1, mask, marked)
-                term = size.astype(np.float32) * p.astype(np.float32)
-                g = g + term.astype(g.dtype)
-            sums.append(g)
-        return sums
+        penalty, before = self.method.penalty, self.step_count - 1
+
+        def add(p: Any, g: np.ndarray, mask: Any, marked: Any) -> np.ndarray:
+            if mask is None:
+                return g
+            size = penalty(before, mask, marked).astype(np.float32)
+            return g + (size * p.astype(np.float32)).astype(g.dtype)
+
+        return each(add, self.params, grads, self.masks, self.marked)
 
     def _update(
         self, stepped, grads, random_scores, adjust, odd
@@ -969,9 +903,7 @@ class ReferenceTraining:
             if function is random:
                 drawn = random_scores(t)
             columns = (weights, dense, present, averages, marked, drawn)
-            return [
-                np.asarray(function(Inputs(*row))) for row in zip(*columns, strict=True)
-            ]
+            return each(lambda *row: np.asarray(function(Inputs(*row))), *columns)
 
         new = kept = old
         if method.targets and t in self.plan:
@@ -984,8 +916,8 @@ class ReferenceTraining:
                 scores = score(method.revive, weights, new)
                 new = self._revived(new, scores, number, odd)
         if t not in method.fractions:
-            return new, [o & k for o, k in zip(old, kept, strict=True)]
-        present = [zeroed(p, m) for p, m in zip(weights, new, strict=True)]
+            return new, each(operator.and_, old, kept)
+        present = each(zeroed, weights, new)
         left, freed = self._dropped(
             new, score(method.drop, present, new), odd.get("drop")
         )
@@ -994,7 +926,7 @@ class ReferenceTraining:
         if method.across or method.threshold is not None:
             shares = [int(m.sum()) for m in left]
             if method.across:
-                shares = [_mean(s, m) for s, m in zip(scores, old, strict=True)]
+                shares = each(_mean, scores, old)
             room = method.active([~m for m in left])
             grown = redistributed(sum(freed), shares, room)
             if adjust is not None:
@@ -1007,8 +939,8 @@ class ReferenceTraining:
             within = dataclasses.replace(method, scope="layer")
             unused = [~m for m in left]
             chosen = within.choose(scores, unused, grown, odd.get("grow"))
-            new = [m | c for m, c in zip(left, chosen, strict=True)]
-        return new, [o & k for o, k in zip(old, kept, strict=True)]
+            new = each(operator.or_, left, chosen)
+        return new, each(operator.and_, old, kept)
 
     def _revived(
         self, masks: Leaves, scores: Leaves, number: list[int], odd: dict[str, Any]
@@ -1019,10 +951,10 @@ class ReferenceTraining:
         active = method.active(masks)
         if method.ranks_across:
             active = [sum(active)]
-        missing = [max(n - a, 0) for n, a in zip(number, active, strict=True)]
+        missing = each(lambda n, a: max(n - a, 0), number, active)
         factors = odd.get("revive across" if method.ranks_across else "revive")
         back = method.choose(scores, [~m for m in masks], missing, factors)
-        return [m | b for m, b in zip(masks, back, strict=True)]
+        return each(operator.or_, masks, back)
 
     def _dropped(
         self, masks: Leaves, scores: Leaves, factors: Any
@@ -1032,10 +964,8 @@ class ReferenceTraining:
         fraction = method.fractions[self.step_count]
         active = method.active(masks)
         if method.threshold is not None:
-            left = [
-                m & (s >= self.threshold) for m, s in zip(masks, scores, strict=True)
-            ]
-            freed = [a - int(m.sum()) for a, m in zip(active, left, strict=True)]
+            left = each(lambda m, s: m & (s >= self.threshold), masks, scores)
+            freed = each(lambda a, m: a - int(m.sum()), active, left)
             wanted = fraction * sum(active)
             if sum(freed) < 0.9 * wanted:
                 self.threshold *= 2
@@ -1043,7 +973,7 @@ class ReferenceTraining:
                 self.threshold /= 2
             return left, freed
         freed = [number_dropped(fraction, a) for a in active]
-        number = [a - f for a, f in zip(active, freed, strict=True)]
+        number = each(operator.sub, active, freed)
         within = dataclasses.replace(method, scope="layer")
         if method.structure is not None and not method.structure.whole:
             within = dataclasses.replace(within, structure=None)
