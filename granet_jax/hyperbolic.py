@@ -18,11 +18,11 @@ class HyperbolicState(NamedTuple):
     """State of `hyperbolic`.
 
     Attributes:
-      count: Number of steps, int32 scalar.
+      step: Number of steps, int32 scalar.
       inner_state: State of the inner optimizer.
     """
 
-    count: Array
+    step: Array
     inner_state: Any
 
 
@@ -79,7 +79,8 @@ def hyperbolic(
             raise ValueError(
                 "params must be given to update: call tx.update(grads, state, params)."
             )
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        given = learning_rate
+        rate: Any = given(state.step) if callable(given) else given
         steps, inner_state = optimizer.update(
             updates, state.inner_state, params, **extra
         )
@@ -93,7 +94,7 @@ def hyperbolic(
             return after * jnp.exp(exponent).astype(weight.dtype) - weight
 
         steps = jax.tree.map(scaled, steps, updates, params)
-        count = optax.safe_increment(state.count)
-        return steps, HyperbolicState(count, inner_state)
+        step = jnp.asarray(optax.safe_increment(state.step))
+        return steps, HyperbolicState(step, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -50,7 +50,7 @@ def perplexity(
 
 def _losses(params: dict[str, Any], tokens: np.ndarray) -> jax.Array:
     """Return the mean cross-entropy (n,) of each window (n, length)."""
-    hidden = smollm2.embed(params, tokens[:, :-1])
+    hidden = smollm2.embed(params, jnp.asarray(tokens[:, :-1]))
     for name in smollm2.layer_names():
         hidden = _block(params[name], hidden)
     return _losses_of_head(params["norm"], params["embedding"], hidden, tokens[:, 1:])
