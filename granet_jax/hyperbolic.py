@@ -18,11 +18,11 @@ class HyperbolicState(NamedTuple):
     """State of `hyperbolic`.
 
     Attributes:
-      step: Number of steps, int32 scalar.
+      count: Number of steps, int32 scalar.
       inner_state: State of the inner optimizer.
     """
 
-    step: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     inner_state: Any
 
 
@@ -80,7 +80,7 @@ def hyperbolic(
                 "params must be given to update: call tx.update(grads, state, params)."
             )
         given = learning_rate
-        rate: Any = given(state.step) if callable(given) else given
+        rate: Any = given(state.count) if callable(given) else given
         steps, inner_state = optimizer.update(
             updates, state.inner_state, params, **extra
         )
@@ -94,7 +94,7 @@ def hyperbolic(
             return after * jnp.exp(exponent).astype(weight.dtype) - weight
 
         steps = jax.tree.map(scaled, steps, updates, params)
-        step = jnp.asarray(optax.safe_increment(state.step))
-        return steps, HyperbolicState(step, inner_state)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return steps, HyperbolicState(count, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
