@@ -482,7 +482,9 @@ def test_damaged_data_are_named_with_a_remedy(data_dir, tmp_path):
                 (folder / file).write_bytes(damaged)
             with pytest.raises(OSError, match=re.escape(str(folder.parent))) as caught:
                 data.load("digits", tmp_path)
-            assert f"Remove the folder, then {remedy}" in str(caught.value), file
+            message = str(caught.value)
+            assert f"Remove the folder, then {remedy}" in message, file
+            assert "\n" not in message
             shutil.rmtree(folder)
     # Data in another format are left alone.
     shutil.copytree(whole, folder)

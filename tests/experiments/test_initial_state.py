@@ -105,7 +105,7 @@ def test_a_dynamic_method_starts_from_the_source_and_continues_exactly(
     tmp_path, monkeypatch
 ):
     runs.use_small_networks(monkeypatch)
-    config = with_source("synflow", method="rigl", tost=LRSI)
+    config = with_source("snip", method="rigl", tost=LRSI)
     masks = dataclasses.replace(config.masks, interval=2)
     each = runs.create_setup(dataclasses.replace(config, masks=masks))
     (records,), whole = loop.fit(each, [1], tmp_path / "whole")

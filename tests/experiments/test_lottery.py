@@ -27,10 +27,10 @@ TRAINING = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def setup() -> Iterator[loop.TrainSetup]:
-    """The setup of every search, on all devices."""
+    """The setup of every search, on several devices."""
     with pytest.MonkeyPatch.context() as patch:
-        runs.share_setups(patch, jax.device_count())
-        yield runs.create_setup(TRAINING, jax.device_count())
+        runs.share_setups(patch, devices=2)
+        yield runs.create_setup(TRAINING, devices=2)
 
 
 @pytest.fixture(scope="module")

@@ -302,8 +302,8 @@ def test_it_needs_no_data_and_takes_other_options(capsys, tmp_path, monkeypatch)
         "Estimates, since data and training decide",
     ):
         assert part in words
-    source = ("--recipe", "tost-snip-cifar10-vgg16-95", "--dry-run")
-    _, out, _ = run(capsys, *source)
+    tost = ALL["tost-snip-cifar10-vgg16-95"]
+    out = dry_run.text(dry_run.analyse(tost.config), tost.name, tost)
     words = " ".join(out.split())
     assert "Its settings are ours: those of the paper were not available." in words
     assert "ToST swish neurons, identity skips for 17,745 steps, LRsI, labels" in words

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from experiments import data, models
-from experiments.config.run import CheckpointConfig, Config, _flat
+from experiments.config.run import CheckpointConfig, Config
 from experiments.training import loop
 from experiments.training.checkpoints import Checkpoints
 
@@ -213,16 +213,19 @@ def full_disk(size: int) -> Generator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def arguments(config: Config, prefix: str = "") -> list[str]:
-    """The options of a command line with this configuration."""
-    words = []
-    defaults = _flat(dataclasses.asdict(Config()))
-    for name, value in _flat(dataclasses.asdict(config)).items():
-        option = name.replace("_", "-")
-        if isinstance(value, bool) and value != defaults[name]:
-            words.append(f"--{prefix}{option}" if value else f"--{prefix}no-{option}")
-        elif value != defaults[name]:
-            words += [f"--{prefix}{option}", str(value)]
+def arguments(config: Any, prefix: str = "") -> list[str]:
+    """The options of a command line with this configuration, or a part of one."""
+    words, defaults = [], type(config)()
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            words += arguments(value, f"{prefix}{name}.")
+        elif value == getattr(defaults, field.name):
+            continue
+        elif isinstance(value, bool):
+            words.append(f"--{prefix}{name}" if value else f"--{prefix}no-{name}")
+        else:
+            words += [f"--{prefix}{name}", str(value)]
     return words
 
 
