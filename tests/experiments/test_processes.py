@@ -17,12 +17,7 @@ from typing import Any
 import jax
 import pytest
 
-from experiments.config.run import (
-    CheckpointConfig,
-    Config,
-    DistributedConfig,
-    MaskConfig,
-)
+from experiments.config.run import CheckpointConfig, Config, MaskConfig
 from experiments.training import loop
 from tests.helpers import runs
 
@@ -48,8 +43,11 @@ def start_pair(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
-    each = [DistributedConfig(coordinator, processes=2, process=i) for i in range(2)]
-    configs = [dataclasses.replace(config, out=out, distributed=x) for x in each]
+    pair = {"distributed.coordinator": coordinator, "distributed.processes": 2}
+    configs = [
+        runs.replace_options(config, {"out": out, "distributed.process": i} | pair)
+        for i in range(2)
+    ]
     return [runs.start(runs.arguments(x), cache=cache) for x in configs]
 
 
