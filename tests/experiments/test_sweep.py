@@ -366,19 +366,15 @@ def test_auto_chooses_the_faster_way_once(fake, tiny, tmp_path, monkeypatch, cap
 
 
 def test_processes_stop_with_checkpoints_and_continue(tmp_path, monkeypatch, capfd):
-    text = TINY.replace('"dense", "rigl"', '"static"').replace("[0.9, 0.95]", "[0.9]")
+    """Two runs are stopped; the third, which has their configuration, is not."""
+    text = TINY.replace('"dense", "rigl"', '"static", "twin", "third"')
+    text = text.replace("[0.9, 0.95]", "[0.9]").replace("seeds = 2", "seeds = 1")
     text = text.replace("= 6", "= 2000").replace("eval_every = 3", "eval_every = 500")
-    parse(tmp_path, text.replace("masks.interval = 2\n", ""))
+    text = text.replace("masks.interval = 2\n", "")
+    text += "".join(f'[method.{x}]\nmethod = "static"\n' for x in ("twin", "third"))
+    parse(tmp_path, text)
     for name, value in runs.environment(tmp_path / "cache").items():
         monkeypatch.setenv(name, value)
-    options = ["--model", "lenet-300-100", "--method", "static", "--seeds", "2"]
-    options += ["--steps", "2000", "--eval-every", "500", "--no-baseline"]
-    options += ["--no-progress", "--out", str(tmp_path / "static-0.9")]
-    straight = runs.start(options, cache=tmp_path / "cache")
-    # Each process of a sweep of two has half of the cores.
-    os.sched_setaffinity(straight.pid, sorted(os.sched_getaffinity(0))[::2])
-    assert runs.end(straight) == (0, "")
-
     out, reached = tmp_path / "out", StopSignal.reached
 
     def stopping(self: StopSignal, step: int) -> int | None:
@@ -398,10 +394,11 @@ def test_processes_stop_with_checkpoints_and_continue(tmp_path, monkeypatch, cap
     assert "Traceback" not in errors
     checkpoints = {x.name for x in out.glob("*/*/checkpoints/[0-9]*")}
     assert checkpoints - {"2000"}
+    folders = [out / f"{x}-0.9" / "static-seed0" for x in ("static", "twin", "third")]
+    assert not folders[2].exists()
     assert sweep.main(command) == 0
-    for seed in range(2):
-        run = f"static-0.9/static-seed{seed}"
-        assert runs.metrics(out / run) == runs.metrics(tmp_path / run)
+    one, two, straight = map(runs.metrics, folders)
+    assert one == two == straight
 
 
 def test_more_processes_than_cores_are_an_error(fake, tmp_path):
