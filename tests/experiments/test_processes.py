@@ -118,16 +118,19 @@ def test_a_process_that_cannot_start_stops_the_other(cache, tmp_path):
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 
-# A call has several steps, so training cannot stop at every step. The run is so long
-# that it has not ended when a signal arrives.
-LONGER = dataclasses.replace(
-    CONFIG,
-    steps=2400,
-    eval_every=900,
-    scan_block=5,
-    masks=MaskConfig(interval=240),
-    checkpoint=CheckpointConfig(every=600),
-)
+def longer(steps: int) -> Config:
+    """A run that has not ended when a signal arrives.
+
+    A call has several steps, so training cannot stop at every step.
+    """
+    return dataclasses.replace(
+        CONFIG,
+        steps=steps,
+        eval_every=steps * 3 // 8,
+        scan_block=5,
+        masks=MaskConfig(interval=steps // 10),
+        checkpoint=CheckpointConfig(every=steps // 4),
+    )
 
 
 def wait_until(
@@ -145,18 +148,18 @@ def wait_until(
 def test_a_process_that_is_killed_ends_the_other_and_they_continue_exactly(
     moment, cache, tmp_path
 ):
-    out = tmp_path / "out"
+    config, out = longer(800), tmp_path / "out"
     checkpoints = out / RUN / "checkpoints"
 
     def has_come() -> bool:
         if moment == "writing":
             names = os.listdir(checkpoints) if checkpoints.exists() else []
-            return any(name.startswith("600.") for name in names)
-        # The next checkpoint is written after 1,200 steps.
+            return any(name.startswith("200.") for name in names)
+        # The next checkpoint is written after 400 steps.
         metrics = out / RUN / "metrics.jsonl"
-        return metrics.exists() and '"step": 900' in metrics.read_text()
+        return metrics.exists() and '"step": 300' in metrics.read_text()
 
-    processes = start_pair(cache, out, LONGER)
+    processes = start_pair(cache, out, config)
     wait_until(processes, has_come)
     processes[1].kill()
     # JAX gives up on a process that it has missed for 100 seconds.
@@ -170,17 +173,17 @@ def test_a_process_that_is_killed_ends_the_other_and_they_continue_exactly(
     }[status]
     assert message in errors
     assert "Traceback" not in errors
-    results = end_pair(start_pair(cache, out, LONGER))
+    results = end_pair(start_pair(cache, out, config))
     assert [(status, errors) for status, _, errors in results] == [(0, ""), (0, "")]
-    assert_trained_alike(out, tmp_path, LONGER)
+    assert_trained_alike(out, tmp_path, config)
 
 
 @pytest.mark.slow
 def test_a_pre_emption_stops_both_at_one_step_and_they_continue_exactly(
     cache, tmp_path
 ):
-    out = tmp_path / "out"
-    processes = start_pair(cache, out, LONGER)
+    config, out = longer(2400), tmp_path / "out"
+    processes = start_pair(cache, out, config)
     first = out / RUN / "checkpoints" / "600"
     wait_until(processes, first.exists)
     processes[0].send_signal(signal.SIGTERM)
@@ -196,9 +199,9 @@ def test_a_pre_emption_stops_both_at_one_step_and_they_continue_exactly(
         )
         assert "Traceback" not in errors
     assert not (out / "summary.json").exists()
-    results = end_pair(start_pair(cache, out, LONGER))
+    results = end_pair(start_pair(cache, out, config))
     assert [(status, errors) for status, _, errors in results] == [(0, ""), (0, "")]
     # Each start writes one file of events.
     assert len(list((out / RUN).glob("events.*"))) == 2
     assert (out / "summary.json").exists()
-    assert_trained_alike(out, tmp_path, LONGER)
+    assert_trained_alike(out, tmp_path, config)
