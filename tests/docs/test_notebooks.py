@@ -9,7 +9,7 @@ import pytest
 from notebooks import build
 
 SETTINGS = {
-    "NOTEBOOK_STEPS": "24",  # The assertions hold after any number of steps.
+    "NOTEBOOK_STEPS": "60",  # The assertions hold after any number of steps.
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # Most of the time is compilation.
 }
