@@ -1,9 +1,6 @@
 """The notebooks match their scripts, have outputs, and run from a new kernel."""
 
-import os
 import re
-import subprocess
-import sys
 
 import jupytext.cli
 import nbformat
@@ -61,32 +58,26 @@ def test_notebook_is_its_script_with_outputs(
     assert path.stat().st_size < 300_000
 
 
-def run(*arguments: str) -> str:
-    """Run Python with little training, in a process of its own."""
-    completed = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=build.FOLDER.parent,
-        env=os.environ | SETTINGS,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert completed.returncode == 0, completed.stderr
-    return completed.stdout
+@pytest.fixture
+def _little_training(monkeypatch: pytest.MonkeyPatch):
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(name, value)
 
 
+@pytest.mark.usefixtures("_little_training")
 @pytest.mark.parametrize("name", [n for n in build.NAMES if n != "exploring_masks"])
-def test_notebook_runs_from_a_new_kernel(name: str):
-    assert run("-m", "notebooks.build", "--check", name).startswith(f"{name}: ")
+def test_notebook_runs_from_a_new_kernel(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("sys.argv", ["build", "--check", name])
+    build.main()
+    assert capsys.readouterr().out.startswith(f"{name}: ")
 
 
+@pytest.mark.usefixtures("_little_training")
 def test_exploring_masks_runs_and_its_slider_changes_the_figure():
+    notebook = build.source("exploring_masks")
     code = """
-from nbformat.v4 import new_code_cell
-from notebooks import build
-
-notebook = build.source("exploring_masks")
-notebook.cells.append(new_code_cell('''
 def shown():
     (axes, _) = explorer.result.axes
     return axes.images[0].get_array(), axes.get_title()
@@ -97,7 +88,6 @@ slider.value = STEPS
 end, title = shown()
 assert title.startswith(f"GraNet, step {STEPS}") and end.sum() < start.sum() / 5
 print("moved")
-'''))
-print(build.run(notebook).cells[-1].outputs[0].text)
 """
-    assert run("-c", code).split() == ["moved"]
+    notebook.cells.append(nbformat.v4.new_code_cell(code))
+    assert build.run(notebook).cells[-1].outputs[0].text == "moved\n"

@@ -1,21 +1,27 @@
 """Runs in a bucket are those on disk, killed and stopped or not."""
 
+import dataclasses
 import signal
 import subprocess
+from typing import Any
 
 import pytest
+from etils import epath
 
-from experiments.config.run import Config, MaskConfig
+from experiments.config.run import CheckpointConfig, Config, MaskConfig
 from experiments.data import preparation
+from experiments.training import loop
 from tests.helpers import runs
 from tests.helpers.bucket import running_bucket
 
-ARGUMENTS = [
-    *("--model", "lenet-300-100", "--method", "granet", "--seeds", "1"),
-    *("--steps", "20", "--eval-every", "7", "--masks.interval", "3"),
-    *("--checkpoint.every", "6", "--no-baseline", "--no-progress"),
-]
-RUN = "granet-seed0"
+CONFIG = dataclasses.replace(
+    runs.CONFIG,
+    method="gmp",
+    steps=20,
+    eval_every=7,
+    masks=MaskConfig(interval=3),
+    checkpoint=CheckpointConfig(every=6),
+)
 OUT = "gs://bucket/runs/first"
 
 
@@ -27,6 +33,12 @@ def bucket(monkeypatch):
         yield bucket
 
 
+@pytest.fixture
+def start(tmp_path):
+    """Starts training with a configuration."""
+    return lambda config: runs.start(runs.arguments(config), cache=tmp_path / "cache")
+
+
 def finish(process: subprocess.Popen[str], status: int = 0) -> str:
     """Wait for a process that ends with `status`, and return what it printed."""
     output, errors = process.communicate(timeout=240)
@@ -35,66 +47,63 @@ def finish(process: subprocess.Popen[str], status: int = 0) -> str:
     return output + errors
 
 
-def test_a_run_that_is_killed_and_stopped_ends_like_one_on_disk(bucket, tmp_path):
-    straight, cache = tmp_path / "straight", tmp_path / "cache"
-    finish(runs.start([*ARGUMENTS, "--out", str(straight)], cache=cache))
-    command = [*ARGUMENTS, "--out", OUT]
+def test_a_run_that_is_killed_and_stopped_ends_like_one_on_disk(
+    bucket, start, tmp_path
+):
+    config = dataclasses.replace(CONFIG, out=epath.Path(OUT))
+    setup = runs.create_setup(config)
+    loop.fit(setup, [0], tmp_path / "straight")
 
     # A checkpoint is about 40 requests.
     for changes in (3, 25, 60):
-        process = runs.start(command, cache=cache)
+        process = start(config)
         bucket.call_after(changes, process.kill)
         process.communicate(timeout=240)
         assert process.returncode == -signal.SIGKILL
 
-    process = runs.start(command, cache=cache)
+    process = start(config)
     bucket.call_after(60, process.terminate)
     printed = finish(process, 128 + signal.SIGTERM)
     assert f"Go on with the same command and --out {OUT}" in printed
-    assert f"Results in {OUT}" in finish(runs.start(command, cache=cache))
+    assert f"Results in {OUT}" in finish(start(config))
 
     bucket.get(tmp_path / "bucket")
     out = tmp_path / "bucket" / "runs" / "first"
-    assert runs.metrics(out / RUN) == runs.metrics(straight / RUN)
-    setup = runs.create_setup(
-        Config(model="lenet-300-100", steps=20, masks=MaskConfig(interval=3))
-    )
-    final = [runs.restore_state(setup, x / RUN, 20) for x in (out, straight)]
-    assert runs.same(*final)
-    assert runs.saved_steps(out / RUN) == runs.saved_steps(straight / RUN)
-    names = {path.name for path in straight.iterdir()}
-    assert {path.name for path in out.iterdir()} == names
-    assert list((out / RUN).glob("events.*"))
+    names = {path.name for path in out.iterdir()}
+    assert names == {"config.json", "curves.png", "summary.json", "gmp-seed0"}
+    both = (out / "gmp-seed0", tmp_path / "straight")
+    assert runs.metrics(both[0]) == runs.metrics(both[1])
+    assert runs.same(*(runs.restore_state(setup, x, 20) for x in both))
+    assert runs.saved_steps(both[0]) == runs.saved_steps(both[1])
+    assert list(both[0].glob("events.*"))
 
 
-def test_a_bucket_that_does_not_exist(bucket, tmp_path):
-    command = [*ARGUMENTS, "--out", "gs://other/run"]
-    printed = finish(runs.start(command, cache=tmp_path / "cache"), status=2)
+def test_a_bucket_that_does_not_exist(bucket, start):
+    config = dataclasses.replace(CONFIG, out=epath.Path("gs://other/run"))
+    printed = finish(start(config), status=2)
     assert "error: out: gs://other cannot be reached" in printed
 
 
 def test_data_tickets_and_earlier_results_come_from_a_bucket(
-    bucket, tmp_path, monkeypatch
+    bucket, start, tmp_path, monkeypatch
 ):
     folder, _ = preparation.prepare("digits")
     bucket.put(folder.parent, "data/digits")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tensorflow_datasets"))
-    cache = tmp_path / "cache"
-    options = ["--model", "lenet-300-100", "--steps", "8", "--seeds", "1"]
-    options += ["--checkpoint.every", "8", "--no-progress"]
-    options += ["--data.data-dir", "gs://bucket/data"]
 
-    tickets = [f"--train.{x[2:]}" if x.startswith("--") else x for x in options]
-    tickets += ["--out", "gs://bucket/tickets"]
-    finish(runs.start(["0.5", *tickets], cache=cache, command="lottery"))
+    def config(**options: Any) -> Config:
+        fixed = {"steps": 8, "checkpoint.every": 8, "data.data_dir": "gs://bucket/data"}
+        return runs.replace_options(runs.CONFIG, {"method": "static"} | fixed | options)
 
-    options += ["--no-baseline", "--method", "static"]
-    first = [*options, "--masks.source", "tickets", "--sparsity", "0.5"]
-    first += ["--masks.tickets", "gs://bucket/tickets", "--out", "gs://bucket/first"]
-    finish(runs.start(first, cache=cache))
-
-    second = [*options, "--init-from", "gs://bucket/first", "--sparsity", "0.5"]
-    finish(runs.start([*second, "--out", "gs://bucket/second"], cache=cache))
+    tickets, first, second, third = (
+        epath.Path(f"gs://bucket/{x}") for x in ("tickets", "first", "second", "third")
+    )
+    words = ["0.5", "--out", str(tickets)]
+    words += runs.arguments(config(sparsity=0), "train.")
+    finish(runs.start(words, cache=tmp_path / "cache", command="lottery"))
+    source = {"masks.source": "tickets", "masks.tickets": tickets}
+    finish(start(config(sparsity=0.5, out=first, **source)))
+    finish(start(config(sparsity=0.5, out=second, init_from=first)))
 
     bucket.get(tmp_path / "bucket")
     before, after = (
@@ -105,5 +114,5 @@ def test_data_tickets_and_earlier_results_come_from_a_bucket(
 
     # As if a kill had come at the very end of the last checkpoint.
     bucket.delete("first/static-seed0/checkpoints/8/commit_success.txt")
-    refused = runs.start([*second, "--out", "gs://bucket/third"], cache=cache)
+    refused = start(config(sparsity=0.5, out=third, init_from=first))
     assert "static-seed0 is not finished" in finish(refused, status=2)

@@ -1,7 +1,7 @@
-"""One training step in all its forms: jit, pmap, fully sharded, vmap over seeds.
+"""One training step, by hand and in all its forms: jit, pmap, fully sharded, vmap.
 
-All start from the same state and take the same batch. One step gives the same numbers
-up to rounding; counts of weights are equal exactly.
+All forms start from the same state and take the same batch. One step gives the same
+numbers up to rounding; counts of weights are equal exactly.
 """
 
 import dataclasses
@@ -9,21 +9,20 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from experiments import data
-from experiments.config.run import Config, DataConfig, MaskConfig, OptimizerConfig
+from experiments.config.run import DataConfig, MaskConfig, OptimizerConfig
 from experiments.training import loop
 from tests.helpers import runs
 
-CONFIG = Config(
-    model="lenet-300-100",
+CONFIG = dataclasses.replace(
+    runs.CONFIG,
     method="rigl",
     steps=12,
-    seeds=1,
-    progress=False,
     masks=MaskConfig(interval=3),
     data=DataConfig(flip=True),
 )
@@ -53,10 +52,7 @@ def train_four_steps(devices: int, **changes: Any) -> tuple[Any, np.ndarray]:
 
 def assert_trained_alike(state: Any, expected: Any) -> None:
     assert jax.tree.structure(state) == jax.tree.structure(expected)
-    for a, b in zip(
-        *map(jax.tree.leaves, (state.params, expected.params)), strict=True
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4)
+    runs.assert_close(state.params, expected.params, rtol=1e-2, atol=1e-4)
     assert np.array_equal(state.order, expected.order)
     for part in ("masks", "marked"):
         trees = (getattr(s.opt_state, part) for s in (state, expected))
@@ -64,6 +60,57 @@ def assert_trained_alike(state: Any, expected: Any) -> None:
             assert int(np.sum(a)) == int(np.sum(b)) > 0
             # Rounding may decide between near equals.
             assert np.mean(np.asarray(a) != np.asarray(b)) < 1e-3
+
+
+def reference_loss(params: Any, x: np.ndarray, labels: np.ndarray, smoothing: float):
+    targets = np.eye(10)[labels] * (1 - smoothing) + smoothing / 10
+    outputs = jax.nn.log_softmax(runs.lenet(params, x))
+    return -jnp.mean(jnp.sum(targets * outputs, axis=1))
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_one_step_is_the_textbook_step(accumulate):
+    """Loss with label smoothing, Nesterov, decay and average, written out by hand."""
+    config = OptimizerConfig(
+        label_smoothing=0.1, accumulate=accumulate, ema=0.9, weight_decay=0.01
+    )
+    dense = {"method": "dense", "masks": MaskConfig(), "data": DataConfig(shift=0)}
+    each = setup(1, optimizer=config, **dense)
+    dataset: Any = each.dataset
+    state = each.compiled_step.create([0])
+    params = jax.device_get(state.params)
+    state, loss = each.compiled_step.steps(state, each.train_data, 1)
+    rows = np.asarray(state.order)[:64]
+    assert not np.array_equal(rows, np.arange(64))
+    x = (np.asarray(dataset.train.inputs)[rows] / 255 - dataset.mean) / dataset.std
+    x = x.reshape(64, 64).astype(np.float32)
+    with jax.numpy_rank_promotion("allow"):
+        expected, grads = jax.value_and_grad(reference_loss)(
+            params, x, dataset.train.labels[rows], 0.1
+        )
+    assert float(loss[0, 0]) == pytest.approx(float(expected), rel=1e-5)
+    for name in ("hidden_0", "hidden_1", "output"):
+        # Weights decay, and biases do not.
+        for kind, decay in (("kernel", 0.01), ("bias", 0.0)):
+            before = params[name][kind]
+            gradient = np.asarray(grads[name][kind]) + decay * before
+            after = before - 0.1 * (gradient + 0.9 * gradient)
+            # In the first step the decay of the average is 1 / 10.
+            average = 0.1 * before + 0.9 * after
+            for array, target in ((state.params, after), (state.average, average)):
+                np.testing.assert_allclose(
+                    array[name][kind], target, rtol=1e-5, atol=1e-6
+                )
+
+
+def test_the_first_updates_of_weights_that_entered_are_smaller():
+    """RigL updates the masks in the third step: the weights that enter are zero."""
+    plain, _ = train_four_steps(1)
+    warm, _ = train_four_steps(1, masks=MaskConfig(interval=3, warmup=4))
+    entered = np.asarray(plain.opt_state.entered["hidden_0"]["kernel"])
+    before, after = (np.asarray(x.params["hidden_0"]["kernel"]) for x in (plain, warm))
+    assert np.count_nonzero(before[entered]) > 100
+    np.testing.assert_array_equal(after, np.where(entered, before / 4, before))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -82,8 +129,7 @@ def test_every_form_trains_and_evaluates_alike(form):
         evaluate = functools.partial(each.compiled_step.evaluate, state)
         scores.append(jax.device_get([evaluate(batch) for batch in each.test_batches]))
     # The initial state is the same to the bit.
-    for a, b in zip(*map(jax.tree.leaves, initial_states), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert runs.same(*initial_states)
     for one, other in zip(*scores, strict=True):
         assert one.correct.tolist() == other.correct.tolist()
         np.testing.assert_allclose(one.loss, other.loss, rtol=1e-5)
@@ -141,6 +187,8 @@ def test_text_trains_too():
     config = dataclasses.replace(
         CONFIG,
         model="gpt",
+        method="static",
+        masks=MaskConfig(),
         data=DataConfig(batch_size=8, shift=0, flip=False),
         optimizer=OptimizerConfig(name="adamw", learning_rate=1e-3),
     )

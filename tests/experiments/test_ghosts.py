@@ -15,19 +15,18 @@ from experiments.training import loop
 from granet_jax import distributions, masking, tost
 from tests.helpers import runs
 
-CONFIG = Config(
+CONFIG = dataclasses.replace(
+    runs.CONFIG,
     model="cnn-bn-small",
     method="rigl",
-    sparsity=0.9,
     steps=12,
     eval_every=3,
-    seeds=1,
-    progress=False,
     masks=MaskConfig(interval=2),
     tost=ToSTConfig(neurons="swish", skips="conv", ghost_fraction=0.5),
 )
+STATIC = dataclasses.replace(CONFIG, method="static", masks=MaskConfig())
 LENET = dataclasses.replace(
-    CONFIG,
+    STATIC,
     model="lenet-300-100",
     tost=ToSTConfig(neurons="swish", ghost_fraction=0.42),
 )
@@ -156,8 +155,7 @@ def test_blocks_of_steps_end_where_the_ghosts_do(tmp_path):
         loop.fit(setup(config), [0], tmp_path / str(config.scan_block))[1]
         for config in (LENET, dataclasses.replace(LENET, scan_block=4))
     ]
-    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    runs.assert_close(*states, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("stop", [4, 6])
@@ -172,7 +170,7 @@ def test_a_run_stopped_in_any_phase_continues_exactly(stop, whole, tmp_path):
 
 def test_ghosts_as_in_the_code_are_kept(tmp_path):
     config = runs.replace_options(
-        CONFIG, {"tost.as_in_code": True, "tost.ghost_fraction": None}
+        STATIC, {"tost.as_in_code": True, "tost.ghost_fraction": None}
     )
     each = setup(config)
     (records,), state = loop.fit(each, [0], tmp_path)
@@ -190,7 +188,8 @@ def test_ghosts_as_in_the_code_are_kept(tmp_path):
     assert "ghost_1/ghost_conv/kernel" not in records[-1].sparsity.leaves
 
 
-def test_refined_labels_are_in_the_loss_of_training_only():
+def test_refined_labels_are_in_the_loss_of_training_only(monkeypatch):
+    runs.use_small_networks(monkeypatch)
     plain = dataclasses.replace(LENET, tost=ToSTConfig())
     refined = dataclasses.replace(plain, tost=ToSTConfig(labels=0.1))
     # In the usual convention the same amount is larger by 10 / 9.

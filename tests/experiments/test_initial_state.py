@@ -17,16 +17,9 @@ from experiments.training.step import TrainStep
 from granet_jax import distributions
 from tests.helpers import runs
 
-CONFIG = Config(
-    model="lenet-300-100",
-    method="static",
-    sparsity=0.95,
-    steps=8,
-    eval_every=4,
-    seeds=1,
-    progress=False,
+CONFIG = dataclasses.replace(
+    runs.CONFIG, method="static", sparsity=0.95, steps=8, eval_every=4
 )
-TOTAL = 64 * 300 + 300 * 100 + 100 * 10
 LRSI = ToSTConfig(lrsi=True)
 
 
@@ -59,9 +52,8 @@ def test_masks_of_a_source_are_on_the_drawn_weights(source):
     sparsity = 0.5 if source == "magnitude" else 0.95
     config = with_source(source, sparsity=sparsity)
     params, masks = weights(config, 3)
-    assert granet_jax.sparsity(masks).active == distributions.total_count(
-        TOTAL, sparsity
-    )
+    active = distributions.total_count(runs.TOTAL, sparsity)
+    assert granet_jax.sparsity(masks).active == active
     dense = initial_weights(config, 3)
     assert runs.same(params, jax.device_get(granet_jax.apply_masks(dense, masks)))
     random = granet_jax.init_masks(granet_jax.static(sparsity), dense, seed=3)
@@ -109,8 +101,11 @@ def test_examples_have_all_classes_alike_and_are_of_the_seed():
     assert {x.tobytes() for x in images} <= {x.tobytes() for x in training_images}
 
 
-def test_a_dynamic_method_starts_from_the_source_and_continues_exactly(tmp_path):
-    config = with_source("synflow", method="rigl", tost=LRSI)
+def test_a_dynamic_method_starts_from_the_source_and_continues_exactly(
+    tmp_path, monkeypatch
+):
+    runs.use_small_networks(monkeypatch)
+    config = with_source("snip", method="rigl", tost=LRSI)
     masks = dataclasses.replace(config.masks, interval=2)
     each = runs.create_setup(dataclasses.replace(config, masks=masks))
     (records,), whole = loop.fit(each, [1], tmp_path / "whole")

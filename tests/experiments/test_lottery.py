@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import pathlib
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import lottery
-from experiments.config.run import Config, MaskConfig, ToSTConfig
+from experiments.config.run import MaskConfig, ToSTConfig
 from experiments.lottery import LotteryConfig
 from experiments.training import initial_state, loop, stop_signal, ticket_files
 from granet_jax import distributions
@@ -21,38 +20,26 @@ from tests.helpers import runs
 # In so few steps, higher sparsities would empty a layer.
 SPARSITIES = (0.3, 0.55)
 KERNELS = ("hidden_0", "hidden_1", "output")
-TOTAL = 64 * 300 + 300 * 100 + 100 * 10
-TRAINING = Config(
-    model="lenet-300-100",
-    method="static",
-    sparsity=0.0,
-    steps=8,
-    eval_every=3,
-    seed=1,
-    seeds=1,
-    progress=False,
-    baseline=False,
+TRAINING = dataclasses.replace(
+    runs.CONFIG, method="static", sparsity=0.0, steps=8, eval_every=3, seed=1
 )
 
 
 @pytest.fixture(scope="module")
 def setup() -> Iterator[loop.TrainSetup]:
-    """The setup of every search, on all devices."""
+    """The setup of every search, on several devices."""
     with pytest.MonkeyPatch.context() as patch:
-        runs.share_setups(patch, jax.device_count())
-        yield runs.create_setup(TRAINING, jax.device_count())
-
-
-def search(out: pathlib.Path, rewind_steps: int) -> LotteryConfig:
-    config = LotteryConfig(SPARSITIES, out, rewind_steps, TRAINING)
-    lottery.run(config)
-    return config
+        runs.share_setups(patch, devices=2)
+        yield runs.create_setup(TRAINING, devices=2)
 
 
 @pytest.fixture(scope="module")
 def search_config(setup, tmp_path_factory) -> LotteryConfig:
     """A search for tickets that go back to the weights of step 3."""
-    return search(tmp_path_factory.mktemp("lottery") / "tickets", 3)
+    out = tmp_path_factory.mktemp("lottery") / "tickets"
+    config = LotteryConfig(SPARSITIES, out, 3, TRAINING)
+    lottery.run(config)
+    return config
 
 
 def final(setup: loop.TrainSetup, config: LotteryConfig, number: int) -> Any:
@@ -72,40 +59,34 @@ def kernels(tree: Any) -> np.ndarray:
     return np.concatenate([np.asarray(tree[k]["kernel"]).ravel() for k in KERNELS])
 
 
-def check(setup: loop.TrainSetup, config: LotteryConfig) -> None:
-    """Assert what holds for the tickets of every search."""
+def test_rounds_prune_the_smallest_weights_and_the_others_go_back(setup, search_config):
     step = setup.compiled_step
     state = step.create([1])
-    for _ in range(config.rewind_steps):
+    for _ in range(3):
         state, loss = step.steps(state, setup.train_data, 1)
         jax.block_until_ready(loss)
     origin = jax.device_get(step.snapshot(state).params)
-    before = np.ones(TOTAL, bool)
+    before = np.ones(runs.TOTAL, bool)
     for number, sparsity in enumerate((0.0, *SPARSITIES)):
-        run = config.out / "seed1" / f"round{number}"
-        steps = [line["step"] for line in runs.metrics(run)]
+        run = search_config.out / "seed1" / f"round{number}"
         # Rounds train from the step that the weights went back to.
-        assert steps == ([3, 6, 8] if config.rewind_steps else [0, 3, 6, 8])
-        final_state = final(setup, config, number)
+        assert [line["step"] for line in runs.metrics(run)] == [3, 6, 8]
+        final_state = final(setup, search_config, number)
         assert np.array_equal(kernels(final_state.opt_state.masks), before)
         if sparsity == SPARSITIES[-1]:
             return
         # The smallest weights are pruned.
         sizes = np.where(before, np.abs(kernels(final_state.params)), -1.0)
         following = SPARSITIES[number]
-        keep = distributions.total_count(TOTAL, following)
-        before = np.zeros(TOTAL, bool)
+        keep = distributions.total_count(runs.TOTAL, following)
+        before = np.zeros(runs.TOTAL, bool)
         before[np.argsort(-sizes, kind="stable")[:keep]] = True
-        weights, masks = ticket(setup, config, following)
+        weights, masks = ticket(setup, search_config, following)
         assert np.array_equal(kernels(masks), before)
         # The others go back to their values of that step.
         assert np.array_equal(kernels(weights), np.where(before, kernels(origin), 0))
         for name in KERNELS:
             assert np.array_equal(weights[name]["bias"], origin[name]["bias"])
-
-
-def test_rounds_prune_the_smallest_weights_and_the_others_go_back(setup, search_config):
-    check(setup, search_config)
 
 
 def test_training_starts_from_tickets(setup, search_config):

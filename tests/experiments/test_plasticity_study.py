@@ -33,12 +33,11 @@ STUDY = Study(
     epochs=0.45,
     updates=2,
     progress=False,
-    train=Config(
+    train=dataclasses.replace(
+        runs.CONFIG,
         method="dense",
-        model="lenet-300-100",
         steps=24,
         seeds=2,
-        baseline=False,
         data=DataConfig(shift=0),
         optimizer=OptimizerConfig(drops=(0.5,)),
     ),
@@ -47,10 +46,20 @@ STUDY = Study(
 
 @pytest.fixture(autouse=True, scope="module")
 def _small():
-    """Small networks, on one device."""
+    """Small networks, on one device, whose programs all studies share."""
+    pruners: dict[Config, Any] = {}
+    create_pruner = plasticity.create_pruner
+
+    def shared(study: Study, dataset: Any) -> Any:
+        config = study.continued(study.train.optimizer.learning_rate)
+        if config not in pruners:
+            pruners[config] = create_pruner(study, dataset)
+        return pruners[config]
+
     with pytest.MonkeyPatch.context() as patch:
         runs.use_small_networks(patch)
         runs.share_setups(patch)
+        patch.setattr(plasticity, "create_pruner", shared)
         compile_step = plasticity.compile_step
         one = functools.partial(compile_step, devices=jax.devices()[:1])
         patch.setattr(plasticity, "compile_step", one)

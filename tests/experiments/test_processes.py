@@ -4,6 +4,7 @@ They talk over loopback, by Gloo. A process that hangs ignores SIGTERM, which JA
 for the notice of a pre-emption. So all waiting has a limit, after which it is killed.
 """
 
+import dataclasses
 import os
 import pathlib
 import signal
@@ -20,20 +21,13 @@ from experiments.config.run import CheckpointConfig, Config, MaskConfig
 from experiments.training import loop
 from tests.helpers import runs
 
-CONFIG = Config(
-    model="lenet-300-100",
-    method="granet",
+CONFIG = dataclasses.replace(
+    runs.CONFIG,
     steps=40,
     eval_every=15,
-    seeds=1,
     masks=MaskConfig(interval=4),
     checkpoint=CheckpointConfig(every=10),
 )
-ARGUMENTS = [
-    *("--model", "lenet-300-100", "--method", "granet", "--seeds", "1"),
-    *("--steps", "40", "--eval-every", "15", "--masks.interval", "4"),
-    *("--checkpoint.every", "10", "--no-baseline", "--no-progress"),
-]
 RUN = "granet-seed0"
 
 
@@ -43,23 +37,18 @@ def cache(tmp_path_factory) -> pathlib.Path:
 
 
 def start_pair(
-    cache: pathlib.Path, out: pathlib.Path, *more: str
+    cache: pathlib.Path, out: pathlib.Path, config: Config = CONFIG
 ) -> list[subprocess.Popen[str]]:
     """Two processes of one device each, as one run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
-    options = [*ARGUMENTS, *more, "--out", str(out)]
-    options += [
-        "--distributed.coordinator",
-        coordinator,
-        "--distributed.processes",
-        "2",
-    ]
-    return [
-        runs.start([*options, "--distributed.process", str(i)], cache=cache)
+    pair = {"distributed.coordinator": coordinator, "distributed.processes": 2}
+    configs = [
+        runs.replace_options(config, {"out": out, "distributed.process": i} | pair)
         for i in range(2)
     ]
+    return [runs.start(runs.arguments(x), cache=cache) for x in configs]
 
 
 def end_pair(
@@ -85,9 +74,11 @@ def end_pair(
     return results
 
 
-def assert_trained_alike(out: pathlib.Path, tmp_path: pathlib.Path, **form: Any) -> Any:
+def assert_trained_alike(
+    out: pathlib.Path, tmp_path: pathlib.Path, config: Config
+) -> Any:
     """Assert that a run of two processes is that of two devices; the final state."""
-    setup = runs.create_setup(Config(**(CONFIG.__dict__ | form)), devices=2)
+    setup = runs.create_setup(config, devices=2)
     _, state = loop.fit(setup, [0], tmp_path / RUN)
     expected = setup.compiled_step.snapshot(state)
     saved = runs.restore_state(setup, out / RUN, setup.config.steps)
@@ -99,12 +90,13 @@ def assert_trained_alike(out: pathlib.Path, tmp_path: pathlib.Path, **form: Any)
 
 def test_parameters_sharded_over_two_processes_are_read_by_one(cache, tmp_path):
     out = tmp_path / "out"
-    results = end_pair(start_pair(cache, out, "--fsdp", "2"))
+    config = dataclasses.replace(CONFIG, fsdp=2)
+    results = end_pair(start_pair(cache, out, config))
     assert [(status, errors) for status, _, errors in results] == [(0, ""), (0, "")]
     # Only the first process prints and writes metrics.
     assert "Results in" in results[0][1]
     assert results[1][1] == ""
-    state = assert_trained_alike(out, tmp_path, fsdp=2)
+    state = assert_trained_alike(out, tmp_path, config)
     # Each process wrote its half.
     parts = [path.name for path in (out / RUN).rglob("ocdbt.process_*")]
     assert set(parts) == {"ocdbt.process_0", "ocdbt.process_1"}
@@ -126,19 +118,19 @@ def test_a_process_that_cannot_start_stops_the_other(cache, tmp_path):
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 
-# A call has several steps, so training cannot stop at every step. The run is so long
-# that it has not ended when a signal arrives.
-LONGER: dict[str, Any] = {
-    "steps": 2400,
-    "eval_every": 900,
-    "scan_block": 5,
-    "masks": MaskConfig(interval=240),
-    "checkpoint": CheckpointConfig(every=600),
-}
-LONGER_OPTIONS = (
-    *("--steps", "2400", "--eval-every", "900", "--scan-block", "5"),
-    *("--masks.interval", "240", "--checkpoint.every", "600"),
-)
+def longer(steps: int) -> Config:
+    """A run that has not ended when a signal arrives.
+
+    A call has several steps, so training cannot stop at every step.
+    """
+    return dataclasses.replace(
+        CONFIG,
+        steps=steps,
+        eval_every=steps * 3 // 8,
+        scan_block=5,
+        masks=MaskConfig(interval=steps // 10),
+        checkpoint=CheckpointConfig(every=steps // 4),
+    )
 
 
 def wait_until(
@@ -147,7 +139,7 @@ def wait_until(
     limit = time.monotonic() + 120
     while not condition() and time.monotonic() < limit:
         assert {process.poll() for process in processes} == {None}
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 
 @pytest.mark.parametrize(
@@ -156,18 +148,18 @@ def wait_until(
 def test_a_process_that_is_killed_ends_the_other_and_they_continue_exactly(
     moment, cache, tmp_path
 ):
-    out = tmp_path / "out"
+    config, out = longer(800), tmp_path / "out"
     checkpoints = out / RUN / "checkpoints"
 
     def has_come() -> bool:
         if moment == "writing":
             names = os.listdir(checkpoints) if checkpoints.exists() else []
-            return any(name.startswith("600.") for name in names)
-        # The next checkpoint is written after 1,200 steps.
+            return any(name.startswith("200.") for name in names)
+        # The next checkpoint is written after 400 steps.
         metrics = out / RUN / "metrics.jsonl"
-        return metrics.exists() and '"step": 900' in metrics.read_text()
+        return metrics.exists() and '"step": 300' in metrics.read_text()
 
-    processes = start_pair(cache, out, *LONGER_OPTIONS)
+    processes = start_pair(cache, out, config)
     wait_until(processes, has_come)
     processes[1].kill()
     # JAX gives up on a process that it has missed for 100 seconds.
@@ -181,17 +173,17 @@ def test_a_process_that_is_killed_ends_the_other_and_they_continue_exactly(
     }[status]
     assert message in errors
     assert "Traceback" not in errors
-    results = end_pair(start_pair(cache, out, *LONGER_OPTIONS))
+    results = end_pair(start_pair(cache, out, config))
     assert [(status, errors) for status, _, errors in results] == [(0, ""), (0, "")]
-    assert_trained_alike(out, tmp_path, **LONGER)
+    assert_trained_alike(out, tmp_path, config)
 
 
 @pytest.mark.slow
 def test_a_pre_emption_stops_both_at_one_step_and_they_continue_exactly(
     cache, tmp_path
 ):
-    out = tmp_path / "out"
-    processes = start_pair(cache, out, *LONGER_OPTIONS)
+    config, out = longer(2400), tmp_path / "out"
+    processes = start_pair(cache, out, config)
     first = out / RUN / "checkpoints" / "600"
     wait_until(processes, first.exists)
     processes[0].send_signal(signal.SIGTERM)
@@ -207,9 +199,9 @@ def test_a_pre_emption_stops_both_at_one_step_and_they_continue_exactly(
         )
         assert "Traceback" not in errors
     assert not (out / "summary.json").exists()
-    results = end_pair(start_pair(cache, out, *LONGER_OPTIONS))
+    results = end_pair(start_pair(cache, out, config))
     assert [(status, errors) for status, _, errors in results] == [(0, ""), (0, "")]
     # Each start writes one file of events.
     assert len(list((out / RUN).glob("events.*"))) == 2
     assert (out / "summary.json").exists()
-    assert_trained_alike(out, tmp_path, **LONGER)
+    assert_trained_alike(out, tmp_path, config)

@@ -225,9 +225,6 @@ def test_bad_input(capsys, arguments, message):
     assert out == ""
 
 
-# --- the dry run
-
-
 def test_its_data_sets_are_the_real_ones(tmp_path):
     assert set(dry_run.DATASETS) == set(data.NAMES)
     for name in ("fashion_mnist", "cifar100", "tiny_imagenet"):
@@ -305,11 +302,11 @@ def test_it_needs_no_data_and_takes_other_options(capsys, tmp_path, monkeypatch)
         "Estimates, since data and training decide",
     ):
         assert part in words
-    source = ("--recipe", "tost-snip-tiny-mobilenetv2-95", "--dry-run")
-    _, out, _ = run(capsys, *source)
+    tost = ALL["tost-snip-cifar10-vgg16-95"]
+    out = dry_run.text(dry_run.analyse(tost.config), tost.name, tost)
     words = " ".join(out.split())
     assert "Its settings are ours: those of the paper were not available." in words
-    assert "ToST swish neurons, identity skips for 35,535 steps, LRsI, labels" in words
+    assert "ToST swish neurons, identity skips for 17,745 steps, LRsI, labels" in words
     assert "masks from snip" in words
     # The source splits the active weights over the layers.
     assert all(line.endswith("?") for line in out.splitlines() if " yes " in line)

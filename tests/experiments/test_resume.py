@@ -7,7 +7,6 @@ average, order of the data, and the metrics written.
 import dataclasses
 import os
 import pathlib
-import random
 import shutil
 import signal
 import subprocess
@@ -16,25 +15,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 
-from experiments import train
-from experiments.config.run import CheckpointConfig, Config, MaskConfig, OptimizerConfig
+from experiments.config.run import CheckpointConfig, MaskConfig, OptimizerConfig
 from experiments.training import loop
 from experiments.training.checkpoints import Checkpoints, Progress
 from tests.helpers import runs
 
 # An epoch is 18 steps. Evaluations, checkpoints and mask updates mostly fall on
 # different steps.
-CONFIG = Config(
-    model="lenet-300-100",
-    method="granet",
+CONFIG = dataclasses.replace(
+    runs.CONFIG,
     sparsity=0.8,
     steps=24,
-    seeds=1,
-    baseline=False,
-    progress=False,
     eval_every=7,
     masks=MaskConfig(interval=3),
     checkpoint=CheckpointConfig(every=5),
@@ -119,8 +112,6 @@ def test_a_run_that_is_stopped_ends_like_one_that_is_not(
             assert not runs.same(getattr(initial, name), getattr(state, name))
 
 
-# --- on other devices
-
 FORMS: dict[str, tuple[dict[str, Any], int]] = {
     "jit, 8": ({}, 8),
     "pmap, 8": ({"parallel": "pmap"}, 8),
@@ -172,27 +163,17 @@ def test_a_checkpoint_of_8_devices_continues_on_fewer(source, targets, tmp_path)
         ends[name] = jax.device_get(step.snapshot(state))
     # Sums over devices round differently.
     for name in targets:
-        for actual, reference in zip(
-            *(jax.tree.leaves(ends[x].params) for x in (name, source)), strict=True
-        ):
-            np.testing.assert_allclose(actual, reference, rtol=1e-4, atol=1e-5)
+        runs.assert_close(ends[name].params, ends[source].params, rtol=1e-4, atol=1e-5)
         assert runs.same(ends[name].opt_state.masks, ends[source].opt_state.masks)
 
 
-# --- in a process of its own
-
 STEPS = 60
-ARGUMENTS = [
-    *("--model", "lenet-300-100", "--method", "granet", "--seeds", "1"),
-    *("--steps", str(STEPS), "--eval-every", "7", "--masks.interval", "3"),
-    *("--checkpoint.every", "5", "--no-baseline", "--no-progress"),
-]
 
 
 def until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
     """Wait for a condition, or for the end of the process."""
     while process.poll() is None and not condition():
-        time.sleep(0.0005)
+        time.sleep(0.005)
 
 
 def unfinished(run: pathlib.Path) -> set[str]:
@@ -201,33 +182,26 @@ def unfinished(run: pathlib.Path) -> set[str]:
     return {name for name in names if not name.isdecimal()}
 
 
-def test_a_process_that_is_killed_and_stopped_ends_like_one_that_is_not(
-    tmp_path, monkeypatch, capfd
-):
-    """One kill comes at any time, and one while a checkpoint is written."""
+def test_a_process_that_is_killed_and_stopped_ends_like_one_that_is_not(tmp_path):
     straight, out = tmp_path / "straight", tmp_path / "out"
-    with monkeypatch.context() as patch:
-        runs.share_setups(patch)
-        assert train.main([*ARGUMENTS, "--out", str(straight)]) == 0
-    command = [*ARGUMENTS, "--out", str(out)]
-    run = out / "granet-seed0"
-    rng = random.Random(0)
+    config = dataclasses.replace(CONFIG, method="gmp", steps=STEPS, out=out)
+    setup = runs.create_setup(config)
+    loop.fit(setup, [0], straight)
+    run = out / "gmp-seed0"
 
-    def kill(moment: Callable[[], bool], delay: float) -> None:
-        process = runs.start(command, cache=tmp_path / "cache")
-        until(process, moment)
-        time.sleep(delay)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+    def start() -> subprocess.Popen[str]:
+        return runs.start(runs.arguments(config), cache=tmp_path / "cache")
 
-    kill(lambda: (run / "metrics.jsonl").exists(), rng.uniform(0, 1))
-    before_kill = unfinished(run)
-    kill(lambda: bool(unfinished(run) - before_kill), 0)
-    assert unfinished(run) - before_kill
+    process = start()
+    until(process, lambda: bool(unfinished(run)))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    # The kill came while a checkpoint was written.
+    assert unfinished(run)
 
     before = runs.saved_steps(run)
-    process = runs.start(command, cache=tmp_path / "cache")
+    process = start()
     until(process, lambda: runs.saved_steps(run) not in ([], before))
     process.send_signal(signal.SIGTERM)
     status, errors = runs.end(process)
@@ -238,24 +212,15 @@ def test_a_process_that_is_killed_and_stopped_ends_like_one_that_is_not(
         f"stopped after step {last}, with a checkpoint.\n"
         f"Go on with the same command and --out {out}\n"
     )
-    process = runs.start(command, cache=tmp_path / "cache")
-    assert runs.end(process) == (0, "")
+    assert runs.end(start()) == (0, "")
 
-    setup = runs.create_setup(
-        Config(
-            model="lenet-300-100", steps=STEPS, seeds=1, masks=MaskConfig(interval=3)
-        )
-    )
-    name = run.name
-    assert runs.metrics(run) == runs.metrics(straight / name)
-    final = [
-        runs.restore_state(setup, folder / name, STEPS) for folder in (out, straight)
-    ]
+    assert runs.metrics(run) == runs.metrics(straight)
+    final = [runs.restore_state(setup, x, STEPS) for x in (run, straight)]
     assert int(final[0].step) == STEPS
     assert runs.same(*final)
-    for folder in (out, straight):
-        assert runs.saved_steps(folder / name) == [STEPS - 5, STEPS]
-        assert not unfinished(folder / name)
-        assert not list(folder.rglob("*.partial"))
-        assert (folder / "summary.json").exists()
-        assert (folder / "curves.png").exists()
+    for folder in (run, straight):
+        assert runs.saved_steps(folder) == [STEPS - 5, STEPS]
+        assert not unfinished(folder)
+    assert not list(out.rglob("*.partial"))
+    assert (out / "summary.json").exists()
+    assert (out / "curves.png").exists()

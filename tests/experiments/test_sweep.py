@@ -6,9 +6,6 @@ import os
 import pathlib
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,12 +21,12 @@ from experiments.reports import sweep as sweep_report
 from experiments.reports.training import MethodRuns
 from experiments.training import loop, run_folders, sweep_tasks
 from experiments.training.metrics import Log, MetricsRecord
+from experiments.training.stop_signal import StopSignal
 from granet_jax.analysis import plots
+from tests.helpers import runs
+from tests.helpers.runs import TOTAL, active_count
 
 SWEEPS = pathlib.Path(sweep.__file__).parent / "sweeps"
-TOTAL = 64 * 300 + 300 * 100 + 100 * 10
-
-ROOT = pathlib.Path(__file__).parents[2]
 TINY = """
 methods = ["dense", "rigl"]
 sparsities = [0.9, 0.95]
@@ -60,10 +57,6 @@ def parse(tmp_path: pathlib.Path, text: str) -> Sweep:
     return read(path)
 
 
-def active_count(sparsity: float) -> int:
-    return round((1 - sparsity) * TOTAL)
-
-
 def record(step: int, accuracy: float, active: int) -> MetricsRecord:
     sparsity = 1 - active / TOTAL
     return MetricsRecord(
@@ -76,9 +69,6 @@ def record(step: int, accuracy: float, active: int) -> MetricsRecord:
         learning_rate=0.1,
         seconds=1.0,
     )
-
-
-# --- the file
 
 
 def test_cells_are_as_the_file_says(tmp_path):
@@ -113,6 +103,7 @@ optimizer.weight_decay = 0.0
     assert cells["set-0.98"].sparsity == 0.98
 
 
+SLASH = '"a/b"]\nmethod."a/b".method = "set"'
 # (file, what is replaced, by what, part of the message)
 ERRORS = [
     (TINY, "seeds = 2", "sedes = 2", r"sedes is unknown. Did you mean seeds"),
@@ -134,12 +125,7 @@ ERRORS = [
     (TINY, '"rigl"', '"mine"', r"methods must be .*a table \[method.NAME\].*'mine'"),
     (NAMED, 'method = "static"', "", r"method.snip.method is missing"),
     (NAMED, "[method.snip]", "[method.set]", r"method.set.method is for rows with na"),
-    (
-        TINY,
-        '"rigl"]',
-        '"a/b"]\nmethod."a/b".method = "set"',
-        "the name of a row is als",
-    ),
+    (TINY, '"rigl"]', SLASH, "the name of a row is also"),
     (TINY, "[train]", "[method.rigel]\n[train]", r"method.rigel is unknown"),
     (TINY, "[train]", "[method.gmp]\n[train]", r"gmp is not one of methods"),
     (NAMED, "optimizer.momentum = 0.5", "steps = 7", r"snip.steps must be the same"),
@@ -217,9 +203,6 @@ def test_rows_may_have_names_options_and_variants(tmp_path):
         ("dense", "rigl", "snip", "snip-labels"),
         ("dense", "dense+labels", "dense+lrsi", "rigl", "rigl+labels", "rigl+lrsi"),
     ]
-
-
-# --- continuing
 
 
 class Fake:
@@ -382,40 +365,40 @@ def test_auto_chooses_the_faster_way_once(fake, tiny, tmp_path, monkeypatch, cap
     assert fake.done[3:] == ALL
 
 
-def test_processes_stop_with_checkpoints_and_continue(tmp_path):
-    """Two real sweeps of two processes: one is stopped and started again."""
-    text = TINY.replace("= 6", "= 400").replace("eval_every = 3", "eval_every = 100")
-    text = text.replace("[0.9, 0.95]", "[0.9]").replace('"dense", ', "")
+def test_processes_stop_with_checkpoints_and_continue(tmp_path, monkeypatch, capfd):
+    """Two runs are stopped; the third, which has their configuration, is not."""
+    text = TINY.replace('"dense", "rigl"', '"static", "twin", "third"')
+    text = text.replace("[0.9, 0.95]", "[0.9]").replace("seeds = 2", "seeds = 1")
+    text = text.replace("= 6", "= 2000").replace("eval_every = 3", "eval_every = 500")
+    text = text.replace("masks.interval = 2\n", "")
+    text += "".join(f'[method.{x}]\nmethod = "static"\n' for x in ("twin", "third"))
     parse(tmp_path, text)
+    for name, value in runs.environment(tmp_path / "cache").items():
+        monkeypatch.setenv(name, value)
+    out, reached = tmp_path / "out", StopSignal.reached
 
-    def command(out: str) -> list[str]:
-        words = ["-m", "experiments.sweep", str(tmp_path / "file.toml"), "--jobs", "2"]
-        return [sys.executable, *words, "--no-progress", "--out", str(tmp_path / out)]
+    def stopping(self: StopSignal, step: int) -> int | None:
+        trains = any(path.stat().st_size for path in out.glob("*/*/metrics.jsonl"))
+        if trains and self.received is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return reached(self, step)
 
-    subprocess.run(command("one"), cwd=ROOT, check=True)
-    with subprocess.Popen(command("two"), cwd=ROOT, stderr=subprocess.PIPE) as process:
-        while not any(
-            path.stat().st_size for path in tmp_path.glob("two/*/*/metrics.jsonl")
-        ):
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.terminate()
-        _, errors = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM, errors
-    assert b"Go on with the same command" in errors
-    assert b"Traceback" not in errors
-    checkpoints = [x.name for x in tmp_path.glob("two/*/*/checkpoints/[0-9]*")]
-    assert checkpoints
-    assert set(checkpoints) - {"400"}
-    subprocess.run(command("two"), cwd=ROOT, check=True)
-    for seed in range(2):
-        one, two = (
-            map(json.loads, (tmp_path / part / path).read_text().splitlines())
-            for path in [f"rigl-0.9/rigl-seed{seed}/metrics.jsonl"]
-            for part in ("one", "two")
-        )
-        for line, twin in zip(one, two, strict=True):
-            assert {**line, "seconds": 0} == {**twin, "seconds": 0}
+    command = [str(tmp_path / "file.toml"), "--jobs", "2", "--no-progress"]
+    command += ["--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "reached", stopping)
+        patch.setattr(sweep_tasks, "_PAUSE", 0.05)
+        assert sweep.main(command) == 128 + signal.SIGTERM
+    errors = capfd.readouterr().err
+    assert "Go on with the same command" in errors
+    assert "Traceback" not in errors
+    checkpoints = {x.name for x in out.glob("*/*/checkpoints/[0-9]*")}
+    assert checkpoints - {"2000"}
+    folders = [out / f"{x}-0.9" / "static-seed0" for x in ("static", "twin", "third")]
+    assert not folders[2].exists()
+    assert sweep.main(command) == 0
+    one, two, straight = map(runs.metrics, folders)
+    assert one == two == straight
 
 
 def test_more_processes_than_cores_are_an_error(fake, tmp_path):
@@ -425,29 +408,19 @@ def test_more_processes_than_cores_are_an_error(fake, tmp_path):
             sweep.run(parse(tmp_path, TINY), tmp_path / "out", jobs=jobs)
 
 
-# --- the results
-
-
-def rows(text: str, table: int) -> dict[str, list[str]]:
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    half = lines[: len(lines) // 2] if table == 0 else lines[len(lines) // 2 :]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in half]
-    return {cell[0]: cell[1:] for cell in cells}
-
-
-@pytest.mark.parametrize(
-    "vmap_seeds", ["true", pytest.param("false", marks=pytest.mark.slow)]
-)
-def test_results_are_those_of_the_runs(vmap_seeds, tmp_path, monkeypatch):
-    """A real sweep, without and with all seeds at once."""
+def test_results_are_those_of_the_runs(tmp_path, monkeypatch):
+    """A real sweep, with all seeds at once."""
     device = loop.jax.devices()[:1]
     monkeypatch.setattr(sweep.jax, "devices", lambda: device)
-    text = TINY.replace("= false", f"= {vmap_seeds}").replace("[0.9, 0.95]", "[0.9]")
+    text = TINY.replace("= false", "= true").replace("[0.9, 0.95]", "[0.9]")
+    text = text.replace("rigl", "static").replace("masks.interval = 2\n", "")
     out = tmp_path / "out"
     sweep.run(parse(tmp_path, text), out, progress=False)
     text = (out / "results.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    tables = "\n".join(rows[: len(rows) // 2]), "\n".join(rows[len(rows) // 2 :])
     results = json.loads((out / "results.json").read_text())
-    assert [cell["name"] for cell in results["cells"]] == ["dense", "rigl-0.9"]
+    assert [cell["name"] for cell in results["cells"]] == ["dense", "static-0.9"]
     assert results["environment"]["jax"] == loop.jax.__version__
     for cell, active in zip(results["cells"], (TOTAL, active_count(0.9)), strict=True):
         lines: dict[int, list[dict[str, Any]]] = {}
@@ -462,9 +435,9 @@ def test_results_are_those_of_the_runs(vmap_seeds, tmp_path, monkeypatch):
         assert lines[0][-1]["test_loss"] != lines[1][-1]["test_loss"]
         last = [lines[seed][-1]["test_accuracy"] for seed in (0, 1)]
         best = [max(x["test_accuracy"] for x in lines[seed]) for seed in (0, 1)]
-        for table, values in enumerate((last, best)):
+        for table, values in zip(tables, (last, best), strict=True):
             mean, std = 100 * np.mean(values), 100 * np.std(values, ddof=1)
-            assert rows(text, table)[cell["method"]] == [f"{mean:.2f} ± {std:.2f}"]
+            assert f"| {cell['method']} | {mean:.2f} ± {std:.2f} |" in table
         assert cell["test_accuracy"] == last
         assert cell["mean"] == pytest.approx(np.mean(last))
         assert cell["std"] == pytest.approx(np.std(last, ddof=1))
@@ -522,26 +495,16 @@ def test_gains_are_between_runs_of_one_seed(tmp_path):
     ]
 
 
-# --- the plot
-
-
-def falling_runs(plan: Sweep) -> dict[str, MethodRuns]:
-    """A run of every cell, each less accurate than the one before."""
-    return {
-        name: MethodRuns(
-            config.method,
-            (0,),
-            ((record(6, 0.9 - 0.03 * i, active_count(config.sparsity)),),),
-        )
-        for i, (name, config) in enumerate(plan.cells.items())
-    }
-
-
 def test_the_plot_shows_every_method_in_a_colour_of_its_own(tmp_path):
     names = ", ".join(f'"{method}"' for method in ["dense", *plots.LOOKS])
     text = TINY.replace('"dense", "rigl"', names).replace("masks.interval = 2\n", "")
     plan = parse(tmp_path, text.replace("steps = 6", "steps = 48"))
-    sweep_report.plot(plan, falling_runs(plan), tmp_path / "plot.png")
+    done = {}
+    for i, (name, config) in enumerate(plan.cells.items()):
+        # Each is less accurate than the one before.
+        last = record(6, 0.9 - 0.03 * i, active_count(config.sparsity))
+        done[name] = MethodRuns(config.method, (0,), ((last,),))
+    sweep_report.plot(plan, done, tmp_path / "plot.png")
     image = matplotlib.image.imread(tmp_path / "plot.png")[..., :3]
     for method, (colour, _) in plots.LOOKS.items():
         distance = np.abs(image - matplotlib.colors.to_rgb(colour)).max(axis=-1)

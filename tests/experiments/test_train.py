@@ -7,7 +7,6 @@ Several devices have tests of their own.
 import collections
 import dataclasses
 import json
-import math
 import pathlib
 import re
 import statistics
@@ -39,6 +38,7 @@ from experiments.training import loop, metrics, optimizer, run_folders, step
 from granet_jax import tost
 from granet_jax.penalties import PenaltyInputs
 from tests.helpers import runs
+from tests.helpers.runs import TOTAL, active_count
 
 METHODS: tuple[str, ...] = typing.get_args(MethodName)
 # The kernels of LeNet-300-100 on 8 x 8 pixels.
@@ -47,17 +47,9 @@ LAYERS = {
     "hidden_1/kernel": 300 * 100,
     "output/kernel": 100 * 10,
 }
-TOTAL = sum(LAYERS.values())
 STEPS = 160
-SHORT = ["--model", "lenet-300-100", "--steps", "160", "--eval-every", "40"]
-SHORT += ["--checkpoint.every", "80", "--no-progress"]
-SHORT_CONFIG = Config(
-    model="lenet-300-100",
-    steps=STEPS,
-    eval_every=40,
-    progress=False,
-    seeds=1,
-    checkpoint=CheckpointConfig(every=160),
+SHORT = dataclasses.replace(
+    runs.CONFIG, steps=STEPS, eval_every=40, checkpoint=CheckpointConfig(every=80)
 )
 
 
@@ -67,12 +59,7 @@ def _shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def setup(**changes: Any) -> loop.TrainSetup:
-    return runs.create_setup(dataclasses.replace(SHORT_CONFIG, **changes))
-
-
-def active_count(sparsity: float) -> int:
-    """Number of active weights at an overall sparsity."""
-    return math.floor((1 - sparsity) * TOTAL + 0.5)
+    return runs.create_setup(dataclasses.replace(SHORT, **changes))
 
 
 def lines(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -89,9 +76,6 @@ def fit(
 
 def masks_of(each: loop.TrainSetup, state: step.TrainState) -> Any:
     return each.compiled_step.train_step.masks(state)
-
-
-# --- methods
 
 
 def test_methods_are_configured_as_documented():
@@ -174,9 +158,6 @@ def test_the_penalty_of_greg2_grows_until_it_prunes():
     assert penalties(steps, True)[-3] == pytest.approx(-OptimizerConfig().weight_decay)
     adamw = OptimizerConfig(name="adamw")
     assert penalties(steps, True, optimizer=adamw)[-3] == 0.0
-
-
-# --- the step
 
 
 def test_shifted_images_are_crops_of_the_padded_ones_and_all_crops_occur():
@@ -274,11 +255,7 @@ def test_evaluation_counts_every_image_once():
     dataset, compiled_step = each.dataset, each.compiled_step
     state = compiled_step.create([3])
     x = (np.asarray(dataset.test.inputs, np.float64) / 255 - dataset.mean) / dataset.std
-    x = x.reshape(596, 64)
-    for name in ("hidden_0", "hidden_1", "output"):
-        layer = jax.tree.map(np.asarray, state.params[name])
-        x = x @ layer["kernel"] + layer["bias"]
-        x = np.maximum(x, 0) if name != "output" else x
+    x = runs.lenet(jax.device_get(state.params), x.reshape(596, 64))
     labels = dataset.test.labels
     entropy = np.log(np.exp(x).sum(1)) - x[np.arange(596), labels]
     for size in (1024, 100):
@@ -302,93 +279,29 @@ def test_test_batches_suit_the_devices():
         assert np.array_equal(np.concatenate(inputs), split.inputs)
 
 
-def test_a_network_that_is_not_as_sparse_as_it_should_be_is_noticed():
-    each = setup(method="static")
-    state = each.compiled_step.create([0])
-    loop._check_state(each, state, STEPS, None)
+def test_a_network_that_is_not_as_sparse_as_it_should_be_is_noticed(tmp_path):
+    # One weight of all layers is active.
+    each = setup(method="static", sparsity=1 - 1 / TOTAL, steps=1, eval_every=1)
+    with pytest.warns(UserWarning, match="no active weight is left at 'h") as seen:
+        (record, *_), state = fit(each, 0, tmp_path)
+    empty = record.sparsity.empty
+    assert len(empty) == 2
+    assert all(name in str(seen[0].message) for name in empty)
+    loop._check_state(each, state, 1, None)
     train_step = each.compiled_step.train_step
     config = dataclasses.replace(each.config, sparsity=0.8)
     wrong = dataclasses.replace(
         each.compiled_step, train_step=dataclasses.replace(train_step, config=config)
     )
-    with pytest.raises(RuntimeError, match=f"{active_count(0.9)} weights are active"):
-        loop._check_state(each._replace(compiled_step=wrong), state, STEPS, None)
+    with pytest.raises(RuntimeError, match="1 weights are active, 10040 of 50200"):
+        loop._check_state(each._replace(compiled_step=wrong), state, 1, None)
     filled = jax.tree.map(jnp.ones_like, state.params)
     with pytest.raises(RuntimeError, match="hidden_0/kernel has weights"):
         loop._check_state(each, state._replace(params=filled), 1, None)
 
 
-def test_layers_without_active_weights_are_named(tmp_path):
-    # One weight of all layers is active.
-    each = setup(method="static", sparsity=1 - 1 / TOTAL, steps=1, eval_every=1)
-    with pytest.warns(UserWarning, match="no active weight is left at 'h") as seen:
-        (record, *_), _ = fit(each, 0, tmp_path)
-    empty = record.sparsity.empty
-    assert len(empty) == 2
-    assert all(name in str(seen[0].message) for name in empty)
-
-
-def reference_loss(params: Any, x: np.ndarray, labels: np.ndarray, smoothing: float):
-    for name in ("hidden_0", "hidden_1", "output"):
-        x = x @ params[name]["kernel"] + params[name]["bias"]
-        x = jnp.maximum(x, 0) if name != "output" else x
-    targets = np.eye(10)[labels] * (1 - smoothing) + smoothing / 10
-    return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(x), axis=1))
-
-
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_one_step_is_the_textbook_step(accumulate):
-    """Loss with label smoothing, Nesterov, decay and average, written out by hand."""
-    config = OptimizerConfig(
-        label_smoothing=0.1, accumulate=accumulate, ema=0.9, weight_decay=0.01
-    )
-    each = setup(method="dense", optimizer=config, data=DataConfig(shift=0))
-    dataset: Any = each.dataset
-    state = each.compiled_step.create([0])
-    params = jax.device_get(state.params)
-    state, loss = each.compiled_step.steps(state, each.train_data, 1)
-    rows = np.asarray(state.order)[:64]
-    assert not np.array_equal(rows, np.arange(64))
-    x = (np.asarray(dataset.train.inputs)[rows] / 255 - dataset.mean) / dataset.std
-    x = x.reshape(64, 64).astype(np.float32)
-    with jax.numpy_rank_promotion("allow"):
-        expected, grads = jax.value_and_grad(reference_loss)(
-            params, x, dataset.train.labels[rows], 0.1
-        )
-    assert float(loss[0, 0]) == pytest.approx(float(expected), rel=1e-5)
-    for name in ("hidden_0", "hidden_1", "output"):
-        # Weights decay, and biases do not.
-        for kind, decay in (("kernel", 0.01), ("bias", 0.0)):
-            before = params[name][kind]
-            gradient = np.asarray(grads[name][kind]) + decay * before
-            after = before - 0.1 * (gradient + 0.9 * gradient)
-            # In the first step the decay of the average is 1 / 10.
-            average = 0.1 * before + 0.9 * after
-            for array, target in ((state.params, after), (state.average, average)):
-                np.testing.assert_allclose(
-                    array[name][kind], target, rtol=1e-5, atol=1e-6
-                )
-
-
-def test_the_first_updates_of_weights_that_entered_are_smaller():
-    """RigL updates the masks in step 2, and the weights that enter are zero then."""
-    after = []
-    for warmup in (None, 4):
-        masks = MaskConfig(interval=2, warmup=warmup)
-        each = setup(method="rigl", masks=masks)
-        state = each.compiled_step.create([0])
-        for _ in range(3):
-            state, loss = each.compiled_step.steps(state, each.train_data, 1)
-            jax.block_until_ready(loss)
-        after.append(jax.device_get(each.compiled_step.snapshot(state)))
-    plain, warm = (np.asarray(x.params["hidden_0"]["kernel"]) for x in after)
-    entered = after[0].opt_state.entered["hidden_0"]["kernel"]
-    assert np.count_nonzero(plain[entered]) > 100
-    np.testing.assert_array_equal(warm, np.where(entered, plain / 4, plain))
-
-
 def test_a_moving_average_is_evaluated_masked(tmp_path):
-    each = setup(method="granet", optimizer=OptimizerConfig(ema=0.99))
+    each = setup(method="gmp", optimizer=OptimizerConfig(ema=0.99))
     records, state = fit(each, 0, tmp_path / "ema")
     evaluated = each.compiled_step.train_step.evaluation_params(state)
     masks = masks_of(each, state)
@@ -422,9 +335,6 @@ def test_bfloat16_is_for_activations_and_parameters_stay_float32():
         assert decayed[layer] == {"kernel": True, "bias": False}
 
 
-# --- a whole run
-
-
 class Results(NamedTuple):
     """The folder, the output and the metrics of a finished command."""
 
@@ -451,16 +361,21 @@ class Results(NamedTuple):
         ]
 
 
+def command(folder: pathlib.Path) -> list[str]:
+    """GraNet and dense training, two seeds each."""
+    config = dataclasses.replace(SHORT, seeds=2, baseline=True, out=folder)
+    return runs.arguments(config)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Results:
-    """GraNet and dense training, two seeds each."""
     folder = tmp_path_factory.mktemp("runs") / "new" / "run"
     capture = tmp_path_factory.mktemp("out") / "stdout"
     with pytest.MonkeyPatch.context() as patch, capture.open("w") as file:
         patch.setenv("COLUMNS", "80")
         runs.share_setups(patch)
         patch.setattr(sys, "stdout", file)
-        assert train.main([*SHORT, "--seeds", "2", "--out", str(folder)]) == 0
+        assert train.main(command(folder)) == 0
     names = [
         f"{method}-seed{seed}" for method in ("granet", "dense") for seed in (0, 1)
     ]
@@ -568,7 +483,7 @@ def test_the_same_command_again_trains_nothing_and_says_the_same(results):
         return {name: contents[name] for name in contents if "events." not in name}
 
     before = files()
-    assert train.main([*SHORT, "--seeds", "2", "--out", str(results.folder)]) == 0
+    assert train.main(command(results.folder)) == 0
     assert files() == before
 
 
@@ -645,20 +560,16 @@ TRAINED = ("top-kast", "greg2")
     ],
 )
 def test_every_method_trains(method, tmp_path):
-    options = ["--method", method, "--no-baseline", "--seeds", "1"]
-    options += ["--eval-every", "160"]
-    if method == "dsr":
-        # In so short a training it stays near its first distribution, uniform.
-        options += ["--masks.distribution", "erk"]
-    assert train.main([*SHORT, *options, "--out", str(tmp_path)]) == 0
-    first, last = lines(tmp_path / f"{method}-seed0" / "metrics.jsonl")
-    assert (first["method"], last["method"]) == (method, method)
+    # In so short a training, DSR stays near its first distribution, uniform.
+    masks = MaskConfig(distribution="erk" if method == "dsr" else None)
+    each = setup(method=method, masks=masks, eval_every=STEPS)
+    (first, last), _ = fit(each, 0, tmp_path)
     dense = ("gmp", "cyclical", "acdc", "straight-through", "greg2")
     start = {"granet-st": 0.5, "sculpt": 0.8} | dict.fromkeys(dense, 0.0)
-    assert first["active_weights"] == active_count(start.get(method, 0.9))
-    assert last["active_weights"] == active_count(0.9)
-    assert (first["step"], last["step"]) == (0, STEPS)
-    assert last["test_accuracy"] > 0.6
+    assert first.sparsity.active == active_count(start.get(method, 0.9))
+    assert last.sparsity.active == active_count(0.9)
+    assert (first.step, last.step) == (0, STEPS)
+    assert last.test_accuracy > 0.6
 
 
 def test_default_folders_of_the_same_second_differ(tmp_path, monkeypatch):

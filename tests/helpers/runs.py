@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import gc
 import json
+import math
 import os
 import pathlib
 import resource
@@ -25,6 +26,10 @@ from experiments.training.checkpoints import Checkpoints
 
 PyTree = Any
 ROOT = pathlib.Path(__file__).parents[2]
+# Tests replace fields of it.
+CONFIG = Config(model="lenet-300-100", seeds=1, baseline=False, progress=False)
+# The weights of LeNet-300-100 on 8 x 8 pixels that can be pruned.
+TOTAL = 64 * 300 + 300 * 100 + 100 * 10
 
 
 class Small(nn.Module):
@@ -52,6 +57,11 @@ def _create_small(
 def use_small_networks(patch: pytest.MonkeyPatch) -> None:
     """Put a small network in the place of every network; "cnn" is a wider one."""
     patch.setattr(models, "create", _create_small)
+
+
+def active_count(sparsity: float) -> int:
+    """Number of active weights at an overall sparsity."""
+    return math.floor((1 - sparsity) * TOTAL + 0.5)
 
 
 def replace_options(record: Any, options: Mapping[str, Any]) -> Any:
@@ -87,6 +97,7 @@ def create_setup(config: Config, devices: int = 1) -> loop.TrainSetup:
     shared = dataclasses.replace(
         config,
         out=None,
+        init_from=None,
         progress=True,
         baseline=True,
         seeds=config.seeds if config.vmap_seeds else 1,
@@ -119,6 +130,19 @@ def same(a: PyTree, b: PyTree) -> bool:
         and np.asarray(x).tobytes() == np.asarray(y).tobytes()
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
+
+
+def assert_close(a: PyTree, b: PyTree, rtol: float, atol: float = 0.0) -> None:
+    """Assert that two pytrees have the same structure and nearly equal values."""
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
+
+
+def lenet(params: PyTree, x: Any) -> Any:
+    """The logits of LeNet-300-100 for inputs (n, pixels), in NumPy or JAX."""
+    for name in ("hidden_0", "hidden_1", "output"):
+        x = x @ params[name]["kernel"] + params[name]["bias"]
+        x = x * (x > 0) if name != "output" else x
+    return x
 
 
 def saved_steps(run: pathlib.Path) -> list[int]:
@@ -164,9 +188,11 @@ def failure(capfd: Any, command: Callable[[], int], status: int = 2) -> str:
       status: Expected exit status.
     """
     capfd.readouterr()
+    gc.freeze()
     assert command() == status
     # Orbax reports what it could not finish when it is collected.
     gc.collect()
+    gc.unfreeze()
     printed, error = capfd.readouterr()
     assert printed == ""
     assert error.startswith("error: ")
@@ -187,20 +213,30 @@ def full_disk(size: int) -> Generator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def start(
-    arguments: Sequence[str], *, cache: pathlib.Path, command: str = "train"
-) -> subprocess.Popen[str]:
-    """Start a command of experiments/ in a process of its own, on one device.
+def arguments(config: Any, prefix: str = "") -> list[str]:
+    """The options of a command line with this configuration, or a part of one."""
+    words, defaults = [], type(config)()
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            words += arguments(value, f"{prefix}{name}.")
+        elif value == getattr(defaults, field.name):
+            continue
+        elif isinstance(value, bool):
+            words.append(f"--{prefix}{name}" if value else f"--{prefix}no-{name}")
+        else:
+            words += [f"--{prefix}{name}", str(value)]
+    return words
 
-    The process compiles as this one does, so that both compute the same bits.
+
+def environment(cache: pathlib.Path) -> dict[str, str]:
+    """Variables with which a process computes the bits that this one does.
 
     Args:
-      arguments: Arguments of the command line.
       cache: Folder for compiled programs, which later processes need not compile.
-      command: Name of the command.
     """
     quick = jax.config.read("jax_disable_most_optimizations")
-    environment = os.environ | {
+    return {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": str(quick),
@@ -208,10 +244,16 @@ def start(
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+
+
+def start(
+    arguments: Sequence[str], *, cache: pathlib.Path, command: str = "train"
+) -> subprocess.Popen[str]:
+    """Start a command of experiments/ in a process of its own, on one device."""
     return subprocess.Popen(
         [sys.executable, "-m", f"experiments.{command}", *arguments],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | environment(cache),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
