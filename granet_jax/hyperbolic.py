@@ -63,6 +63,8 @@ def hyperbolic(
       Jacobs et al., HAM: A Hyperbolic Step to Regulate Implicit Bias, 2025. The authors
       clip the gradient's norm at 20; chain `optax.clip_by_global_norm` before for that.
     """
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(f"inner must be an optax optimizer, got {inner!r}.")
     check_number("alpha", alpha, least=0.0)
     check_number("beta", beta, least=0.0)
     if not callable(learning_rate) and not isinstance(learning_rate, jax.Array):

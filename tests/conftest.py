@@ -37,10 +37,7 @@ hypothesis.settings.load_profile(PROFILE)
 # Test files whose programs are compiled as a user's are, because they compare with
 # another process or an oracle, or train for long. Without LLVM's optimizations the
 # other files take about half the time; XLA's own passes are the same in both cases.
-OPTIMIZED = (
-    *("test_methods", "test_processes", "test_readme", "test_reference"),
-    *("test_selection", "test_synflow", "test_train"),
-)
+OPTIMIZED = (*("test_methods", "test_readme", "test_selection", "test_synflow"),)
 # The files that take longest start first, so that no process is left with one at the
 # end.
 LONGEST = (

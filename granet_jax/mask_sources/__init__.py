@@ -33,4 +33,3 @@ from granet_jax.mask_sources.synflow import synflow as synflow
 from granet_jax.mask_sources.synflow import synflow_scores as synflow_scores
 from granet_jax.mask_sources.wanda import ria as ria
 from granet_jax.mask_sources.wanda import wanda as wanda
-from granet_jax.mask_sources.wanda import wanda_score as wanda_score

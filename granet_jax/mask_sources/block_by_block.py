@@ -50,12 +50,16 @@ def block_by_block(
     """
     check_function("prune", prune, "a function (number, block, params, batches)")
     check_batches(batches, passes=1)
+    if not isinstance(blocks, Sequence) or not all(map(callable, blocks)):
+        raise TypeError(f"blocks must be a sequence of functions, got {blocks!r}.")
     if len(blocks) != len(params):
         raise ValueError(
             f"params must hold the parameters of each block, got {len(params)} for "
             f"{len(blocks)} blocks."
         )
     inputs = list(batches)
+    if not inputs:
+        raise ValueError("batches must hold at least one batch, got none.")
     compiled = {block: jax.jit(block) for block in blocks}
     pruned, masks = [], []
     for i, (block, given) in enumerate(zip(blocks, params, strict=True)):

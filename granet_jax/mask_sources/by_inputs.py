@@ -134,16 +134,14 @@ def sparsity_of_each(
       ValueError, TypeError: A sparsity is missing, is not in [0, 1), or does not fit
         the structure.
     """
-    each: dict[str, Any] = (
-        {name: sparsity.get(name) for name in statistics}
-        if isinstance(sparsity, Mapping)
-        else dict.fromkeys(statistics, sparsity)
-    )
-    if missing := [repr(name) for name, value in each.items() if value is None]:
-        raise ValueError(
-            "sparsity must be one number, or one for each leaf of statistics; there is "
-            f"none for {', '.join(missing)}."
-        )
+    each: dict[str, Any] = dict.fromkeys(statistics, sparsity)
+    if isinstance(sparsity, Mapping):
+        if missing := [repr(name) for name in statistics if name not in sparsity]:
+            raise ValueError(
+                "sparsity must be one number, or one for each leaf of statistics; "
+                f"there is none for {', '.join(missing)}."
+            )
+        each = {name: sparsity[name] for name in statistics}
     for value in each.values():
         check_sparsity("sparsity", value)
         structures.check_use(

@@ -1,6 +1,6 @@
 """Numbers at their limits: NaN and infinity, the last step, huge leaves.
 
-`tests/methods/test_fuzz.py` compares whole runs with ties and bad gradients.
+`tests/methods/test_methods.py` compares whole runs with ties and bad gradients.
 """
 
 import dataclasses

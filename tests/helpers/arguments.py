@@ -53,7 +53,7 @@ RESULTS = {
     *names("schedules.", "ListedSteps", "UpdateSteps"),
     *names("analysis.", "Churn", "Connectivity", "Flops", "LeafFlops", "Overlap"),
     *names("analysis.", "PerLeaf", "Pruned", "Recovery", "Summary"),
-    *names("mask_sources.", "Collapse", "Ticket"),
+    *names("mask_sources.", "Collapse", "InputStatistics", "Ticket"),
     *names("penalties.", "PenaltyInputs"),
     *names("tost.", "Rescaled"),
 }
@@ -65,7 +65,8 @@ INTERNAL = {
     *names("masking.", "stacks_of"),
     *names("structures.", "box_counts", "check_leaves", "check_masks", "check_use"),
     *names("structures.", "counts", "fill", "merge", "merge_masks", "parts", "select"),
-    *names("structures.", "has_equal_boxes"),
+    *names("structures.", "check_least", "has_equal_boxes", "has_least"),
+    *names("structures.", "least_counts"),
     *names("structures.", "spread"),
     *names("schedules.", "ceil_of", "fixed_point", "increasing"),
     *names("distributions.", "check_distribution"),
@@ -447,6 +448,7 @@ def special_entries() -> Entries:
     yield from special_methods()
     yield from special_parts()
     yield from special_sources()
+    yield from special_pretrained()
     yield from special_ghosts()
     yield from special_analyses()
     yield from special_plots()
@@ -571,6 +573,66 @@ def special_sources() -> Entries:
     yield entry(export.to_bcoo, mask=mask)
     yield entry(export.to_bcsr, mask=mask)
     yield entry(export.to_csr, mask=mask, param=[*BAD["param"], half])
+
+
+def special_pretrained() -> Entries:
+    found = mask_sources.input_statistics(
+        apply, WEIGHTS, [jnp.ones((2, 4))], products=True
+    )
+    given = {"params": WEIGHTS, "statistics": found}
+    wrong: dict[str, Any] = {
+        "params": [Bad({"v": ONES}, "'v'"), Bad({"w": ONES[0]}, "'w'")],
+        "statistics": [3, None, "statistics"],
+        "sparsity": [*SPARSITY, Bad({}, "'w'"), Bad({"w": 2.0}, "2.0")],
+    }
+    yield entry(mask_sources.wanda, given, **wrong)
+    yield entry(mask_sources.ria, given, **wrong, power=NOT_NEGATIVE)
+    yield entry(
+        mask_sources.owl,
+        {**given, "block": lambda name: name},
+        **{**wrong, "sparsity": SPARSITY},
+        block=FUNCTION,
+        outlier=POSITIVE,
+        limit=SHARE,
+    )
+    alone = mask_sources.input_statistics(apply, WEIGHTS, [jnp.ones((2, 4))])
+    yield entry(
+        mask_sources.sparsegpt,
+        given,
+        **{**wrong, "statistics": [3, None, Bad(alone, "products=True")]},
+        block_size=COUNT,
+        damping=POSITIVE,
+    )
+    yield entry(
+        mask_sources.dsnot,
+        {**given, "masks": EYE},
+        params=[OTHER_WEIGHTS],
+        statistics=wrong["statistics"],
+        masks=[Bad({"w": SMALL}, "(2, 2)"), Bad(OTHER, "structure")],
+        swaps=[-1, 1.5, "2", None, Traced(2)],
+        tolerance=NOT_NEGATIVE,
+    )
+    yield entry(
+        mask_sources.input_statistics,
+        {"params": WEIGHTS, "batches": [jnp.ones((2, 4))]},
+        products=FLAG,
+    )
+    block = {"blocks": [apply], "params": [WEIGHTS], "batches": [jnp.ones((2, 4))]}
+    yield entry(
+        mask_sources.block_by_block,
+        {**block, "prune": lambda i, block, params, batches: (params, FULL)},
+        blocks=[3, None, [3]],
+        params=[Bad([], "got 0"), Bad([1, 2], "got 2")],
+        prune=FUNCTION,
+    )
+    yield entry(structures.at_least, {"number": 2}, number=COUNT)
+    yield entry(
+        granet_jax.hyperbolic,
+        {"inner": optax.sgd(0.1), "learning_rate": 0.1},
+        learning_rate=[-1.0, NAN, INF, "1", None],
+        alpha=NOT_NEGATIVE,
+        beta=NOT_NEGATIVE,
+    )
 
 
 def special_ghosts() -> Entries:
