@@ -606,7 +606,7 @@ def special_pretrained() -> Entries:
     yield entry(
         mask_sources.dsnot,
         {**given, "masks": EYE},
-        params=[OTHER_WEIGHTS],
+        params=wrong["params"],
         statistics=wrong["statistics"],
         masks=[Bad({"w": SMALL}, "(2, 2)"), Bad(OTHER, "structure")],
         swaps=[-1, 1.5, "2", None, Traced(2)],
