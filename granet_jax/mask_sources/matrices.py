@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from granet_jax.checks import check_type
 from granet_jax.distributions import Shape
 from granet_jax.layers import layer_shape
 from granet_jax.mask_sources.by_inputs import group_axes
@@ -50,9 +51,11 @@ def group_length(
 
     Raises:
       ValueError: The structure is another, or its groups do not lie along a row.
+      TypeError: It is no structure.
     """
     if structure is None:
         return None
+    check_type("structure", structure, Structure, "structures.n_of_m(n, m) or None")
     stack = group_axes(found)
     box = structure.box(layer_shape(shape, stack))
     layer = [axis for axis in range(len(shape)) if axis not in stack]
