@@ -131,19 +131,18 @@ class ProductInputs:
         if not any(factor.from_batch for factor in factors) or len(sides) == 2:
             # This is a product of weights, such as that of an adapter.
             return tuple(Weights(w.parameter, None) for w in held), {}
-        sums: Sums = {}
-        for side in sides:
-            kernel, data = factors[side], factors[1 - side]
-            try:
-                rows = ROWS[equation.primitive.name](equation, data.array, side)
-            except UnevenError as error:
-                raise UnknownInputsError(
-                    kernel.weights[0].parameter, str(error)
-                ) from None
-            shape = equation.invars[side].aval.shape
-            found = sum_rows(rows, shape, self.with_products)
-            _add(sums, _move_all(kernel.weights, found))
-        return (), sums
+        if not sides:
+            return (), {}
+        (side,) = sides
+        kernel, data = factors[side], factors[1 - side]
+        try:
+            rows = ROWS[equation.primitive.name](equation, data.array, side)
+        except UnevenError as error:
+            parameter = kernel.weights[0].parameter
+            raise UnknownInputsError(parameter, str(error)) from None
+        shape = equation.invars[side].aval.shape
+        found = sum_rows(rows, shape, self.with_products)
+        return (), _move_all(kernel.weights, found)
 
     def _evaluate_scan(
         self, equation: Any, operands: list[Value]
