@@ -5,7 +5,6 @@ a mask and which axes of a kernel count its inputs.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from granet_jax.distributions import Shape
 from granet_jax.dtypes import wider
 from granet_jax.layers import Axes, layer_shapes
 from granet_jax.mask_sources.input_statistics import InputStatistics
-from granet_jax.mask_sources.select import count_array
+from granet_jax.mask_sources.select import count_array, select_compiled
 from granet_jax.mask_sources.weight_places import GROUP
 from granet_jax.masking import PyTree
 from granet_jax.structures import Structure
@@ -64,11 +63,10 @@ def choose(
         structures.check_leaves(form, [(name, leaf.shape)], (stack,))
         shapes = layer_shapes([leaf.shape], (stack,))
         number = structures.counts(form, shapes[:1], wanted[name], "uniform")
-        masks[name] = _select(
-            score(as_float(leaf), found),
+        (masks[name],) = select_compiled(
+            [score(as_float(leaf), found)],
             count_array(number * len(shapes), shapes, "layer"),
-            structure=form,
-            stack=stack,
+            *(form, "layer", (stack,)),
         )
     return masks_like(params, masks)
 
@@ -81,17 +79,6 @@ class _Units:
 
     def __call__(self, leaf: Shape) -> Shape:
         return tuple(n if axis in self.inputs else 1 for axis, n in enumerate(leaf))
-
-
-@functools.partial(jax.jit, static_argnames=("structure", "stack"))
-def _select(
-    scores: Array, number: Array, *, structure: Structure | None, stack: Axes
-) -> Array:
-    """Select the weights of a leaf; leaves of the same shape share the program."""
-    (mask,) = structures.select(
-        structure, [scores], number, scope="layer", stacks=(stack,)
-    )
-    return mask
 
 
 def group_axes(statistics: InputStatistics) -> Axes:

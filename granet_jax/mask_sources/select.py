@@ -5,6 +5,7 @@ leaf and `optax.MaskedNode()` at every other leaf, as a tree of masks has.
 """
 
 import contextlib
+import functools
 import math
 import zlib
 from collections.abc import Sequence
@@ -96,14 +97,21 @@ def select(
             keep = distributions.total_count(sum(parts), sparsity)
         else:
             keep = structures.counts(structure, shapes, sparsity, "uniform")
-        masks = structures.select(
-            structure,
-            leaves,
-            count_array(keep, shapes, scope),
-            scope=scope,
-            stacks=stacks,
-        )
+        number = count_array(keep, shapes, scope)
+        masks = select_compiled(leaves, number, structure, scope, stacks)
     return treedef.unflatten(masks)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def select_compiled(
+    scores: list[Array],
+    number: Array,
+    structure: Structure | None,
+    scope: Scope,
+    stacks: tuple[Axes, ...],
+) -> list[Array]:
+    """`structures.select`, of which calls with the same shapes share the program."""
+    return structures.select(structure, scores, number, scope=scope, stacks=stacks)
 
 
 def from_score(
