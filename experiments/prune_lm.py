@@ -164,20 +164,27 @@ def _write(config: Config, results: Mapping[str, Any]) -> None:
 
 
 def _table(results: Mapping[str, Any]) -> str:
-    """The perplexities as a table in Markdown, a row for each cell."""
+    """The perplexities in Markdown: methods by sparsities."""
+    cells = {tuple(name.split()): cell for name, cell in results["cells"].items()}
+    methods = [x for x in pruning.METHODS if any(x == name for name, _ in cells)]
+    sparsities = sorted({text for _, text in cells}, key=lambda x: (":" in x, x))
+
+    def shown(method: str, text: str) -> str:
+        cell = cells.get((method, text))
+        if cell is None:
+            return ""
+        tuned = f", then {cell['finetuned']:.2f}" if "finetuned" in cell else ""
+        return f"{cell['perplexity']:.2f}{tuned}"
+
     lines = [
-        f"Perplexity of the dense model: {results['dense']:.2f}",
+        f"Perplexity, and after fine-tuning if any. Dense: {results['dense']:.2f}",
         "",
-        "| method | sparsity | perplexity | after fine-tuning | seconds to prune |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        f"| method | {' | '.join(sparsities)} |",
+        f"| --- |{' ---: |' * len(sparsities)}",
     ]
-    for name, cell in results["cells"].items():
-        method, sparsity = name.split()
-        tuned = f"{cell['finetuned']:.2f}" if "finetuned" in cell else ""
-        lines.append(
-            f"| {method} | {sparsity} | {cell['perplexity']:.2f} | {tuned} | "
-            f"{cell['seconds']:.0f} |"
-        )
+    for method in methods:
+        row = " | ".join(shown(method, text) for text in sparsities)
+        lines.append(f"| {method} | {row} |")
     return "\n".join(lines) + "\n"
 
 
