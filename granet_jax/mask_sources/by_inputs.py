@@ -68,7 +68,7 @@ def choose(
             count_array(number * len(shapes), shapes, "layer"),
             *(form, "layer", (stack,)),
         )
-    return masks_like(params, masks)
+    return tree_like(params, masks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,22 +137,13 @@ def sparsity_of_each(
     return each
 
 
-def masks_like(params: PyTree, masks: Mapping[str, Array]) -> PyTree:
-    """Return a tree of masks for `params`, from the masks by the name of their leaf."""
+def tree_like(params: PyTree, leaves: Mapping[str, Array]) -> PyTree:
+    """Return a tree like `params` of the named leaves, `MaskedNode` at all others."""
 
-    def mask(path: Any, _: Any) -> Any:
-        return masks.get(masking.leaf_name(path), optax.MaskedNode())
+    def leaf(path: Any, _: Any) -> Any:
+        return leaves.get(masking.leaf_name(path), optax.MaskedNode())
 
-    return jax.tree_util.tree_map_with_path(mask, params)
-
-
-def with_leaves(params: PyTree, leaves: Mapping[str, Array]) -> PyTree:
-    """Return `params` with some leaves replaced, by name."""
-
-    def replaced(path: Any, leaf: Any) -> Any:
-        return leaves.get(masking.leaf_name(path), leaf)
-
-    return jax.tree_util.tree_map_with_path(replaced, params)
+    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 def as_float(weights: Array) -> Array:

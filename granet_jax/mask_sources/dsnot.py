@@ -13,7 +13,7 @@ from granet_jax.mask_sources.by_inputs import (
     Statistics,
     as_float,
     leaves_with_statistics,
-    masks_like,
+    tree_like,
 )
 from granet_jax.mask_sources.matrices import (
     as_matrices,
@@ -98,7 +98,7 @@ def dsnot(
             tolerance=tolerance,
         )
         after[name] = from_matrices(exchanged.reshape(rows[0].shape), leaf.shape, found)
-    return masks_like(params, after)
+    return tree_like(params, after)
 
 
 class _Rows(NamedTuple):

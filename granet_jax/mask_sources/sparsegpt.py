@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from granet_jax import structures
 from granet_jax.checks import check_integer, check_number
 from granet_jax.distributions import total_count
 from granet_jax.mask_sources.by_inputs import (
@@ -15,9 +16,8 @@ from granet_jax.mask_sources.by_inputs import (
     Statistics,
     as_float,
     leaves_with_statistics,
-    masks_like,
     sparsity_of_each,
-    with_leaves,
+    tree_like,
 )
 from granet_jax.mask_sources.matrices import (
     as_matrices,
@@ -25,6 +25,7 @@ from granet_jax.mask_sources.matrices import (
     group_length,
     input_products,
 )
+from granet_jax.mask_sources.select import with_weights
 from granet_jax.masking import PyTree
 from granet_jax.selection import top_k
 from granet_jax.structures import Structure
@@ -96,7 +97,8 @@ def sparsegpt(
             )
         repaired[name] = from_matrices(values, leaf.shape, found).astype(leaf.dtype)
         masks[name] = from_matrices(chosen, leaf.shape, found)
-    return with_leaves(params, repaired), masks_like(params, masks)
+    weights = tree_like(params, repaired)
+    return with_weights(params, weights), tree_like(params, masks)
 
 
 def _numbers(rows: int, inputs: int, block: int, sparsity: float) -> tuple[int, ...]:
@@ -124,10 +126,9 @@ def _prune(
     def choose(scores: Array, start: Array, number: Array) -> Array:
         """Choose the weights of a block that stay."""
         if by_row:
-            rank = jnp.sum(scores[:, :, None] < scores[:, None, :], axis=2)
-            first = jnp.arange(block)[None, :, None] > jnp.arange(block)[None, None]
-            rank += jnp.sum((scores[:, :, None] == scores[:, None, :]) & first, axis=2)
-            return rank < number // rows
+            row = structures.constant_fan_in(axis=0)
+            each = (number // rows)[None]
+            return structures.select(row, [scores], each, scope="layer")[0]
         real = jnp.broadcast_to(start + jnp.arange(block) < inputs, scores.shape)
         return top_k([scores], number, among=[real])[0]
 

@@ -17,6 +17,7 @@ import pytest
 from experiments import prepare
 from experiments.language import corpus, preparation, smollm2, tokens
 from experiments.language.perplexity import perplexity
+from tests.helpers.small_language_model import network
 
 REFERENCE = pathlib.Path(__file__).parent / "smollm2_reference.json"
 EXAMPLES = json.loads(REFERENCE.read_text(encoding="utf-8"))
@@ -58,34 +59,10 @@ def test_logits_are_those_of_another_program():
         np.testing.assert_allclose(total, example["log_sum_exp"], rtol=0, atol=5e-4)
 
 
-def small_network(rng):
-    """Return parameters of one layer of width 32, with 2 heads, and 40 tokens."""
-    kernels = {
-        "query": (32, 128),
-        "key": (32, 64),
-        "value": (32, 64),
-        "output": (128, 32),
-        "gate": (32, 48),
-        "up": (32, 48),
-        "down": (48, 32),
-    }
-    layer = {
-        name: {"kernel": rng.normal(size=shape).astype(np.float32)}
-        for name, shape in kernels.items()
-    }
-    ones = {"scale": np.ones(32, np.float32)}
-    embedding = rng.normal(size=(40, 32)).astype(np.float32)
-    return {
-        "embedding": {"embedding": embedding},
-        "layer_00": {**layer, "norm_1": ones, "norm_2": ones},
-        "norm": ones,
-    }
-
-
 def test_perplexity_is_exp_of_the_mean_cross_entropy(monkeypatch, capfd):
     monkeypatch.setattr(smollm2, "DEPTH", 1)
     rng = np.random.default_rng(0)
-    params, windows = small_network(rng), rng.integers(0, 40, (5, 6), np.int32)
+    params, windows = network(rng, 1), rng.integers(0, 40, (5, 6), np.int32)
     logits = np.asarray(jax.jit(smollm2.apply)(params, windows), np.float64)
     scores = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
     targets = [scores[i, j, windows[i, j + 1]] for i in range(5) for j in range(5)]

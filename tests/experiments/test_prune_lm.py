@@ -10,43 +10,18 @@ from experiments import prune_lm
 from experiments.language import corpus, pruning, smollm2, tokens
 from experiments.language.perplexity import perplexity
 from granet_jax import export
+from tests.helpers.small_language_model import network
 
 
 @pytest.fixture
 def params(monkeypatch):
     """Replace the model and its texts by small random ones."""
-    rng = np.random.default_rng(0)
-    widths = {
-        "query": (32, 128),
-        "key": (32, 64),
-        "value": (32, 64),
-        "output": (128, 32),
-        "gate": (32, 48),
-        "up": (32, 48),
-        "down": (48, 32),
-    }
-
-    def layer():
-        kernels = {
-            name: {"kernel": rng.normal(size=shape).astype(np.float32) / 6}
-            for name, shape in widths.items()
-        }
-        return kernels | {name: {"scale": np.ones(32, np.float32)} for name in NORMS}
-
-    params = {
-        "embedding": {"embedding": rng.normal(size=(40, 32)).astype(np.float32)},
-        "layer_00": layer(),
-        "layer_01": layer(),
-        "norm": {"scale": np.ones(32, np.float32)},
-    }
+    params = network(np.random.default_rng(0), 2, scale=1 / 6)
     monkeypatch.setattr(smollm2, "DEPTH", 2)
     monkeypatch.setattr(smollm2, "load", lambda _: params)
     monkeypatch.setattr(tokens, "tokenizer", lambda _: None)
     monkeypatch.setattr(corpus, "windows", windows)
     return params
-
-
-NORMS = ("norm_1", "norm_2")
 
 
 def windows(tokenizer, split, length, count, data_dir):
