@@ -49,7 +49,7 @@ class InputSums:
 
 
 class Rows(NamedTuple):
-    """The inputs of a product, as vectors that a kernel's outputs sum.
+    """The inputs of a product: one vector for each time that an output is computed.
 
     Attributes:
       vectors: The inputs, of shape (groups, vectors, inputs).

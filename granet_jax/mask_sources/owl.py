@@ -29,8 +29,9 @@ def owl(
     """Return the sparsity of every leaf by OWL, for `wanda`, `ria` or `sparsegpt`.
 
     The outliers of a block are the weights whose score of Wanda exceeds `outlier` times
-    the block's mean. The density of a block is linear in its share of outliers, between
-    `limit` below and above the others, and the mean over all weights is 1 - sparsity::
+    the block's mean. The density of a block grows linearly with its share of outliers.
+    The highest and the lowest density differ by 2 * `limit`, and the mean over all
+    weights is 1 - sparsity::
 
         sparsities = mask_sources.owl(
             params, statistics, 0.7, block=lambda name: name.split("/")[0]
