@@ -7,7 +7,6 @@ from granet_jax._transform import transform as transform
 from granet_jax.export.sparse_inference import accelerate as accelerate
 from granet_jax.hyperbolic import hyperbolic as hyperbolic
 from granet_jax.initial_masks import init_masks as init_masks
-from granet_jax.masking import PackedMask as PackedMask
 from granet_jax.masking import Sparsity as Sparsity
 from granet_jax.masking import apply_masks as apply_masks
 from granet_jax.masking import pack_masks as pack_masks
@@ -29,6 +28,7 @@ from granet_jax.methods.snfs import snfs as snfs
 from granet_jax.methods.static import static as static
 from granet_jax.methods.straight_through import straight_through as straight_through
 from granet_jax.methods.top_kast import top_kast as top_kast
+from granet_jax.packed_masks import PackedMask as PackedMask
 from granet_jax.scores import ScoreInputs as ScoreInputs
 from granet_jax.state import SparseState as SparseState
 from granet_jax.state import get_masks as get_masks

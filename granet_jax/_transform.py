@@ -14,7 +14,8 @@ import optax
 from jax import Array
 from jax.core import Tracer
 
-from granet_jax import dense_weights, masking, structures
+from granet_jax import dense_weights, masking
+from granet_jax.boxes import merge_masks
 from granet_jax.checks import check_flag, check_integer, check_seed
 from granet_jax.dtypes import wider
 from granet_jax.frozen import warn_of_frozen_leaves
@@ -223,7 +224,7 @@ def init(setup: Setup, params: PyTree) -> SparseState:
         )
     entered = jax.tree.map(jnp.zeros_like, masks) if method.grows else ()
     stacks = masking.stacks_of(masks, setup.stacked)
-    parts = structures.merge_masks(method.structure, jax.tree.leaves(masks), stacks)
+    parts = merge_masks(method.structure, jax.tree.leaves(masks), stacks)
     phases = tuple(phase.init(parts) for phase in method.phases)
     if setup.packed:
         masks, marked, entered = masking.pack_masks((masks, marked, entered))

@@ -13,7 +13,7 @@ import optax
 from jax import Array
 from jax.core import Tracer
 
-from granet_jax import masking, structures, targets
+from granet_jax import boxes, masking, structured_selection, structures, targets
 from granet_jax.checks import check_seed
 from granet_jax.distributions import Shape
 from granet_jax.layers import (
@@ -134,7 +134,9 @@ def _draw(
     keys = layer_keys(key, shapes, stacks)
     leaves = zip(zeros, keys, stacks, strict=True)
     ranked = [over_layers(score, axes)(k, x) for x, k, axes in leaves]
-    return structures.select(structure, ranked, counts, scope="layer", stacks=stacks)
+    return structured_selection.select(
+        structure, ranked, counts, scope="layer", stacks=stacks
+    )
 
 
 def given_masks(
@@ -150,7 +152,7 @@ def given_masks(
         stacks = tuple(stack_axes(stacked, name, m) for name, m in named)
         leaves = [(name, m.shape) for name, m in named]
         structures.check_leaves(method.structure, leaves, stacks)
-        structures.check_masks(method.structure, named, stacks)
+        boxes.check_masks(method.structure, named, stacks)
         targets.check_least(method, layer_shapes([m.shape for _, m in named], stacks))
         if not traced:
             shapes = layer_shapes([m.shape for _, m in named], stacks)
@@ -227,7 +229,7 @@ def choose_among_all(
     """
     params = weights.stepped()
     ranked = evaluate(method.rank, names, masks, params, params, weights, key, stacks)
-    return structures.select(
+    return structured_selection.select(
         method.structure,
         ranked,
         number,

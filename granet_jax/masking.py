@@ -1,10 +1,9 @@
-"""Masks as pytrees: choose the leaves that carry one; apply, count and pack masks.
+"""Masks as pytrees: choose the leaves that carry one; apply and count masks.
 
 A tree of masks has the structure of the parameters. It holds a boolean array (True for
 active weights) at every maskable leaf and `optax.MaskedNode()` at every dense leaf.
 """
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array, lax
+from jax import Array
 from jax.core import Tracer
 
 from granet_jax.layers import (
@@ -24,6 +23,7 @@ from granet_jax.layers import (
     check_stacked,
     stack_axes,
 )
+from granet_jax.packed_masks import pack, unpack
 
 PyTree = Any
 # Which leaves carry a mask: a regular expression, a function of (name, leaf), or a
@@ -59,46 +59,6 @@ class Sparsity(NamedTuple):
     def empty(self) -> tuple[str, ...]:
         """The names of the leaves without active weights."""
         return tuple(name for name, sparsity in self.leaves.items() if sparsity == 1.0)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PackedMask:
-    """A mask of 1 bit per weight.
-
-    A byte holds eight neighbours along one axis, the first in its highest bit. Zeros
-    pad the last byte of the axis. So a packed mask has the sharding of its parameter,
-    and devices exchange nothing to pack or read it, as long as the length of their
-    shards along that axis is a multiple of eight.
-
-    Attributes:
-      bits: uint8 array of the mask's shape, except that the axis of length n has length
-        ceil(n / 8); of shape (1,) for a scalar.
-      shape: The shape of the mask (static).
-    """
-
-    bits: Array
-    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-
-    @property
-    def axis(self) -> int:
-        """The axis along which neighbours share bytes: -2, or -1 if that takes less."""
-        return _packed_axis(self.shape)
-
-
-def _packed_axis(shape: tuple[int, ...]) -> int:
-    # Packing along axis -2 puts neighbours along the last axis into neighbouring bytes,
-    # at the same bit. So a step can unpack them with vector instructions.
-    if len(shape) < 2:
-        return -1
-    *_, rows, columns = shape
-    return -2 if -(-rows // 8) * columns <= rows * -(-columns // 8) else -1
-
-
-def is_explicit(sharding: Any) -> bool:
-    """Whether an array's type includes its sharding: some mesh axis is Explicit."""
-    types = getattr(sharding.mesh, "axis_types", ())
-    return jax.sharding.AxisType.Explicit in types
 
 
 def is_masked_node(x: Any) -> bool:
@@ -224,7 +184,7 @@ def by_layer(tree: PyTree, stacked: Stacked) -> PyTree:
       TypeError, ValueError: `stacked` is not valid, or a leaf is not an array.
     """
     check_stacked(stacked)
-    tree = _unpack(tree)
+    tree = unpack(tree)
     check_arrays("tree", tree)
 
     def layers(path: tuple[Any, ...], x: Array) -> Any:
@@ -347,7 +307,7 @@ def check_masks(
         floating.
     """
     entries, treedef = jax.tree_util.tree_flatten_with_path(
-        _unpack(masks), is_leaf=_is_absent
+        unpack(masks), is_leaf=_is_absent
     )
     try:
         leaves = treedef.flatten_up_to(params)
@@ -420,7 +380,7 @@ def given_masks(masks: PyTree) -> PyTree:
       ValueError: A mask has values other than 0 and 1.
       TypeError: A leaf is not an array, or is neither boolean nor numeric.
     """
-    unpacked = _unpack(masks)
+    unpacked = unpack(masks)
     check_arrays("masks", unpacked)
     return jax.tree_util.tree_map_with_path(
         lambda path, mask: _as_bool(leaf_name(path), mask), unpacked
@@ -507,22 +467,6 @@ def pack_masks(masks: PyTree) -> PyTree:
     Raises:
       TypeError, ValueError: A leaf is not a mask.
     """
-
-    def pack(mask: Array) -> PackedMask:
-        axis = _packed_axis(mask.shape)
-        sharding = jax.typeof(mask).sharding
-        if is_explicit(sharding) and mask.ndim:
-            shard = sharding.shard_shape(mask.shape)[axis]
-            if shard < mask.shape[axis] and shard % 8:
-                # With Explicit mesh axes, a byte cannot span two shards.
-                axes = list(sharding.spec)
-                axes[axis] = None
-                spec = jax.sharding.PartitionSpec(*axes)
-                mask = jax.sharding.reshard(
-                    mask, jax.sharding.NamedSharding(sharding.mesh, spec)
-                )
-        return PackedMask(_pack_leaf(jnp.atleast_1d(mask), axis), mask.shape)
-
     return jax.tree.map(pack, given_masks(masks))
 
 
@@ -540,51 +484,4 @@ def unpack_masks(packed: PyTree) -> PyTree:
       TypeError: A leaf is not an array.
     """
     check_arrays("packed", packed)
-    return _unpack(packed)
-
-
-def _unpack(packed: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda x: _unpack_leaf(x) if is_packed(x) else x, packed, is_leaf=is_packed
-    )
-
-
-def _pack_leaf(mask: Array, axis: int) -> Array:
-    # `jnp.packbits` along axis -2 would transpose. XLA would then store the bits of the
-    # state in transposed order, and every step would read them with large strides.
-    padding = [(0, 0)] * mask.ndim
-    padding[axis] = (0, -mask.shape[axis] % 8)
-    shape = list(mask.shape)
-    shape[axis : axis + 1 or None] = [-(-mask.shape[axis] // 8), 8]
-    # The compiler for TPUs (libtpu 0.0.52) aborts on some sums in 8 bits.
-    digits = jnp.pad(mask, padding).reshape(shape).astype(jnp.uint32)
-    places = _places(digits.ndim, axis).astype(jnp.uint32)
-    return jnp.sum(digits << places, axis=axis, dtype=jnp.uint32).astype(jnp.uint8)
-
-
-def _places(ndim: int, axis: int) -> Array:
-    """The bit positions of the eight weights of a byte, along one axis."""
-    shape = [1] * ndim
-    shape[axis] = 8
-    return jnp.arange(7, -1, -1, dtype=jnp.uint8).reshape(shape)
-
-
-# Compiled, because outside jit it would dispatch several operations for every leaf.
-@jax.jit
-def _unpack_leaf(x: PackedMask) -> Array:
-    axis = x.axis
-    digits = jnp.expand_dims(x.bits, axis)
-    digits = (digits >> _places(digits.ndim, axis)) & 1
-    # The axis counts from the end, because states from a vmapped `init` have leading
-    # axes in `bits` that `x.shape` lacks.
-    shape = list(x.bits.shape)
-    shape[axis] *= 8
-    mask = digits.astype(bool).reshape(shape)
-    if not x.shape:
-        return mask[..., 0]
-    return lax.slice_in_dim(mask, 0, x.shape[axis], axis=axis)
-
-
-def is_packed(x: Any) -> bool:
-    """Whether `x` is a `PackedMask`."""
-    return isinstance(x, PackedMask)
+    return unpack(packed)

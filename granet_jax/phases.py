@@ -26,6 +26,7 @@ import numpy as np
 from jax import Array, lax
 
 from granet_jax import schedules, scores, structures, targets
+from granet_jax.boxes import box_counts, merge, merge_masks, spread
 from granet_jax.checks import check_flag, check_fraction, check_function
 from granet_jax.layers import (
     Axes,
@@ -43,6 +44,7 @@ from granet_jax.selection import (
     counter_dtype,
     top_k,
 )
+from granet_jax.structured_selection import fill, select
 from granet_jax.structures import Structure
 
 if TYPE_CHECKING:
@@ -80,11 +82,12 @@ class UpdateInputs(NamedTuple):
         method has one. (Boxes that are kept or pruned as a whole appear to a phase as
         single weights.)
       least: The structure whose units all keep at least some weights, if the method
-        has one. Pass it on to `structures.select` and `grow`.
+        has one. Pass it on to `structured_selection.select` and `grow`.
       key: A random key of this update, by which phases put equal scores in a random
         order; None for the lowest index first.
       makes_up: Whether layers make up for others that have fewer active weights than
         their targets, see `within_reach`.
+      names: The names of the leaves.
     """
 
     before: Masks
@@ -98,6 +101,7 @@ class UpdateInputs(NamedTuple):
     key: Array | None = None
     makes_up: bool = False
     least: Structure | None = None
+    names: tuple[str, ...] = ()
 
     def at_this_update(self, schedule: Callable[[int], Any], dtype: Any) -> Array:
         """The value of a host-side function of the step at this update."""
@@ -187,7 +191,7 @@ class Prune(Phase):
             if at.makes_up:
                 number = within_reach(number, active(masks, at.stacks))
             if not self.floor:
-                return structures.select(
+                return select(
                     at.boxes or at.least,
                     ranked,
                     number,
@@ -236,9 +240,7 @@ class Revive(Phase):
         ranked, key = at.score(self.by, masks, growing=True), at.order_of("revive")
         if at.boxes is not None:
             numbers = divide(at.target, [m.shape for m in masks], at.stacks)
-            filled = structures.fill(
-                at.boxes, masks, ranked, numbers, at.stacks, key=key
-            )
+            filled = fill(at.boxes, masks, ranked, numbers, at.stacks, key=key)
             return filled, state
         present = active(masks, at.stacks, at.scope)
         missing = at.target.astype(present.dtype)
@@ -295,7 +297,7 @@ class Exchange(Phase):
 
         ranked = at.score(self.drop, masks)
         kept, key = number - freed, at.order_of("drop")
-        stay = structures.select(
+        stay = select(
             *(at.least, ranked, kept),
             among=masks,
             scope="layer",
@@ -306,8 +308,8 @@ class Exchange(Phase):
         ranked, key = at.score(self.grow, stay, growing=True), at.order_of("grow")
         if at.boxes is not None:
             pairs = zip(masks, stacks, strict=True)
-            counts = [structures.box_counts(at.boxes, m, axes) for m, axes in pairs]
-            filled = structures.fill(at.boxes, stay, ranked, counts, stacks, key=key)
+            counts = [box_counts(at.boxes, m, axes) for m, axes in pairs]
+            filled = fill(at.boxes, stay, ranked, counts, stacks, key=key)
             return filled, state
         if self.across:
             active_scores = at.score(self.grow, masks, growing=True)
@@ -335,7 +337,7 @@ def grow(
     """
     if least is not None:
         wanted = [jnp.asarray(least.least, jnp.uint32)] * len(masks)
-        filled = structures.fill(least, masks, ranked, wanted, stacks, key=key)
+        filled = fill(least, masks, ranked, wanted, stacks, key=key)
         before = masks
         lacking = [f & ~m for f, m in zip(filled, masks, strict=True)]
         first = top_k(ranked, number, among=lacking, scope=scope, stacks=stacks)
@@ -422,7 +424,7 @@ def update_masks(
     row = method.updates.update_index(count)
     boxes = structure if structures.has_equal_boxes(structure) else None
     at = UpdateInputs(
-        before=structures.merge_masks(structure, masks, stacks),
+        before=merge_masks(structure, masks, stacks),
         score=score_function(names, masks, weights, key, stacks, structure),
         target=jnp.asarray(targets.active_counts(method, shapes))[row],
         scope=method.scope,
@@ -433,10 +435,11 @@ def update_masks(
         least=structure if structures.has_least(structure) else None,
         key=jax.random.fold_in(key, len(shapes)),  # Layers fold in their numbers.
         makes_up=method.scope == "layer" and boxes is None and not method.revives,
+        names=names,
     )
     present, kept, states = run_phases(method.phases, states, at)
-    present = structures.spread(structure, present, masks, stacks)
-    return present, structures.spread(structure, kept, masks, stacks), states
+    present = spread(structure, present, masks, stacks)
+    return present, spread(structure, kept, masks, stacks), states
 
 
 def update_masks_compiled(
@@ -509,11 +512,11 @@ def score_function(
     """
 
     def evaluated(score: Score, masks: Masks, *, growing: bool = False) -> list[Array]:
-        masks = structures.spread(structure, masks, before, stacks)
+        masks = spread(structure, masks, before, stacks)
         params = zero_outside(before if growing else masks, weights.stepped())
         visible = zero_outside(masks, params)
         ranked = evaluate(score, names, masks, params, visible, weights, key, stacks)
-        return structures.merge(structure, ranked, stacks)
+        return merge(structure, ranked, stacks)
 
     return evaluated
 

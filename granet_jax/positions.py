@@ -1,13 +1,13 @@
 """Row-major positions of the entries of an array, under any sharding."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from granet_jax.masking import is_explicit
+from granet_jax.shardings import is_explicit
 
 
 def from_end(end: Array, like: Array, axes: Collection[int]) -> Array:
@@ -44,9 +44,3 @@ def iota(like: Any, dtype: jnp.dtype, axis: int) -> Array:
     spec = [name if i == axis else None for i, name in enumerate(sharding.spec)]
     sharding = sharding.update(spec=jax.sharding.PartitionSpec(*spec))
     return lax.broadcasted_iota(dtype, shape, axis, out_sharding=sharding)
-
-
-def mesh_axes(spec: Iterable[Any]) -> list[str]:
-    """The names of the mesh axes over which an array is sharded."""
-    names = [name if isinstance(name, tuple) else (name,) for name in spec]
-    return [name for group in names for name in group if name is not None]

@@ -17,7 +17,7 @@ from jax import Array
 
 from granet_jax.checks import check_number
 from granet_jax.dtypes import wider
-from granet_jax.masking import is_explicit
+from granet_jax.shardings import is_explicit
 
 
 class ScoreInputs(NamedTuple):

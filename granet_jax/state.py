@@ -10,6 +10,7 @@ from jax import Array
 
 from granet_jax import masking
 from granet_jax.masking import PyTree
+from granet_jax.packed_masks import is_packed
 
 
 class SparseState(NamedTuple):
@@ -42,8 +43,8 @@ class SparseState(NamedTuple):
 
 def is_packed_state(state: SparseState) -> bool:
     """Whether a state holds its masks as `PackedMask` records."""
-    leaves = jax.tree.leaves(state.masks, is_leaf=masking.is_packed)
-    return any(map(masking.is_packed, leaves))
+    leaves = jax.tree.leaves(state.masks, is_leaf=is_packed)
+    return any(map(is_packed, leaves))
 
 
 def unpacked_like(params: PyTree, masks: PyTree) -> PyTree:

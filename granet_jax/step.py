@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.core import Tracer
 
 from granet_jax import masking, structures, targets
+from granet_jax.boxes import merge_masks
 from granet_jax.dtypes import wider
 from granet_jax.initial_masks import choose_among_all
 from granet_jax.layers import Stacked, layer_shapes
@@ -190,9 +191,7 @@ def mark_weights(
     among = None if method.weights == "dense" else leaves
     boxes = structures.has_equal_boxes(method.structure)
     if among is not None and number.ndim and not boxes:
-        present = active(
-            structures.merge_masks(method.structure, leaves, stacks), stacks
-        )
+        present = active(merge_masks(method.structure, leaves, stacks), stacks)
         number = within_reach(jnp.asarray(number), present)
     key = step_key(setup.seed, count)
     chosen = choose_among_all(

@@ -8,6 +8,7 @@ import numpy as np
 
 from granet_jax import masking
 from granet_jax.masking import PyTree
+from granet_jax.packed_masks import is_packed
 
 
 def named_masks(masks: PyTree, argument: str = "masks") -> dict[str, np.ndarray]:
@@ -24,7 +25,7 @@ def named_masks(masks: PyTree, argument: str = "masks") -> dict[str, np.ndarray]
     """
     masking.check_arrays(argument, masks)
     masking.check_concrete(argument, masks)
-    leaves = jax.tree_util.tree_leaves_with_path(masks, is_leaf=masking.is_packed)
+    leaves = jax.tree_util.tree_leaves_with_path(masks, is_leaf=is_packed)
     if not leaves:
         raise ValueError(f"{argument} holds no mask, got {masks!r}.")
     names = [masking.leaf_name(path) for path, _ in leaves]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from granet_jax.masking import check_concrete, given_masks, is_masked_node, is_packed
+from granet_jax.masking import check_concrete, given_masks, is_masked_node
+from granet_jax.packed_masks import is_packed
 
 if TYPE_CHECKING:
     import scipy.sparse

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from granet_jax import structures
 from granet_jax.checks import check_type
 from granet_jax.distributions import Shape
-from granet_jax.layers import layer_shape
+from granet_jax.layers import layer_axes, layer_shape
 from granet_jax.mask_sources.by_inputs import group_axes
 from granet_jax.mask_sources.input_statistics import InputStatistics
 from granet_jax.structures import Structure
@@ -56,17 +57,17 @@ def group_length(
     if structure is None:
         return None
     check_type("structure", structure, Structure, "structures.n_of_m(n, m) or None")
-    stack = group_axes(found)
+    stack, along = group_axes(found), found.input_axes[-1:]
+    structures.check_leaves(structure, [(name, shape)], (stack,))
     box = structure.box(layer_shape(shape, stack))
-    layer = [axis for axis in range(len(shape)) if axis not in stack]
-    sides = {axis: n for axis, n in zip(layer, box, strict=False) if n > 1}
-    if structure.density is None or list(sides) != [found.input_axes[-1]]:
+    sides = dict(zip(layer_axes(len(shape), stack), box, strict=True))
+    if structure.density is None or [a for a, n in sides.items() if n > 1] != [*along]:
         raise ValueError(
             "structure must be None or n_of_m along the last axis of inputs, which is "
-            f"{found.input_axes[-1]} of {name!r} with shape {shape}; got "
+            f"{along[0] if along else 'none'} of {name!r} with shape {shape}; got "
             f"{structure.name}."
         )
-    return sides[found.input_axes[-1]]
+    return sides[along[0]]
 
 
 def _arrangement(

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from granet_jax import masking, scores, structures
+from granet_jax import masking, scores, structured_selection, structures
 from granet_jax.checks import check_key, check_sparsity
 from granet_jax.distributions import Distribution
 from granet_jax.layers import Stacked, layer_shapes
@@ -112,7 +112,7 @@ def _draw(
     leaves, treedef = jax.tree.flatten(like)
     # The score reads the shapes of the weights only, so the masks stand in for them.
     random_scores = evaluate(scores.random, like, leaves, key, stacked)
-    masks = structures.select(
+    masks = structured_selection.select(
         structure,
         jax.tree.leaves(random_scores),
         counts,

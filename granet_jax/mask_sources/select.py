@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from granet_jax import distributions, masking, structures
+from granet_jax import distributions, masking, structured_selection, structures
 from granet_jax.checks import check_function, check_key, check_sparsity
 from granet_jax.distributions import Shape
 from granet_jax.layers import (
@@ -110,8 +110,10 @@ def select_compiled(
     scope: Scope,
     stacks: tuple[Axes, ...],
 ) -> list[Array]:
-    """`structures.select`, of which calls with the same shapes share the program."""
-    return structures.select(structure, scores, number, scope=scope, stacks=stacks)
+    """`structured_selection.select`, compiled once for calls with the same shapes."""
+    return structured_selection.select(
+        structure, scores, number, scope=scope, stacks=stacks
+    )
 
 
 def from_score(

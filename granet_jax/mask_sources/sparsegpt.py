@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from granet_jax import structures
+from granet_jax import structured_selection, structures
 from granet_jax.checks import check_integer, check_number
 from granet_jax.distributions import total_count
 from granet_jax.mask_sources.by_inputs import (
@@ -128,7 +128,7 @@ def _prune(
         if by_row:
             row = structures.constant_fan_in(axis=0)
             each = (number // rows)[None]
-            return structures.select(row, [scores], each, scope="layer")[0]
+            return structured_selection.select(row, [scores], each, scope="layer")[0]
         real = jnp.broadcast_to(start + jnp.arange(block) < inputs, scores.shape)
         return top_k([scores], number, among=[real])[0]
 

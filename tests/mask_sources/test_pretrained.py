@@ -333,6 +333,12 @@ BAD: list[tuple[Any, str]] = [
         "structure must be None or n_of_m",
     ),
     (
+        lambda: ms.sparsegpt(
+            PARAMS, STATISTICS, 0.8, structure=structures.n_of_m(1, 5)
+        ),
+        "and 'a/kernel' has shape",
+    ),
+    (
         lambda: ms.sparsegpt(PARAMS, ms.input_statistics(apply, PARAMS, BATCHES), 0.5),
         "products=True",
     ),

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import granet_jax
-from granet_jax import mask_sources, structures
+from granet_jax import mask_sources, structured_selection, structures
 
 SHAPES = [(6, 5), (2, 3, 4)]
 
@@ -58,7 +58,7 @@ def test_select_as_numpy_does(numbers: list[int], least: int, seed: int) -> None
     scores = [rng.integers(-4, 5, s).astype(np.float32) for s in SHAPES]
     among = [rng.random(s) < 0.8 for s in SHAPES]
     scope = "layer" if len(numbers) > 1 else "global"
-    actual = structures.select(
+    actual = structured_selection.select(
         structures.at_least(least),
         [jnp.asarray(s) for s in scores],
         np.asarray(numbers if scope == "layer" else numbers[0], np.uint32),

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import granet_jax
-from granet_jax import mask_sources, structures
+from granet_jax import mask_sources, structured_selection, structures
 from granet_jax.structures import Structure
 from tests.helpers import numpy_reference
 from tests.helpers.compiler_options import QUICK
@@ -68,7 +68,9 @@ def test_select_as_numpy_does(form: MethodSpec, dtype: str, scope: Any) -> None:
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def select(scores: Any, numbers: Any, among: Any) -> Any:
-        return structures.select(ours, scores, numbers, among=among, scope=scope)
+        return structured_selection.select(
+            ours, scores, numbers, among=among, scope=scope
+        )
 
     for seed in range(4):
         rng = np.random.default_rng(seed)
