@@ -25,6 +25,7 @@ from granet_jax.methods.rigl import rigl as rigl
 from granet_jax.methods.sculpt import sculpt as sculpt
 from granet_jax.methods.set import set_ as set_
 from granet_jax.methods.snfs import snfs as snfs
+from granet_jax.methods.srigl import srigl as srigl
 from granet_jax.methods.static import static as static
 from granet_jax.methods.straight_through import straight_through as straight_through
 from granet_jax.methods.top_kast import top_kast as top_kast

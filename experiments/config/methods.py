@@ -18,6 +18,7 @@ MethodName = Literal[
     "mest",
     "dsr",
     "snfs",
+    "srigl",
     "static",
     "cyclical",
     "acdc",
@@ -57,6 +58,7 @@ OPTIONS: dict[str, frozenset[str]] = {
     "mest": _START | _GROWING | _LEAST,
     "dsr": _START | _GROWING | {"stop"},
     "snfs": _START | _GROWING,
+    "srigl": _GROWING | {"stop", "distribution"},
     "static": _START | _LEAST,
     "cyclical": frozenset(
         {"interval", "initial_sparsity", "cycles", "recovery", "warmup"}
@@ -87,10 +89,10 @@ class MaskConfig:
 
     fraction: float | None = None
     """Fraction of each layer's active weights that the first update drops
-    and regrows, in [0, 1]; by default 0.5, and 0.3 for rigl, set and
-    mest. For dsr, the fraction of all active weights that each update
+    and regrows, in [0, 1]; by default 0.5, and 0.3 for rigl, set, mest
+    and srigl. For dsr, the fraction of all active weights that each update
     should move; by default 0.01. granet, granet-st, rigl, set, mest, dsr,
-    snfs."""
+    snfs, srigl."""
 
     initial_sparsity: float | None = None
     """Sparsity at the start, in [0, sparsity]; by default 0, 0.5 for
@@ -104,13 +106,13 @@ class MaskConfig:
 
     stop: float | None = None
     """Fraction of the steps after which the masks no longer change, in
-    (0, 1]; by default 0.75. rigl, set, dsr."""
+    (0, 1]; by default 0.75. rigl, set, dsr, srigl."""
 
     warmup: int | None = None
     """Steps over which the updates of weights that entered in a mask update
     grow to their full size; by default 0. A warm-up ends with the next
-    mask update. granet, granet-st, rigl, set, mest, dsr, snfs, cyclical,
-    acdc."""
+    mask update. granet, granet-st, rigl, set, mest, dsr, snfs, srigl,
+    cyclical, acdc."""
 
     distribution: Literal["uniform", "er", "erk"] | None = None
     """How the layers share the sparsity of the initial masks; by default
@@ -235,6 +237,10 @@ def _create(
             return granet_jax.dsr(sparsity, steps, stop=fraction_of_steps, **options)
         case "snfs":
             return granet_jax.snfs(sparsity, steps, **options)
+        case "srigl":
+            # The units of the last layer are the classes.
+            options.update(keep_units="(^|/)output/", stop=fraction_of_steps)
+            return granet_jax.srigl(sparsity, steps, **options)
         case "static":
             return granet_jax.static(sparsity, **options)
         case "cyclical":

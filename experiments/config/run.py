@@ -257,7 +257,8 @@ class Config:
     `gmp` prunes gradually without regrowth. At constant sparsity, `rigl`
     regrows weights by gradient, `set` at random and `snfs` by momentum;
     `mest` drops weights by magnitude and gradient, `dsr` below an
-    adaptive threshold; `static` keeps its random masks. `cyclical` prunes
+    adaptive threshold; `srigl` gives all units of a layer as many inputs
+    and prunes units whole; `static` keeps its random masks. `cyclical` prunes
     gradually in cycles, each from a dense network; `acdc` alternates
     between dense and sparse phases; `sculpt` trains fixed masks in cycles
     and prunes once; `straight-through` and `top-kast` also train pruned

@@ -91,6 +91,7 @@ def test_methods_are_configured_as_documented():
         ("mest", {}, 0.9, range(15, 1186, 15)),
         ("dsr", {}, 0.9, range(15, 901, 15)),
         ("snfs", {}, 0.9, range(15, 1186, 15)),
+        ("srigl", {"stop": 0.5}, 0.9, range(15, 601, 15)),
         ("static", {"distribution": "uniform"}, 0.9, ()),
         ("cyclical", cycles, 0.3, [*range(15, 451, 15), 600, *range(615, 1051, 15)]),
         ("cyclical", {"cycles": 1}, 0.0, range(15, 901, 15)),

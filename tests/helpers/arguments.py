@@ -59,15 +59,12 @@ RESULTS = {
 }
 # Functions that receive arguments which other functions have checked.
 INTERNAL = {
-    *names("masking.", "default_where", "flags", "is_explicit", "is_masked_node"),
-    *names("masking.", "is_packed", "leaf_name", "map_masked", "maskable_leaves"),
-    *names("masking.", "placed_like", "check_arrays", "check_concrete", "given_masks"),
-    *names("masking.", "stacks_of"),
-    *names("structures.", "box_counts", "check_leaves", "check_masks", "check_use"),
-    *names("structures.", "counts", "fill", "merge", "merge_masks", "parts", "select"),
+    *names("masking.", "default_where", "flags", "is_masked_node", "leaf_name"),
+    *names("masking.", "map_masked", "maskable_leaves", "placed_like", "stacks_of"),
+    *names("masking.", "check_arrays", "check_concrete", "given_masks"),
+    *names("structures.", "check_leaves", "check_use", "counts", "parts"),
     *names("structures.", "check_least", "has_equal_boxes", "has_least"),
     *names("structures.", "least_counts"),
-    *names("structures.", "spread"),
     *names("schedules.", "ceil_of", "fixed_point", "increasing"),
     *names("distributions.", "check_distribution"),
     *names("penalties.", "penalised"),
@@ -456,6 +453,12 @@ def special_entries() -> Entries:
 
 def special_methods() -> Entries:
     yield entry(granet_jax.snfs, decay=SPARSITY)
+    yield entry(
+        granet_jax.srigl,
+        {"keep_units": "output"},
+        keep_units=[3, None, "("],
+        min_salient=SHARE,
+    )
     yield entry(granet_jax.cyclical, cycles=[*STEPS, Bad(7, "multiple")])
     yield entry(granet_jax.sculpt, {"sparsity": 0.9, "cycles": 3})
     when = [3, None, "never", Bad([10, 20], "schedules.listed")]

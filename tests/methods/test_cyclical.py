@@ -136,8 +136,9 @@ def test_arguments_that_do_not_fit(changes: Any, message: str) -> None:
 
 
 def test_uses_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="acdc resets the optimizer's moments"):
-        granet_jax.transform(granet_jax.acdc(0.9, (1, 2, 3)))
+    for method in (granet_jax.acdc(0.9, (1, 2, 3)), granet_jax.greg1(0.9)):
+        with pytest.raises(ValueError, match=f"{method.name} resets .* or adds"):
+            granet_jax.transform(method)
     with pytest.raises(ValueError, match="the 3 cycles"):
         granet_jax.sculpt(0.9, 10, cycles=2)
     projected = granet_jax.cyclical(
