@@ -182,7 +182,7 @@ def find_threshold(
         return (shift > 0) & jnp.any(reached > wanted)
 
     unknown = jnp.full_like(wanted, jnp.iinfo(wanted.dtype).max)
-    start = (bits, jnp.zeros(wanted.shape, dtype), unknown)
+    start = (bits, jnp.zeros_like(wanted, dtype), unknown)
     _, threshold, reached = lax.while_loop(unfinished, next_digit, start)
     # Where no bound sufficed, there are fewer keys than wanted, and all are selected.
     return jnp.maximum(threshold, 1), jnp.where(threshold > 0, reached, 0)

@@ -234,7 +234,7 @@ def _best_by_digits(
     def sums(flags: Array) -> Array:
         return jnp.sum(flags, axis=boxes.inside, keepdims=True, dtype=jnp.uint32)
 
-    numbers = jnp.broadcast_to(number, sums(keys > 0).shape)
+    numbers = jnp.zeros_like(sums(keys > 0)) + number
 
     def threshold(keys: Array, bits: Array) -> Array:
         def count(bounds: list[Array]) -> list[Array]:

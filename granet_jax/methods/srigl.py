@@ -129,10 +129,8 @@ class ExchangeAndAblate(Phase):
         freed = schedules.ceil_of(fraction, number)
         weights = at.score(scores.magnitude, masks)
         stay = top_k(weights, number - freed, among=masks, stacks=stacks)
-        gradients, key = (
-            at.score(scores.gradient, stay, growing=True),
-            at.order_of("grow"),
-        )
+        gradients = at.score(scores.gradient, stay, growing=True)
+        key = at.order_of("grow")
         salient = grow(stay, gradients, freed, stacks, key=key)
 
         # Units are arrays with the axes of their leaf, of length 1 along the inputs.
@@ -151,7 +149,7 @@ class ExchangeAndAblate(Phase):
         stay = [m & unit for m, unit in zip(stay, alive, strict=True)]
         stay = select(boxes, weights, fan_in, among=stay, scope="layer", stacks=stacks)
         wanted = divide(fan_in, [m.shape for m in masks], stacks)
-        wanted = [jnp.where(unit, n, 0) for unit, n in zip(alive, wanted, strict=True)]
+        wanted = [u.astype(n.dtype) * n for u, n in zip(alive, wanted, strict=True)]
         return fill(boxes, stay, gradients, wanted, stacks, key=key), state
 
     def _salient_units(
@@ -173,5 +171,6 @@ class ExchangeAndAblate(Phase):
             fan_in = jnp.max(box_counts(boxes, mask, axes), within, keepdims=True)
             # The addend undoes the rounding error of a product such as 0.29 * 100.
             least = jnp.floor(self.min_salient * fan_in.astype(jnp.float32) + 1e-3)
-            enough.append((counts >= jnp.maximum(least, 1)) | spare)
+            least = jnp.maximum(least.astype(counts.dtype), 1)
+            enough.append((counts >= least) | spare)
         return enough

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import granet_jax
 
@@ -156,6 +158,25 @@ def test_layers_of_a_stack_are_ablated_each_by_itself() -> None:
     together = trained(stack, list(map(doubled, grads)), doubled(params))
     expected = doubled(single[-1][1])["dense/kernel"]
     np.testing.assert_array_equal(together[-1][1]["dense/kernel"], expected)
+
+
+def test_on_explicit_axes_as_on_one_device() -> None:
+    method = granet_jax.srigl(0.8, STEPS, keep_units="output", interval=1)
+    tx = granet_jax.transform(method, optax.sgd(0.01))
+    rng = np.random.default_rng(3)
+    shapes = {"conv": (3, 3, 4, 8), "output": (16, 8)}
+    start, *grads = [
+        {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+        for _ in range(3)
+    ]
+    alone = trained(tx, grads, start)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    layout = {"conv": P(None, None, "x", "y"), "output": P("x", "y")}
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, layout) for x in (start, *grads)]
+        shared = trained(tx, placed[1:], placed[0])
+    for name in shapes:
+        np.testing.assert_array_equal(shared[-1][1][name], alone[-1][1][name])
 
 
 def test_a_name_that_no_leaf_has_is_refused() -> None:

@@ -193,7 +193,8 @@ def test_on_eight_devices_as_on_one(
         return params, masks
 
     alone = train(lambda tree: jax.tree.map(jnp.asarray, tree))
-    shared = train(lambda tree: jax.device_put(tree, layout))
+    with jax.set_mesh(mesh):
+        shared = train(lambda tree: jax.device_put(tree, layout))
     for name in names:
         mask = shared[1][name]
         assert mask.sharding.is_equivalent_to(layout[name], mask.ndim)
