@@ -10,7 +10,7 @@ import granet_jax
 from tests.helpers.training import arrays
 from tests.helpers.trees import assert_same, eighths
 
-INTERVAL, WARMUP, STEPS = 4, 3, 12
+INTERVAL, WARMUP, STEPS = 4, 2, 12
 
 
 def test_entered_weights_warm_up_linearly() -> None:
