@@ -215,6 +215,13 @@ def test_message(case: str) -> None:
 # --- Schedules and limits ---------------------------------------------------------
 
 
+@pytest.mark.parametrize("argument", ["seed", "stacked"])
+def test_transform_checks_before_there_are_parameters(argument: str) -> None:
+    arguments: dict[str, Any] = {argument: 1.5}
+    with pytest.raises(TypeError, match=f"{argument} must be"):
+        granet_jax.transform(RIGL, SGD, **arguments)
+
+
 def test_schedules_are_checked_at_every_update() -> None:
     updates = schedules.listed([25, 50, 75])
     bad_at = lambda t, value: lambda step: value if step == t else 0.5  # noqa: E731
