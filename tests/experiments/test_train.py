@@ -548,8 +548,9 @@ def test_the_page_says_how_to_read_a_checkpoint(results, capsys):
     assert all(line.startswith("['") and "active" in line for line in printed)
 
 
-# Weights that live on behind the masks, and a penalty. The others are slow.
-TRAINED = ("top-kast", "greg2")
+# Weights that live on behind the masks, a penalty, and counts that layers round. The
+# others are slow.
+TRAINED = ("top-kast", "greg2", "srigl")
 
 
 @pytest.mark.parametrize(
@@ -567,8 +568,10 @@ def test_every_method_trains(method, tmp_path):
     (first, last), _ = fit(each, 0, tmp_path)
     dense = ("gmp", "cyclical", "acdc", "straight-through", "greg2")
     start = {"granet-st": 0.5, "sculpt": 0.8} | dict.fromkeys(dense, 0.0)
-    assert first.sparsity.active == active_count(start.get(method, 0.9))
-    assert last.sparsity.active == active_count(0.9)
+    # Each of SRigL's 410 units may be half an input off, at the start and at the end.
+    slack = 410 if method == "srigl" else 0
+    assert abs(first.sparsity.active - active_count(start.get(method, 0.9))) <= slack
+    assert abs(last.sparsity.active - active_count(0.9)) <= slack
     assert (first.step, last.step) == (0, STEPS)
     assert last.test_accuracy > 0.6
 
