@@ -1,8 +1,6 @@
 """A layer as boxes: the parts in which a structure keeps or prunes its weights.
 
-Boxes become axes of their own, and a reduction over them is one over axes. Nothing is
-gathered, except that where the boxes of `block` or `n_of_m` are divided among devices
-along an axis, every device gathers the leaf along that axis.
+Boxes become axes of their own, so that counting within a box is a sum over axes.
 """
 
 import math
@@ -17,7 +15,7 @@ from jax.core import Tracer
 from granet_jax import masking
 from granet_jax.distributions import Shape
 from granet_jax.dtypes import wider
-from granet_jax.layers import Axes, layer_shape
+from granet_jax.layers import Axes, layer_axes, layer_shape
 from granet_jax.shardings import is_explicit
 from granet_jax.structures import Structure
 
@@ -76,7 +74,8 @@ def boxed(structure: Structure, x: Array, axes: Axes) -> tuple[Boxes, Array]:
         if b in (1, n):
             spec.append(names)
             continue
-        parts = math.prod(sharding.mesh.shape[name] for name in _mesh_axes([names]))
+        group = names if isinstance(names, tuple) else (names,)
+        parts = math.prod(sharding.mesh.shape[x] for x in group if x is not None)
         spec += [names if n // b % parts == 0 else None, None]
     out_sharding = sharding.update(spec=jax.sharding.PartitionSpec(*spec))
     return boxes, lax.reshape(x, boxes.shape, out_sharding=out_sharding)
@@ -183,7 +182,7 @@ def check_masks(
             return
         counts = box_counts(structure, mask, axes)
         size = math.prod(structure.box(layer_shape(mask.shape, axes)))
-        within = [axis for axis in range(mask.ndim) if axis not in axes]
+        within = layer_axes(mask.ndim, axes)
         largest = jnp.max(counts, axis=within, keepdims=True, initial=0)
         most = size if structure.whole else largest
         fits = (counts == most) | (structure.whole & (counts == 0))
@@ -192,9 +191,3 @@ def check_masks(
                 f"masks must have the structure {structure.name} of the method, and "
                 f"the mask at {name!r} does not have it."
             )
-
-
-def _mesh_axes(spec: Iterable[Any]) -> list[str]:
-    """The names of the mesh axes over which an array is sharded."""
-    names = [name if isinstance(name, tuple) else (name,) for name in spec]
-    return [name for group in names for name in group if name is not None]

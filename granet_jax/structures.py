@@ -30,9 +30,7 @@ from granet_jax import distributions
 from granet_jax.checks import check_choice, check_integer
 from granet_jax.distributions import Distribution, Shape
 from granet_jax.layers import Axes, layer_shape
-from granet_jax.selection import (
-    Scope,
-)
+from granet_jax.selection import Scope
 
 Norm = Literal["l1", "l2"]
 NORMS: tuple[str, ...] = ("l1", "l2")

@@ -257,13 +257,13 @@ class Config:
     `gmp` prunes gradually without regrowth. At constant sparsity, `rigl`
     regrows weights by gradient, `set` at random and `snfs` by momentum;
     `mest` drops weights by magnitude and gradient, `dsr` below an
-    adaptive threshold; `srigl` gives all units of a layer as many inputs
-    and prunes units whole; `static` keeps its random masks. `cyclical` prunes
-    gradually in cycles, each from a dense network; `acdc` alternates
-    between dense and sparse phases; `sculpt` trains fixed masks in cycles
-    and prunes once; `straight-through` and `top-kast` also train pruned
-    weights; `greg2` shrinks weights before it prunes them. `dense` trains
-    without masks."""
+    adaptive threshold; `srigl` gives all units of a layer the same
+    number of inputs, and prunes whole units; `static` keeps its random
+    masks. `cyclical` prunes gradually in cycles, each from a dense
+    network; `acdc` alternates between dense and sparse phases; `sculpt`
+    trains fixed masks in cycles and prunes once; `straight-through` and
+    `top-kast` also train pruned weights; `greg2` shrinks weights before
+    it prunes them. `dense` trains without masks."""
 
     sparsity: float = 0.9
     """Fraction of the weights that are zero at the end, in [0, 1). Biases,

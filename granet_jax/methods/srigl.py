@@ -77,8 +77,8 @@ def srigl(
         first update of the masks: `keep_units` is found in no name.
 
     References:
-      Lasby et al., Dynamic Sparse Training with Structured Sparsity, ICLR 2024. (The
-      rule of ablation is that of their code.)
+      Lasby et al., Dynamic Sparse Training with Structured Sparsity, ICLR 2024. (We
+      have the rule of ablation from a description of their code.)
     """
     shared = constant_sparsity(
         sparsity, total_steps, interval, fraction, distribution, stop
@@ -128,7 +128,9 @@ class ExchangeAndAblate(Phase):
         )
         freed = schedules.ceil_of(fraction, number)
         weights = at.score(scores.magnitude, masks)
-        stay = top_k(weights, number - freed, among=masks, stacks=stacks)
+        stay = top_k(
+            weights, number - freed, among=masks, stacks=stacks, key=at.order_of("drop")
+        )
         gradients = at.score(scores.gradient, stay, growing=True)
         key = at.order_of("grow")
         salient = grow(stay, gradients, freed, stacks, key=key)
