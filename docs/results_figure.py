@@ -44,25 +44,22 @@ def accuracies(sweep: str, sparsity: float) -> dict[str, list[float]]:
 def draw_structure(axes: Axes) -> None:
     """Draw how methods gain where every unit keeps an input."""
     methods = METHODS[1:]
-    shifts = {"photos-cnn": -0.12, "photos-cnn-least": 0.12}
-    labels = {
-        "photos-cnn": "units may die",
-        "photos-cnn-least": "every unit keeps an input",
-    }
-    colours = {"photos-cnn": "#999999", "photos-cnn-least": "#d55e00"}
-    for sweep, shift in shifts.items():
+    for sweep, label, colour, shift in (
+        ("photos-cnn", "units may die", "#999999", -0.12),
+        ("photos-cnn-least", "every unit keeps an input", "#d55e00", 0.12),
+    ):
         found = accuracies(sweep, 0.98)
         percent = [[100 * x for x in found[method]] for method in methods]
         axes.errorbar(
             [i + shift for i in range(len(methods))],
             [statistics.mean(x) for x in percent],
             yerr=[statistics.stdev(x) for x in percent],
-            color=colours[sweep],
+            color=colour,
             linestyle="none",
             marker="o",
             markersize=7,
             capsize=4,
-            label=labels[sweep],
+            label=label,
         )
     axes.set_xticks(range(len(methods)), [NAMES[method] for method in methods])
     axes.set_title("98% sparse, CNN on garments before photographs")

@@ -55,8 +55,7 @@ def numpy_update(
     fan_in = min(max((target * units + kept // 2) // kept, 1), inputs)
     new = np.zeros_like(mask)
     for unit in alive:
-        column = np.zeros((inputs,), bool)
-        column |= best(magnitude[:, unit], fan_in, stay[:, unit])
+        column = best(magnitude[:, unit], fan_in, stay[:, unit])
         missing = fan_in - int(column.sum())
         new[:, unit] = column | best(gradient[:, unit], missing, ~column)
     return new
